@@ -1,0 +1,193 @@
+"""Checks of single field values: right type, right range, and a message that says what would do.
+
+Knows JSON values only; not which row kind or parameter it checks (the caller passes the name).
+
+INVARIANT: a check returns a clean value or raises `RowError` naming the field; nothing else
+escapes, whatever a JSON parser can produce.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import reprlib
+import warnings
+from array import array
+from collections.abc import Callable, Iterable
+
+import orjson
+
+from batchllm.errors import RowError
+
+Check = Callable[[str, object], object]
+"""``check(name, value)`` returns the clean value or raises `RowError`."""
+
+MAX_INT32 = 2**31 - 1
+"""Token ids and lengths are int32 everywhere inside."""
+MAX_INT64 = 2**63 - 1
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 60
+_SHORT.maxother = 60
+
+
+def show(value: object) -> str:
+    """A value for a message: bounded, however large the value is."""
+    return _SHORT.repr(value)
+
+
+def closest(name: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` where a known name is near, else the known names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
+
+
+def wrong_type(name: str, wanted: str, value: object) -> RowError:
+    """The error for a value that is not of the wanted type."""
+    return RowError(
+        f"{name} must be {wanted}, not {show(value)}", code="invalid_parameter_type", param=name
+    )
+
+
+def out_of_range(name: str, wanted: str, value: object) -> RowError:
+    """The error for a value of the right type that is too small, too large or empty."""
+    return RowError(
+        f"{name} must be {wanted}, not {show(value)}", code="parameter_out_of_range", param=name
+    )
+
+
+def integer(low: int, high: int = MAX_INT32) -> Check:
+    """A check for an integer in ``[low, high]``; a bool is not one."""
+
+    def check(name: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise wrong_type(name, "an integer", value)
+        if not low <= value <= high:
+            raise out_of_range(name, f"an integer from {low} to {high}", value)
+        return value
+
+    return check
+
+
+def number(low: float, high: float = math.inf, *, low_open: bool = False) -> Check:
+    """A check for a finite number in ``[low, high]``, or ``(low, high]`` where ``low_open``."""
+    wanted = f"a number above {low:g}" if low_open else f"a number of at least {low:g}"
+    if high != math.inf:
+        wanted += f" and at most {high:g}"
+
+    def check(name: str, value: object) -> float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise wrong_type(name, "a number", value)
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # an int too large for a float
+            finite = False
+        in_range = low < value <= high if low_open else low <= value <= high
+        if not (finite and in_range):
+            raise out_of_range(name, wanted, value)
+        return float(value)
+
+    return check
+
+
+def boolean(name: str, value: object) -> bool:
+    """Checks for true or false; 0 and 1 are not."""
+    if not isinstance(value, bool):
+        raise wrong_type(name, "true or false", value)
+    return value
+
+
+def top_k(name: str, value: object) -> int:
+    """Checks for -1 (the whole vocabulary) or a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise wrong_type(name, "an integer", value)
+    if value != -1 and not 1 <= value <= MAX_INT32:
+        raise out_of_range(name, "-1 (the whole vocabulary) or at least 1", value)
+    return value
+
+
+def stop_strings(name: str, value: object) -> tuple[str, ...]:
+    """Checks for one non-empty string, or a list of them."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(s, str) for s in listed):
+        raise wrong_type(name, "a string or a list of strings", value)
+    if "" in listed:
+        raise out_of_range(name, "made of non-empty strings", value)
+    return tuple(listed)
+
+
+def stop_ids(name: str, value: object) -> tuple[int, ...]:
+    """Checks for a list of token ids; it may be empty."""
+    if not isinstance(value, (list, tuple)) or not all(type(i) is int for i in value):
+        raise wrong_type(name, "a list of token ids", value)
+    if value and not 0 <= min(value) <= max(value) <= MAX_INT32:
+        raise out_of_range(name, f"made of token ids from 0 to {MAX_INT32}", value)
+    return tuple(value)
+
+
+def json_schema_text(name: str, value: object) -> str:
+    """Checks for a JSON schema, as an object or as its JSON text; returns the text.
+
+    Key order is kept: grammar backends emit properties in the order of the schema.
+    """
+    if isinstance(value, str):
+        try:
+            parsed = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise _bad_schema(name, f"is not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(parsed, dict):
+            raise _bad_schema(name, f"must hold a JSON object, not {show(parsed)}")
+        return value
+    if not isinstance(value, dict):
+        raise _bad_schema(name, f"must be a JSON object or its text, not {show(value)}")
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError as error:
+        raise _bad_schema(name, f"cannot be written as JSON: {error}") from None
+
+
+def regex_text(name: str, value: object) -> str:
+    """Checks for a regular expression that compiles; returns it as it is."""
+    if not isinstance(value, str):
+        raise wrong_type(name, "a regular expression", value)
+    try:
+        with warnings.catch_warnings():
+            # "possible nested set" and the like are the pattern author's to read, not this log's.
+            warnings.simplefilter("ignore")
+            re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise RowError(
+            f"{name} does not compile: {error}", code="invalid_regex", param=name
+        ) from None
+    return value
+
+
+def token_ids(name: str, value: object) -> array[int]:
+    """Checks for a non-empty list of token ids.
+
+    Returns:
+        A flat int32 array: a ninth of a list's memory, and numpy reads it without a copy.
+    """
+    if not isinstance(value, list):
+        raise _bad_ids(name, f"{name} must be a list of token ids, not {show(value)}")
+    if not value:
+        raise RowError(
+            f"{name} is empty; give at least one token id", code="empty_prompt", param=name
+        )
+    if set(map(type, value)) != {int}:  # exact type: a bool is an int to isinstance
+        at, item = next((i, v) for i, v in enumerate(value) if type(v) is not int)
+        raise _bad_ids(name, f"{name}[{at}] must be a token id, not {show(item)}")
+    if not 0 <= min(value) <= max(value) <= MAX_INT32:
+        at, item = next((i, v) for i, v in enumerate(value) if not 0 <= v <= MAX_INT32)
+        raise _bad_ids(name, f"{name}[{at}] must be a token id from 0 to {MAX_INT32}, not {item}")
+    return array("i", value)
+
+
+def _bad_schema(name: str, what: str) -> RowError:
+    return RowError(f"{name} {what}", code="invalid_json_schema", param=name)
+
+
+def _bad_ids(name: str, message: str) -> RowError:
+    return RowError(message, code="invalid_input_ids", param=name)

@@ -1,0 +1,89 @@
+"""Log probabilities in the three output formats: plain, chat, and legacy completions.
+
+Knows the formats and how token bytes become text; not where the numbers came from.
+
+INVARIANT: every number written is finite, so the output is JSON.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from batchllm.request import TokenLogprob
+
+Decode = Callable[[int], bytes | str]
+"""Text of one token; bytes where a token may be a part of a character."""
+
+LOWEST_LOGPROB = -9999.0
+"""What OpenAI writes for "essentially never"; JSON has no infinity."""
+
+
+def plain_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """``[{token_id, logprob, top: [{token_id, logprob}]}]``, one for each generated token."""
+    return [
+        {
+            "token_id": token.token_id,
+            "logprob": _finite(token.logprob),
+            "top": [{"token_id": i, "logprob": _finite(value)} for i, value in token.top],
+        }
+        for token in tokens
+    ]
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob], decode: Decode) -> dict[str, Any]:
+    """OpenAI's chat format; ``bytes`` is exact where ``token`` is half a character."""
+    return {
+        "content": [
+            {
+                **_chat_token(decode(token.token_id), token.logprob),
+                "top_logprobs": [_chat_token(decode(i), value) for i, value in token.top],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(
+    tokens: Sequence[TokenLogprob], decode: Decode, *, with_top: bool
+) -> dict[str, Any]:
+    """OpenAI's completions format; ``text_offset`` counts characters from the start of the answer.
+
+    Alternatives that look alike as text (halves of characters) keep the likelier one: the format
+    keys them by text.
+    """
+    texts: list[str] = []
+    offsets: list[int] = []
+    num_characters = 0
+    joined = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        piece = decode(token.token_id)
+        texts.append(_text(piece))
+        offsets.append(num_characters)
+        num_characters += len(joined.decode(piece) if isinstance(piece, bytes) else piece)
+    top: list[dict[str, float]] | None = None
+    if with_top:
+        # Reversed, so that of two alike the likelier, which comes first, is written last.
+        top = [{_text(decode(i)): _finite(v) for i, v in reversed(t.top)} for t in tokens]
+    return {
+        "tokens": texts,
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": top,
+        "text_offset": offsets,
+    }
+
+
+def _chat_token(piece: bytes | str, logprob: float) -> dict[str, Any]:
+    raw = piece if isinstance(piece, bytes) else piece.encode()
+    return {"token": _text(piece), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _text(piece: bytes | str) -> str:
+    return piece.decode("utf-8", "replace") if isinstance(piece, bytes) else piece
+
+
+def _finite(logprob: float) -> float:
+    # The comparison is false for NaN too.
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB

@@ -1,0 +1,77 @@
+"""Plain rows: ``{"id", "prompt" | "input_ids" | "messages", "sampling_params", "namespace"}``.
+
+Knows the fields of this row kind; not files, lines' neighbours or duplicate ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from batchllm.dataset.field_checks import closest, show, token_ids
+from batchllm.dataset.prompts import check_messages, check_text
+from batchllm.dataset.records import Row
+from batchllm.dataset.sampling import SGLANG_FIELDS
+from batchllm.errors import RowError
+from batchllm.request import Request, SamplingParams
+
+PROMPT_FIELDS = ("prompt", "input_ids", "messages")
+ROW_FIELDS = frozenset({"id", "sampling_params", "namespace", *PROMPT_FIELDS})
+
+ReadSampling = Callable[[object], tuple[SamplingParams, bool]]
+"""Gives the sampling of a row and whether the row set ``max_new_tokens`` itself."""
+
+
+def parse_plain(
+    record: dict[str, Any], *, given_id: str | int, index: int, line: int, sampling: ReadSampling
+) -> Row:
+    """Reads one plain row.
+
+    Raises:
+        RowError: Anything in the row is wrong.
+    """
+    if not record.keys() <= ROW_FIELDS:
+        raise _unknown_field(record)
+    prompt, input_ids, messages = map(record.get, PROMPT_FIELDS)
+    if (prompt is None) + (input_ids is None) + (messages is None) != 2:
+        raise _not_one_prompt(record)
+    namespace = record.get("namespace")
+    if namespace is not None and not isinstance(namespace, str):
+        raise RowError(
+            f"namespace must be a string, not {show(namespace)}",
+            code="invalid_namespace",
+            param="namespace",
+        )
+    params, given = sampling(record.get("sampling_params"))
+    request = Request(
+        row_id=str(given_id),
+        index=index,
+        sampling=params,
+        prompt=None if prompt is None else check_text("prompt", prompt),
+        input_ids=None if input_ids is None else token_ids("input_ids", input_ids),
+        messages=None if messages is None else check_messages(messages),
+        namespace=namespace or "",
+        may_lower_max_new_tokens=not given,
+    )
+    return Row(request=request, kind="plain", given_id=given_id, line=line)
+
+
+def _unknown_field(record: dict[str, Any]) -> RowError:
+    name = next(key for key in record if key not in ROW_FIELDS)
+    hint = "; it belongs in sampling_params" if name in SGLANG_FIELDS else closest(name, ROW_FIELDS)
+    return RowError(f"unknown field {show(name)}{hint}", code="unknown_field", param=name)
+
+
+def _not_one_prompt(record: dict[str, Any]) -> RowError:
+    found = [name for name in PROMPT_FIELDS if record.get(name) is not None]
+    if not found:
+        return RowError(
+            "the row has no prompt; give prompt, input_ids or messages",
+            code="missing_prompt",
+            param="prompt",
+        )
+    return RowError(
+        f"the row has {' and '.join(found)}; give exactly one",
+        code="ambiguous_prompt",
+        param=found[1],
+    )

@@ -1,0 +1,172 @@
+"""Rows out: one output line for each row, in the format of the row's kind.
+
+Knows the OpenAI batch formats and the plain one; not files, and not how answers were made.
+
+    plain   {"id", "text", "output_ids", "finish_reason", "usage"} and, where there is one,
+            "matched_stop", "logprobs". With n > 1: {"id", "choices": [those, "index"], "usage"}.
+            Failed: {"id", "error": {"code", "message", "line", "param"}}.
+    OpenAI  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null};
+            the body is a chat.completion, a text_completion, or {"error": ...} with status >= 400.
+
+With n > 1 the usage counts the prompt once and the samples' tokens together; ``cached_tokens`` is
+that of the sample which found least in the cache, so it is never more than was really saved.
+
+INVARIANT: a line depends on nothing but its arguments: same row, answer and job seed, same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+from batchllm.dataset.logprobs import Decode, chat_logprobs, completion_logprobs, plain_logprobs
+from batchllm.dataset.records import BadRow, Row, reject
+from batchllm.errors import RowError
+from batchllm.request import Completion
+
+
+def find_abort(row: Row, completions: Sequence[Completion]) -> BadRow | None:
+    """The error record of a row of which a sample was aborted; None where all were finished."""
+    for completion in completions:
+        if completion.finish_reason == "abort":
+            message = completion.error or "the runtime aborted the request and gave no reason"
+            return reject(row, RowError(message, code="aborted"), status_code=500)
+    return None
+
+
+def render_success(
+    row: Row,
+    completions: Sequence[Completion],
+    *,
+    model: str,
+    created: int,
+    decode: Decode,
+    job_seed: int = 0,
+) -> dict[str, Any]:
+    """Builds the output line of an answered row.
+
+    Args:
+        completions: All samples of the row, in any order, none aborted (`find_abort`).
+        model: Name to report where the row names none.
+        created: Unix seconds to report.
+        decode: Text of one token id; used for OpenAI rows that ask for logprobs.
+        job_seed: Goes into the generated identifiers.
+    """
+    assert completions, f"row {row.given_id!r}: no completions to render"
+    samples = sorted(completions, key=lambda completion: completion.sample)
+    if row.kind == "plain":
+        return _plain_line(row, samples)
+    chat = row.kind == "chat"
+    digest = _digest(job_seed, row.given_id)
+    body = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": row.model or model,
+        "choices": [_openai_choice(row, sample, decode) for sample in samples],
+        "usage": _openai_usage(samples),
+    }
+    return _openai_line(row.given_id, digest, 200, body)
+
+
+def render_error(bad: BadRow, *, job_seed: int = 0) -> dict[str, Any]:
+    """Builds the output line of a row that could not be read or answered."""
+    if bad.kind == "plain":
+        error = {"code": bad.code, "message": bad.message, "line": bad.line, "param": bad.param}
+        return {"id": bad.given_id, "error": error}
+    body = {
+        "error": {
+            "message": f"line {bad.line}: {bad.message}",
+            "type": "invalid_request_error" if bad.status_code < 500 else "server_error",
+            "param": bad.param,
+            "code": bad.code,
+        }
+    }
+    # A duplicate has the identifier of another row; the position keeps its line's id apart.
+    digest = _digest(job_seed, bad.given_id, bad.index)
+    return _openai_line(bad.given_id, digest, bad.status_code, body)
+
+
+def _plain_line(row: Row, samples: Sequence[Completion]) -> dict[str, Any]:
+    num_prompt, num_cached, num_output = _counts(samples)
+    usage = {
+        "prompt_tokens": num_prompt,
+        "cached_tokens": num_cached,
+        "completion_tokens": num_output,
+    }
+    if row.request.sampling.n == 1:
+        return {"id": row.given_id, **_plain_answer(row, samples[0]), "usage": usage}
+    choices = [{"index": s.sample, **_plain_answer(row, s)} for s in samples]
+    return {"id": row.given_id, "choices": choices, "usage": usage}
+
+
+def _plain_answer(row: Row, sample: Completion) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "text": sample.text,
+        "output_ids": list(sample.output_ids),
+        "finish_reason": sample.finish_reason,
+    }
+    if sample.matched_stop is not None:
+        answer["matched_stop"] = sample.matched_stop
+    if row.request.sampling.logprobs and sample.logprobs is not None:
+        answer["logprobs"] = plain_logprobs(sample.logprobs)
+    return answer
+
+
+def _openai_choice(row: Row, sample: Completion, decode: Decode) -> dict[str, Any]:
+    sampling = row.request.sampling
+    wanted = sampling.logprobs and sample.logprobs is not None
+    logprobs: dict[str, Any] | None = None
+    answer: dict[str, Any]
+    if row.kind == "chat":
+        answer = {"message": {"role": "assistant", "content": sample.text, "refusal": None}}
+        if wanted:
+            logprobs = chat_logprobs(sample.logprobs or (), decode)
+    else:
+        answer = {"text": sample.text}
+        if wanted:
+            logprobs = completion_logprobs(
+                sample.logprobs or (), decode, with_top=sampling.top_logprobs > 0
+            )
+    return {
+        "index": sample.sample,
+        **answer,
+        "finish_reason": sample.finish_reason,
+        "logprobs": logprobs,
+    }
+
+
+def _openai_usage(samples: Sequence[Completion]) -> dict[str, Any]:
+    num_prompt, num_cached, num_output = _counts(samples)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def _counts(samples: Sequence[Completion]) -> tuple[int, int, int]:
+    """Prompt, cached and output tokens of a row over all its samples."""
+    return (
+        samples[0].prompt_tokens,
+        min(sample.cached_tokens for sample in samples),
+        sum(sample.completion_tokens for sample in samples),
+    )
+
+
+def _openai_line(
+    given_id: str | int | None, digest: str, status_code: int, body: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "id": f"batch_req_{digest}",
+        "custom_id": given_id,
+        "response": {"status_code": status_code, "request_id": f"req_{digest}", "body": body},
+        "error": None,
+    }
+
+
+def _digest(job_seed: int, *parts: str | int | None) -> str:
+    text = "\0".join(map(str, (job_seed, *parts)))
+    return blake2b(text.encode(), digest_size=12).hexdigest()

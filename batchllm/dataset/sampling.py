@@ -1,0 +1,130 @@
+"""Sampling parameters from a mapping of names to values, every name and value checked.
+
+Knows SGLang's names (plain rows, the Python API) and how checked settings become `SamplingParams`;
+not where the mapping came from. OpenAI's names are in `openai_rows`, on top of the same table.
+
+INVARIANT: no name is ignored: each is read, or the row is refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from batchllm.dataset import field_checks as checks
+from batchllm.errors import RowError
+from batchllm.request import SamplingParams
+
+MAX_NUM_SAMPLES = 128
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingField:
+    """One accepted name: which field of `SamplingParams` it sets, and how its value is checked."""
+
+    target: str
+    check: checks.Check
+
+
+SHARED_FIELDS: Mapping[str, SamplingField] = {
+    name: SamplingField(name, check)
+    for name, check in {
+        "temperature": checks.number(0.0),
+        "top_p": checks.number(0.0, 1.0, low_open=True),
+        "top_k": checks.top_k,
+        "min_p": checks.number(0.0, 1.0),
+        "frequency_penalty": checks.number(-2.0, 2.0),
+        "presence_penalty": checks.number(-2.0, 2.0),
+        "repetition_penalty": checks.number(0.0, 2.0, low_open=True),
+        "n": checks.integer(1, MAX_NUM_SAMPLES),
+        "seed": checks.integer(0, checks.MAX_INT64),
+        "stop": checks.stop_strings,
+        "stop_token_ids": checks.stop_ids,
+        "ignore_eos": checks.boolean,
+        "json_schema": checks.json_schema_text,
+        "regex": checks.regex_text,
+        "skip_special_tokens": checks.boolean,
+    }.items()
+}
+"""Names that mean the same to SGLang and in an OpenAI body."""
+
+LIMIT = checks.integer(1)
+MINIMUM = checks.integer(0)
+NUM_ALTERNATIVES = checks.integer(0, MAX_TOP_LOGPROBS)
+
+SGLANG_FIELDS: Mapping[str, SamplingField] = {
+    **SHARED_FIELDS,
+    "max_new_tokens": SamplingField("max_new_tokens", LIMIT),
+    "min_new_tokens": SamplingField("min_new_tokens", MINIMUM),
+    "sampling_seed": SamplingField("seed", SHARED_FIELDS["seed"].check),
+    "logprobs": SamplingField("logprobs", checks.boolean),
+    "top_logprobs": SamplingField("top_logprobs", NUM_ALTERNATIVES),
+}
+
+
+def parse_sampling(mapping: Mapping[str, Any], *, defaults: SamplingParams) -> SamplingParams:
+    """Reads sampling parameters under SGLang's names.
+
+    Args:
+        mapping: Names and values; None means "not given".
+        defaults: What holds for every name not given.
+
+    Raises:
+        RowError: A name is unknown, a value has the wrong type or range, or two contradict.
+    """
+    return apply_settings(read_settings(mapping, SGLANG_FIELDS), defaults)
+
+
+def read_settings(mapping: object, fields: Mapping[str, SamplingField]) -> dict[str, Any]:
+    """Checks names and values against a table; returns fields of `SamplingParams` to set."""
+    if not isinstance(mapping, Mapping):
+        raise checks.wrong_type("sampling_params", "an object", mapping)
+    settings: dict[str, Any] = {}
+    for name, value in mapping.items():
+        field = fields.get(name)
+        if field is None:
+            raise RowError(
+                f"unknown parameter {checks.show(name)}{checks.closest(name, fields)}",
+                code="unknown_parameter",
+                param=str(name),
+            )
+        if value is not None:
+            put_setting(settings, field.target, field.check(name, value), name=name)
+    return settings
+
+
+def put_setting(settings: dict[str, Any], target: str, value: object, *, name: str) -> None:
+    """Sets one field; a second name for the same field must not say something else."""
+    if settings.setdefault(target, value) != value:
+        raise RowError(
+            f"{name} contradicts another name for the same setting "
+            f"({checks.show(settings[target])} and {checks.show(value)}); give one of them",
+            code="conflicting_parameters",
+            param=name,
+        )
+
+
+def apply_settings(settings: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
+    """Puts checked settings over the defaults and checks what concerns several of them."""
+    if "json_schema" in settings and "regex" in settings:
+        raise _conflict("json_schema and regex exclude each other; give one of them", "regex")
+    if "json_schema" in settings or "regex" in settings:
+        # The row decides its own output format: a default of the other kind gives way.
+        defaults = dataclasses.replace(defaults, json_schema=None, regex=None)
+    merged = dataclasses.replace(defaults, **settings)
+    if merged.min_new_tokens > merged.max_new_tokens:
+        raise _conflict(
+            f"min_new_tokens {merged.min_new_tokens} is more than max_new_tokens "
+            f"{merged.max_new_tokens}; raise one or lower the other",
+            "min_new_tokens",
+        )
+    if merged.top_logprobs > 0 and not merged.logprobs:
+        raise _conflict('top_logprobs needs "logprobs": true beside it', "top_logprobs")
+    return merged
+
+
+def _conflict(message: str, param: str) -> RowError:
+    return RowError(message, code="conflicting_parameters", param=param)

@@ -1,0 +1,225 @@
+"""`BatchEngine`: a batch of prompts in, completions out. Wires a runtime to jobs, and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from batchllm.dataset.sampling import parse_sampling
+from batchllm.default_model import default_model_path
+from batchllm.errors import ConfigError, RowError
+from batchllm.offline.job import Job
+from batchllm.offline.report import RunReport
+from batchllm.request import Completion, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from batchllm.srt.engine import SrtRuntime
+
+Sampling = SamplingParams | Mapping[str, Any]
+
+
+class BatchEngine:
+    """Runs batches of prompts on one SGLang runtime, each globally planned.
+
+    Use it as a context manager, or call `shutdown`. A script that makes one must guard its main code with
+    ``if __name__ == "__main__"``, since the runtime's processes import the script again.
+
+    Args:
+        model_path: A Hugging Face model, a directory or a hub name; the embedded model when None.
+        **server_args: Any of SGLang's server arguments, e.g. ``max_total_tokens=8192``.
+
+    Attributes:
+        last_report: `RunReport` of the last batch that ran to its end, None before the first.
+
+    Raises:
+        ConfigError: An argument is wrong or not supported.
+        EngineError: The runtime did not start.
+
+    Example:
+        >>> with BatchEngine() as engine:  # doctest: +SKIP
+        ...     completions = engine.batch_generate(["a b", "a c"], {"max_new_tokens": 8})
+    """
+
+    def __init__(self, model_path: str | None = None, **server_args: Any) -> None:
+        from batchllm.srt.engine import SrtRuntime  # SGLang takes seconds to import
+
+        self.runtime: SrtRuntime = SrtRuntime(model_path or default_model_path(), **server_args)
+        self.last_report: RunReport | None = None
+
+    def batch_generate(
+        self,
+        prompts: Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        *,
+        input_ids: Sequence[Sequence[int]] | None = None,
+        messages: Sequence[Sequence[dict[str, Any]]] | None = None,
+    ) -> list[Completion]:
+        """Answer every prompt.
+
+        Args:
+            prompts: Texts; or give ``input_ids`` or ``messages`` instead.
+            sampling_params: One for all, or one per prompt; a dict takes SGLang's names.
+            input_ids: Token ids.
+            messages: Conversations, through the model's chat template.
+
+        Returns:
+            Completions in input order, the ``n`` samples of a prompt side by side. A prompt that cannot run gets one
+            whose ``finish_reason`` is ``"abort"`` and whose ``error`` says why.
+
+        Raises:
+            ConfigError: The arguments contradict each other.
+            EngineDiedError: The runtime is gone.
+        """
+        completions = list(
+            self.batch_generate_iter(prompts, sampling_params, input_ids=input_ids, messages=messages)
+        )
+        return sorted(completions, key=lambda c: (c.index, c.sample))
+
+    def batch_generate_iter(
+        self,
+        prompts: Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        *,
+        input_ids: Sequence[Sequence[int]] | None = None,
+        messages: Sequence[Sequence[dict[str, Any]]] | None = None,
+    ) -> Iterator[Completion]:
+        """Like `batch_generate`, but yields each completion as it finishes. Dropping the iterator aborts the rest."""
+        given = {"prompt": prompts, "input_ids": input_ids, "messages": messages}
+        given = {name: values for name, values in given.items() if values is not None}
+        if len(given) != 1:
+            raise ConfigError("give exactly one of prompts, input_ids and messages")
+        ((field, values),) = given.items()
+        if isinstance(values, str):
+            raise ConfigError("prompts must be a list of texts, not one text")
+        per_prompt = _spread(sampling_params, len(values))
+        return self._generate(field, values, per_prompt)
+
+    def _generate(
+        self, field: str, values: Sequence[Any], sampling: Sequence[Sampling]
+    ) -> Iterator[Completion]:
+        started = time.perf_counter()
+        job, failed = Job(self.runtime), 0
+        requests, rejected = _make_requests(field, values, sampling)
+        job.prepare(requests)
+        rejected += [(request.index, error) for request, error in job.rejected]
+        for index, error in rejected:
+            yield _rejection(index, error)
+        failed_rows = {index for index, _ in rejected}
+        for completions in self.iterate(job.run()):
+            failed_rows |= {c.index for c in completions if c.finish_reason == "abort"}
+            yield from completions
+        failed = len(failed_rows)
+        self.last_report = make_report(
+            job, len(values), failed, time.perf_counter() - started, self.runtime.info.kv_capacity_tokens
+        )
+
+    def iterate(self, stream: AsyncIterator[Any]) -> Iterator[Any]:
+        """An asynchronous stream of the runtime as an ordinary iterator."""
+        loop = self.runtime.loop
+        try:
+            while True:
+                try:
+                    yield loop.run_until_complete(anext(stream))
+                except StopAsyncIteration:
+                    return
+        finally:
+            loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
+
+    def shutdown(self) -> None:
+        """End all processes of the engine. Doing it twice does nothing."""
+        self.runtime.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+
+def batch_generate(
+    prompts: Sequence[str] | None = None,
+    sampling_params: Sampling | Sequence[Sampling] | None = None,
+    *,
+    input_ids: Sequence[Sequence[int]] | None = None,
+    messages: Sequence[Sequence[dict[str, Any]]] | None = None,
+    model_path: str | None = None,
+    **server_args: Any,
+) -> list[Completion]:
+    """Start an engine, answer every prompt, and end it. See `BatchEngine` and `BatchEngine.batch_generate`."""
+    with BatchEngine(model_path, **server_args) as engine:
+        return engine.batch_generate(
+            prompts, sampling_params, input_ids=input_ids, messages=messages
+        )
+
+
+def make_report(
+    job: Job, num_requests: int, num_failed: int, elapsed_s: float, kv_capacity_tokens: int
+) -> RunReport:
+    """The report of a job that has run."""
+    stats = job.stats
+    return RunReport(
+        num_requests=num_requests,
+        num_succeeded=num_requests - num_failed,
+        num_failed=num_failed,
+        num_prompt_tokens=stats.num_prompt_tokens,
+        num_computed_prompt_tokens=stats.num_computed_prompt_tokens,
+        num_optimal_prompt_tokens=stats.num_optimal_prompt_tokens,
+        num_output_tokens=stats.num_output_tokens,
+        elapsed_s=elapsed_s,
+        num_retractions=stats.num_retractions,
+        peak_kv_tokens=stats.peak_kv_tokens,
+        kv_capacity_tokens=kv_capacity_tokens,
+        tokenize_s=stats.tokenize_s,
+        plan_s=stats.plan_s,
+        run_s=stats.run_s,
+    )
+
+
+def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) -> Sequence[Sampling]:
+    if sampling is None:
+        return [SamplingParams()] * num_prompts
+    if isinstance(sampling, SamplingParams | Mapping):
+        return [sampling] * num_prompts
+    if len(sampling) != num_prompts:
+        raise ConfigError(f"{len(sampling)} sampling_params for {num_prompts} prompts")
+    return sampling
+
+
+def _make_requests(
+    field: str, values: Iterable[Any], sampling: Sequence[Sampling]
+) -> tuple[list[Request], list[tuple[int, RowError]]]:
+    requests, rejected = [], []
+    parsed: dict[int, SamplingParams] = {}  # one dict is often given for all
+    for index, (value, params) in enumerate(zip(values, sampling, strict=True)):
+        try:
+            if not isinstance(params, SamplingParams):
+                if id(params) not in parsed:
+                    parsed[id(params)] = parse_sampling(params, defaults=SamplingParams())
+                params = parsed[id(params)]
+            if len(value) == 0:
+                raise RowError("the prompt is empty", code="empty_prompt")
+            requests.append(
+                Request(row_id=str(index), index=index, sampling=params, **{field: value})
+            )
+        except RowError as error:
+            rejected.append((index, error))
+    return requests, rejected
+
+
+def _rejection(index: int, error: RowError) -> Completion:
+    return Completion(
+        index=index,
+        text="",
+        output_ids=(),
+        finish_reason="abort",
+        prompt_tokens=0,
+        cached_tokens=0,
+        error=error.message,
+    )

@@ -1,0 +1,70 @@
+"""Walks a plan and keeps a bounded window of it submitted.
+
+The scheduler never sees a million waiting requests, and the driver never holds a million tasks: about twice what the
+KV pool can hold is on its way at any time, and more follows as answers come back.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from batchllm.planner.run import PlannedRun, RunCutter
+
+# KV pools' worth of requests on their way. One is what runs; the other is what may start when it ends.
+_WINDOW_POOLS = 2
+_MAX_WINDOW_REQUESTS = 8192
+# Refill only when this share of the window is free, so that runs are long and messages few.
+_REFILL_SHARE = 0.25
+
+
+class Feeder:
+    """Cuts the next run whenever enough of the window is free.
+
+    Args:
+        cutter: Of the plan to walk.
+        kv_capacity_tokens: Slots of the KV pool.
+    """
+
+    def __init__(self, cutter: RunCutter, kv_capacity_tokens: int) -> None:
+        self._cutter = cutter
+        self._cumulative_cost = np.concatenate([[0], np.cumsum(cutter.kv_cost)])
+        self._num_requests = len(cutter.kv_cost)
+        self._window_cost = _WINDOW_POOLS * kv_capacity_tokens
+        self._next_position = 0
+        self._num_outstanding = 0
+        self._outstanding_cost = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Everything has been submitted and has finished."""
+        return self._next_position == self._num_requests and self._num_outstanding == 0
+
+    def take_run(self) -> PlannedRun | None:
+        """The next run to submit, or None while the window is full or nothing is left."""
+        first = self._next_position
+        if first == self._num_requests or not self._has_room():
+            return None
+        free_cost = self._window_cost - self._outstanding_cost
+        last = int(
+            np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right")
+        )
+        # At least one: a request larger than the window still has to run.
+        last = min(max(last - 1, first + 1), first + _MAX_WINDOW_REQUESTS - self._num_outstanding)
+        last = min(last, self._num_requests)
+        self._next_position = last
+        self._num_outstanding += last - first
+        self._outstanding_cost += int(self._cumulative_cost[last] - self._cumulative_cost[first])
+        return self._cutter.cut(first, last)
+
+    def finish(self, positions: list[int]) -> None:
+        """These have finished."""
+        self._num_outstanding -= len(positions)
+        self._outstanding_cost -= int(self._cutter.kv_cost[positions].sum())
+
+    def _has_room(self) -> bool:
+        if self._num_outstanding == 0:
+            return True
+        return (
+            self._outstanding_cost <= (1 - _REFILL_SHARE) * self._window_cost
+            and self._num_outstanding <= (1 - _REFILL_SHARE) * _MAX_WINDOW_REQUESTS
+        )

@@ -1,0 +1,211 @@
+"""One job: requests in, completions out. Tokenize, check, plan, feed, collect."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import xxhash
+
+from batchllm.dataset.limits import check_prompt_len, check_token_ids, fit_max_new_tokens
+from batchllm.errors import RowError
+from batchllm.offline.feeder import Feeder
+from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime, RuntimeInfo
+from batchllm.planner import BatchPlan, plan_batch
+from batchllm.planner.run import PlannedRun, RunCutter
+from batchllm.request import Completion, Request, SamplingParams
+from batchllm.tokens import TokenTable
+
+_ENCODE_SLICE = 1024
+
+
+@dataclass(slots=True)
+class JobStats:
+    """What a job has cost, all of it counted or timed where it happened."""
+
+    num_prompt_tokens: int = 0
+    num_optimal_prompt_tokens: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_retractions: int = 0
+    peak_kv_tokens: int = 0
+    tokenize_s: float = 0.0
+    plan_s: float = 0.0
+    run_s: float = 0.0
+
+
+class _Samples:
+    """Every sample of every request, as columns: the rows of the job's token table."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[np.ndarray] = []
+        self.request_index: list[int] = []
+        self.sample: list[int] = []
+        self.sampling_index: list[int] = []
+        self.max_new_len: list[int] = []
+        self.seed: list[int] = []
+        self.namespace: list[str] = []
+
+
+class Job:
+    """A batch of requests on a runtime.
+
+    Attributes:
+        rejected: Requests that cannot run, with the reason. The others go on.
+        stats: Counts and times so far.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._samples = _Samples()
+        self._sampling_ids: dict[SamplingParams, int] = {}
+        self._plan: BatchPlan | None = None
+        self._table: TokenTable | None = None
+        self.rejected: list[tuple[Request, RowError]] = []
+        self.stats = JobStats()
+
+    def prepare(self, requests: Iterable[Request]) -> None:
+        """Tokenize in bulk, check each request against the runtime, and plan the batch."""
+        started = time.perf_counter()
+        requests = iter(requests)
+        while requests_slice := list(islice(requests, _ENCODE_SLICE)):
+            for request, token_ids in zip(requests_slice, self._encode(requests_slice), strict=True):
+                try:
+                    self._add(request, token_ids)
+                except RowError as error:
+                    self.rejected.append((request, error))
+        encoded = time.perf_counter()
+        self._table = TokenTable.from_lists(self._samples.token_ids)
+        self._samples.token_ids = []
+        names = self._samples.namespace
+        namespaces = np.unique(names, return_inverse=True)[1] if any(names) else None
+        self._plan = plan_batch(
+            self._table, page_size=self._runtime.info.page_size, namespaces=namespaces
+        )
+        self.stats.num_prompt_tokens = self._plan.num_prompt_tokens
+        self.stats.num_optimal_prompt_tokens = self._plan.optimal_prefill_tokens
+        self.stats.tokenize_s = encoded - started
+        self.stats.plan_s = time.perf_counter() - encoded
+
+    async def run(self) -> AsyncIterator[list[Completion]]:
+        """Run the prepared batch.
+
+        Yields:
+            Completions as they finish, in no particular order.
+
+        Raises:
+            EngineDiedError: The runtime is gone.
+        """
+        assert self._plan is not None and self._table is not None, "prepare() first"
+        started = time.perf_counter()
+        cutter = RunCutter(self._plan, self._table, np.array(self._samples.max_new_len, np.int64))
+        feeder = Feeder(cutter, self._runtime.info.kv_capacity_tokens)
+        job_id = self._runtime.open_job()
+        try:
+            while not feeder.is_done:
+                while (run := feeder.take_run()) is not None:
+                    self._runtime.submit(job_id, self._with_sampling(run))
+                finished = await self._runtime.receive(job_id)
+                feeder.finish(finished.positions)
+                completions = self._collect(finished)
+                self.stats.run_s = time.perf_counter() - started
+                yield completions
+        finally:
+            self._runtime.close_job(job_id, is_complete=feeder.is_done)
+
+    def _encode(self, requests: Sequence[Request]) -> list[Sequence[int]]:
+        """Token ids of a slice of requests, whichever way each gives its prompt."""
+        texts = [r.prompt for r in requests if r.prompt is not None]
+        chats = [r.messages for r in requests if r.messages is not None]
+        from_text = iter(self._runtime.encode(texts) if texts else ())
+        from_chat = iter(self._runtime.encode_chats(chats) if chats else ())
+        encoded: list[Sequence[int]] = []
+        for request in requests:
+            if request.input_ids is not None:
+                encoded.append(request.input_ids)
+            else:
+                encoded.append(next(from_text if request.prompt is not None else from_chat))
+        return encoded
+
+    def _add(self, request: Request, token_ids: Sequence[int]) -> None:
+        info, sampling = self._runtime.info, request.sampling
+        if len(token_ids) == 0:
+            raise RowError("the prompt has no tokens; give it some text", code="empty_prompt")
+        if request.input_ids is not None:
+            check_token_ids(token_ids, info.vocab_size)
+        limits = {"context_len": info.context_len, "kv_capacity": info.kv_capacity_tokens}
+        if request.may_lower_max_new_tokens:
+            sampling = fit_max_new_tokens(sampling, len(token_ids), **limits)
+        check_prompt_len(len(token_ids), sampling, **limits)
+        _check_supported(sampling, info)
+        # The limit travels per request; what is left is shared by many.
+        kind = replace(sampling, max_new_tokens=request.sampling.max_new_tokens, n=1, seed=None)
+        sampling_index = self._sampling_ids.setdefault(kind, len(self._sampling_ids))
+        ids = np.asarray(token_ids, dtype=np.int32)
+        samples = self._samples
+        for sample in range(sampling.n):
+            samples.token_ids.append(ids)
+            samples.request_index.append(request.index)
+            samples.sample.append(sample)
+            samples.sampling_index.append(sampling_index)
+            samples.max_new_len.append(sampling.max_new_tokens)
+            samples.seed.append(_seed(sampling.seed, info.random_seed, request.index, sample))
+            samples.namespace.append(request.namespace)
+
+    def _with_sampling(self, run: PlannedRun) -> RunRequests:
+        """The run with only the sampling parameters that occur in it."""
+        samples, rows = self._samples, run.request_row.tolist()
+        kinds = list(self._sampling_ids)
+        used = sorted({samples.sampling_index[row] for row in rows})
+        place = {sampling_index: i for i, sampling_index in enumerate(used)}
+        namespaces = [samples.namespace[row] for row in rows]
+        return RunRequests(
+            run=run,
+            sampling=tuple(kinds[i] for i in used),
+            sampling_index=[place[samples.sampling_index[row]] for row in rows],
+            seeds=[samples.seed[row] for row in rows],
+            namespaces=namespaces if any(namespaces) else None,
+        )
+
+    def _collect(self, finished: FinishedRequests) -> list[Completion]:
+        assert self._plan is not None
+        samples = self._samples
+        completions = []
+        for position, completion in zip(finished.positions, finished.completions, strict=True):
+            row = int(self._plan.order[position])
+            self.stats.num_output_tokens += completion.completion_tokens
+            completions.append(
+                replace(completion, index=samples.request_index[row], sample=samples.sample[row])
+            )
+        self.stats.num_computed_prompt_tokens = finished.num_computed_prompt_tokens
+        self.stats.num_retractions = finished.num_retractions
+        self.stats.peak_kv_tokens = finished.peak_kv_tokens
+        return completions
+
+
+def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:
+    if sampling.seed is not None and not info.has_seeded_sampling:
+        raise RowError(
+            "a seed needs --sampling-backend pytorch; this engine runs another one",
+            code="seed_not_supported",
+            param="seed",
+        )
+    has_grammar = sampling.json_schema is not None or sampling.regex is not None
+    if has_grammar and not info.has_grammar:
+        raise RowError(
+            "structured output (json_schema, regex) is switched off; start the engine without "
+            "--grammar-backend none",
+            code="grammar_not_supported",
+            param="json_schema" if sampling.json_schema is not None else "regex",
+        )
+
+
+def _seed(seed: int | None, job_seed: int, index: int, sample: int) -> int:
+    """Seed of one sample: what the row says, and something of its own for every further sample."""
+    if seed is not None and sample == 0:
+        return seed
+    text = f"{seed},{sample}" if seed is not None else f"{job_seed},{index},{sample}"
+    return xxhash.xxh64_intdigest(text.encode()) >> 1

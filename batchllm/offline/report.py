@@ -1,0 +1,129 @@
+"""What a run did, in numbers: counts as they were taken, and every ratio derived from them here.
+
+Knows no engine, clock or file format but its own JSON; whoever runs the job counts.
+
+INVARIANT: a ratio is computed in one place, from the counts; of nothing it is 0.0, never an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """The result of one run, all times in seconds."""
+
+    num_requests: int
+    """Rows of the input, bad ones included."""
+    num_succeeded: int
+    num_failed: int
+    num_prompt_tokens: int
+    """Prompt tokens of the answered rows."""
+    num_computed_prompt_tokens: int
+    """Prompt tokens whose KV was computed; the rest was reused."""
+    num_optimal_prompt_tokens: int
+    """The fewest that any schedule can compute (`BatchPlan.optimal_prefill_tokens`)."""
+    num_output_tokens: int
+    elapsed_s: float
+    """The whole job, reading to last line written."""
+    num_retractions: int
+    """Times a running request lost its KV and had to begin again."""
+    peak_kv_tokens: int
+    kv_capacity_tokens: int
+    tokenize_s: float
+    plan_s: float
+    run_s: float
+    """From the first request submitted to the last answered."""
+
+    @property
+    def reuse(self) -> float:
+        """Part of the prompt tokens that was not computed, 0 to 1."""
+        return _saved(self.num_computed_prompt_tokens, self.num_prompt_tokens)
+
+    @property
+    def optimal_reuse(self) -> float:
+        """The most that `reuse` could have been for these prompts."""
+        return _saved(self.num_optimal_prompt_tokens, self.num_prompt_tokens)
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens, reused ones included, over the time of the whole job."""
+        return _ratio(self.num_prompt_tokens, self.elapsed_s)
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Generated tokens over the time of the whole job."""
+        return _ratio(self.num_output_tokens, self.elapsed_s)
+
+    def to_dict(self) -> dict[str, int | float]:
+        """All counts and ratios by name, in the order of the table."""
+        return {
+            "num_requests": self.num_requests,
+            "num_succeeded": self.num_succeeded,
+            "num_failed": self.num_failed,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_computed_prompt_tokens": self.num_computed_prompt_tokens,
+            "num_optimal_prompt_tokens": self.num_optimal_prompt_tokens,
+            "reuse": self.reuse,
+            "optimal_reuse": self.optimal_reuse,
+            "num_output_tokens": self.num_output_tokens,
+            "elapsed_s": self.elapsed_s,
+            "prompt_tokens_per_s": self.prompt_tokens_per_s,
+            "output_tokens_per_s": self.output_tokens_per_s,
+            "num_retractions": self.num_retractions,
+            "peak_kv_tokens": self.peak_kv_tokens,
+            "kv_capacity_tokens": self.kv_capacity_tokens,
+            "tokenize_s": self.tokenize_s,
+            "plan_s": self.plan_s,
+            "run_s": self.run_s,
+        }
+
+    def write_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_dict` as JSON; the file appears complete or not at all."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, target)
+
+    def render(self) -> str:
+        """The report as an aligned table for a terminal, without a final newline."""
+        rows = [
+            ("requests", f"{self.num_requests:,}", self._outcome()),
+            ("prompt tokens", f"{self.num_prompt_tokens:,}", ""),
+            ("  computed", f"{self.num_computed_prompt_tokens:,}", f"reuse {self.reuse:.1%}"),
+            (
+                "  optimum",
+                f"{self.num_optimal_prompt_tokens:,}",
+                f"reuse {self.optimal_reuse:.1%}",
+            ),
+            ("output tokens", f"{self.num_output_tokens:,}", ""),
+            ("peak KV tokens", f"{self.peak_kv_tokens:,}", f"of {self.kv_capacity_tokens:,}"),
+            ("retractions", f"{self.num_retractions:,}", ""),
+            ("elapsed", f"{self.elapsed_s:,.2f} s", self._phases()),
+            ("prompt tokens/s", f"{self.prompt_tokens_per_s:,.1f}", ""),
+            ("output tokens/s", f"{self.output_tokens_per_s:,.1f}", ""),
+        ]
+        name_width = max(len(name) for name, _, _ in rows)
+        value_width = max(len(value) for _, value, _ in rows)
+        return "\n".join(
+            f"{name:<{name_width}}  {value:>{value_width}}  {note}".rstrip()
+            for name, value, note in rows
+        )
+
+    def _outcome(self) -> str:
+        return f"{self.num_succeeded:,} succeeded, {self.num_failed:,} failed"
+
+    def _phases(self) -> str:
+        return f"tokenize {self.tokenize_s:.2f}, plan {self.plan_s:.2f}, run {self.run_s:.2f}"
+
+
+def _saved(num_computed: int, num_prompt: int) -> float:
+    return 1.0 - num_computed / num_prompt if num_prompt > 0 else 0.0
+
+
+def _ratio(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

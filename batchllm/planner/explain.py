@@ -1,0 +1,218 @@
+"""What a plan will share and what that saves, in words and numbers, before anything runs.
+
+Knows: a plan, its prompts, the one-level cuts. Must not know: models, devices, prices, time.
+Invariant: nothing here is an estimate; every number is counted from the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from batchllm.planner.group_cut import exact_cut, greedy_cut
+from batchllm.planner.plan import BatchPlan
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
+
+_NUM_LARGEST = 10
+_NUM_LEVELS_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixSummary:
+    """One planned prefix.
+
+    Attributes:
+        level: 1 for a prefix at the start of the prompt, 2 for one that continues it, and so on.
+        own_len: Tokens it adds to the prefix above it.
+        end_len: Tokens from the start of the prompt to its end.
+        num_consumers: Requests that read it, with the one that computes it.
+        saved_tokens: Prompt tokens not computed because its own tokens are shared.
+        example_row: Row of the input that computes it.
+    """
+
+    level: int
+    own_len: int
+    end_len: int
+    num_consumers: int
+    saved_tokens: int
+    example_row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSummary:
+    """A plan in numbers. All lengths and amounts are prompt tokens.
+
+    Attributes:
+        num_requests: Prompts planned.
+        page_size: Tokens of a KV page; only whole pages are shared.
+        num_prompt_tokens: Tokens of all prompts.
+        optimal_prefill_tokens: What the plan computes, the fewest any schedule can.
+        optimal_reuse: Share of the prompt tokens not computed, 0 to 1.
+        saved_tokens: Prompt tokens not computed.
+        exact_one_level_saved_tokens: The same if each prompt could read one prefix only, best
+            choice.
+        greedy_one_level_saved_tokens: The same with the choice of the BatchLLM paper.
+        num_prefixes: Planned prefixes.
+        prefixes_per_level: Planned prefixes at level 1, 2, ...
+        num_unshared_requests: Requests that read no planned prefix.
+        num_duplicates: Prompts identical to the one before them in the plan.
+        largest: The prefixes that save most, best first.
+        longest_path_len: Tokens of the longest chain of prefixes, kept while its consumers run.
+        longest_prompt_len: Tokens of the longest prompt.
+        kv_needed_tokens: KV that holds both at once, in whole pages: a pool should not be smaller.
+    """
+
+    num_requests: int
+    page_size: int
+    num_prompt_tokens: int
+    optimal_prefill_tokens: int
+    optimal_reuse: float
+    saved_tokens: int
+    exact_one_level_saved_tokens: int
+    greedy_one_level_saved_tokens: int
+    num_prefixes: int
+    prefixes_per_level: tuple[int, ...]
+    num_unshared_requests: int
+    num_duplicates: int
+    largest: tuple[PrefixSummary, ...]
+    longest_path_len: int
+    longest_prompt_len: int
+    kv_needed_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts, lists and numbers, ready for JSON."""
+        fields = asdict(self)
+        fields["prefixes_per_level"] = list(self.prefixes_per_level)
+        fields["largest"] = list(fields["largest"])
+        return fields
+
+    def render(self) -> str:
+        """A page of text for a person to read."""
+        if self.num_requests == 0:
+            return "Nothing to run: the batch has no requests."
+        lines = [
+            f"{self.num_requests:,} requests, {self.num_prompt_tokens:,} prompt tokens.",
+            f"{self.optimal_prefill_tokens:,} of them must be computed; the other "
+            f"{self.saved_tokens:,} ({self.optimal_reuse:.1%}) are read from shared prefixes"
+            f"{'' if self.page_size == 1 else f', in pages of {self.page_size} tokens'}.",
+        ]
+        if self.num_prefixes:
+            lines += self._sharing_lines()
+        lines.append(
+            f"Requests that share nothing: {self.num_unshared_requests:,}; "
+            f"that repeat another prompt exactly: {self.num_duplicates:,}."
+        )
+        lines.append(
+            f"KV for the longest prefix path ({self.longest_path_len:,} tokens) and the longest "
+            f"prompt ({self.longest_prompt_len:,}): {self.kv_needed_tokens:,} tokens, before any "
+            f"output."
+        )
+        return "\n".join(lines)
+
+    def _sharing_lines(self) -> list[str]:
+        shown = self.prefixes_per_level[:_NUM_LEVELS_SHOWN]
+        levels = ", ".join(f"{count:,} at level {i}" for i, count in enumerate(shown, start=1))
+        hidden = len(self.prefixes_per_level) - len(shown)
+        lines = [
+            f"{self.num_prefixes:,} shared prefixes: {levels}"
+            + (f", and {hidden:,} deeper levels." if hidden else "."),
+            "Tokens saved:",
+            f"  as planned, every level shared   {self._saved(self.saved_tokens)}",
+            f"  one level, best choice           {self._saved(self.exact_one_level_saved_tokens)}",
+            f"  one level, the paper's choice    {self._saved(self.greedy_one_level_saved_tokens)}",
+            "Prefixes that save most:",
+            "         saved   requests   own tokens   ends at   level   first in row",
+        ]
+        lines += [
+            f"  {p.saved_tokens:>12,} {p.num_consumers:>10,} {p.own_len:>12,} {p.end_len:>9,} "
+            f"{p.level:>7} {p.example_row:>14}"
+            for p in self.largest
+        ]
+        return lines
+
+    def _saved(self, tokens: int) -> str:
+        return f"{tokens:>15,}  {tokens / self.num_prompt_tokens:6.1%}"
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+def explain(plan: BatchPlan, table: TokenTable) -> PlanSummary:
+    """Summarize a plan: what will be shared and what it saves.
+
+    Args:
+        plan: A plan of ``table``.
+        table: The prompts planned.
+    """
+    levels = _levels(plan.parent)
+    saved_tokens = _saved_per_prefix(plan)
+    # Stable, so that of equals the first in the plan leads.
+    best = np.argsort(-saved_tokens, kind="stable")[:_NUM_LARGEST]
+    path_len = int(plan.end_len.max(initial=0))
+    prompt_len = int(plan.prompt_lens.max(initial=0))
+    whole_pages = -(-(path_len + prompt_len) // plan.page_size) * plan.page_size
+    return PlanSummary(
+        num_requests=plan.num_requests,
+        page_size=plan.page_size,
+        num_prompt_tokens=plan.num_prompt_tokens,
+        optimal_prefill_tokens=plan.optimal_prefill_tokens,
+        optimal_reuse=plan.optimal_reuse,
+        saved_tokens=plan.num_prompt_tokens - plan.optimal_prefill_tokens,
+        exact_one_level_saved_tokens=exact_cut(plan).saved_tokens,
+        greedy_one_level_saved_tokens=greedy_cut(plan).saved_tokens,
+        num_prefixes=plan.num_prefixes,
+        prefixes_per_level=tuple(np.bincount(levels)[1:].tolist()),
+        num_unshared_requests=int(np.count_nonzero(plan.request_prefix < 0)),
+        num_duplicates=int(_count_repeats(table.tokens, table.offsets, plan.order)),
+        largest=tuple(
+            PrefixSummary(
+                level=int(levels[p]),
+                own_len=int(plan.end_len[p] - plan.start_len[p]),
+                end_len=int(plan.end_len[p]),
+                num_consumers=int(plan.num_consumers[p]),
+                saved_tokens=int(saved_tokens[p]),
+                example_row=int(plan.order[plan.first[p]]),
+            )
+            for p in best
+        ),
+        longest_path_len=path_len,
+        longest_prompt_len=prompt_len,
+        kv_needed_tokens=whole_pages,
+    )
+
+
+def _saved_per_prefix(plan: BatchPlan) -> Int64Array:
+    """Tokens each prefix saves; they add up to what the plan saves.
+
+    All consumers but the leader save its own tokens, except that one which is nothing but the
+    prefix still computes the last page.
+    """
+    own_len = (plan.end_len - plan.start_len).astype(np.int64)
+    saved = (plan.num_consumers - 1) * own_len
+    read = plan.read_prefix()
+    whole = read[(read >= 0) & (plan.prompt_lens == plan.end_len_of(read))]
+    return saved - plan.page_size * np.bincount(whole, minlength=plan.num_prefixes)
+
+
+@njit(cache=True)
+def _levels(parent: Int32Array) -> Int64Array:
+    levels = np.ones(len(parent), np.int64)
+    for p in range(len(parent)):
+        if parent[p] >= 0:
+            levels[p] = levels[parent[p]] + 1
+    return levels
+
+
+@njit(cache=True)
+def _count_repeats(tokens: Int32Array, offsets: Int64Array, order: Int64Array) -> int:
+    """Positions whose prompt equals the one before."""
+    count = 0
+    for i in range(1, len(order)):
+        this, before = offsets[order[i]], offsets[order[i - 1]]
+        length = offsets[order[i] + 1] - this
+        if length == offsets[order[i - 1] + 1] - before:
+            count += common_len(tokens, before, tokens, this, length) == length
+    return count

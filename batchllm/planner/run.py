@@ -1,0 +1,126 @@
+"""A run: consecutive requests of a plan, as they travel to the scheduler. Shared prefixes once, private suffixes.
+
+Arrays only, so that a run of thousands of requests pickles as a few buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batchllm.planner.plan import BatchPlan
+from batchllm.tokens import TokenTable
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """Requests ``[first_position, first_position + len(self))`` of a plan, and the prefixes first consumed there.
+
+    Attributes:
+        first_position: Plan position of the first request.
+        first_prefix: Plan number of the first prefix; numbers are consecutive.
+        prefix_parent: Plan number of each prefix's parent, -1 without one. Shape ``[num_prefixes]``.
+        prefix_start_len: Tokens before each prefix. Shape ``[num_prefixes]``.
+        prefix_end_len: Tokens up to each prefix's end. Shape ``[num_prefixes]``.
+        prefix_num_consumers: Requests of the whole plan that read it. Shape ``[num_prefixes]``.
+        prefix_longest_consumer_len: Most KV slots one of them occupies. Shape ``[num_prefixes]``.
+        prefix_tokens: Tokens ``[start_len, end_len)`` of each prefix, one after the other.
+        request_prefix: Deepest prefix of each request, -1 without one. Shape ``[num_requests]``.
+        request_max_new_len: Most tokens each may generate. Shape ``[num_requests]``.
+        request_row: Row of each request in the job's token table. Shape ``[num_requests]``.
+        private_len: Tokens of each request after its deepest prefix. Shape ``[num_requests]``.
+        private_tokens: Those tokens, one request after the other.
+    """
+
+    first_position: int
+    first_prefix: int
+    prefix_parent: Int32
+    prefix_start_len: Int32
+    prefix_end_len: Int32
+    prefix_num_consumers: Int64
+    prefix_longest_consumer_len: Int64
+    prefix_tokens: Int32
+    request_prefix: Int32
+    request_max_new_len: Int64
+    request_row: Int64
+    private_len: Int64
+    private_tokens: Int32
+
+    def __len__(self) -> int:
+        return len(self.request_prefix)
+
+
+class RunCutter:
+    """Cuts a plan into runs.
+
+    Args:
+        plan: The plan.
+        table: The prompts that it was made for.
+        max_new_len: Most tokens that each row may generate. Shape ``[num_requests]``, by row.
+    """
+
+    def __init__(self, plan: BatchPlan, table: TokenTable, max_new_len: Int64) -> None:
+        self.plan = plan
+        self.table = table
+        self.max_new_len = max_new_len[plan.order]
+        self.prompt_len = plan.prompt_lens.astype(np.int64)
+        total_len = self.prompt_len + self.max_new_len
+        self.longest_consumer_len = _max_over_ranges(total_len, plan.first, plan.num_consumers)
+        self.kv_cost = plan.computed_lens() + self.max_new_len
+        """KV slots that each position adds to the pool, shared prefixes counted at their leader."""
+
+    def cut(self, first: int, last: int) -> PlannedRun:
+        """The run of positions ``[first, last)``."""
+        plan, tokens, offsets = self.plan, self.table.tokens, self.table.offsets
+        first_prefix, last_prefix = np.searchsorted(plan.first, [first, last])
+        prefixes = slice(first_prefix, last_prefix)
+        leader_offset = offsets[plan.order[plan.first[prefixes]]]
+        rows = plan.order[first:last]
+        request_prefix = plan.request_prefix[first:last]
+        # Not -1 as an index: a plan may have no prefix at all.
+        shared_len = np.zeros(last - first, np.int64)
+        has_prefix = request_prefix >= 0
+        shared_len[has_prefix] = plan.end_len[request_prefix[has_prefix]]
+        private_len = self.prompt_len[first:last] - shared_len
+        return PlannedRun(
+            first_position=first,
+            first_prefix=int(first_prefix),
+            prefix_parent=plan.parent[prefixes],
+            prefix_start_len=plan.start_len[prefixes],
+            prefix_end_len=plan.end_len[prefixes],
+            prefix_num_consumers=plan.num_consumers[prefixes],
+            prefix_longest_consumer_len=self.longest_consumer_len[prefixes],
+            prefix_tokens=_gather(
+                tokens,
+                leader_offset + plan.start_len[prefixes],
+                plan.end_len[prefixes] - plan.start_len[prefixes],
+            ),
+            request_prefix=request_prefix,
+            request_max_new_len=self.max_new_len[first:last],
+            request_row=rows,
+            private_len=private_len,
+            private_tokens=_gather(tokens, offsets[rows] + shared_len, private_len),
+        )
+
+
+def _gather(tokens: Int32, starts: Int64, lens: npt.NDArray[np.integer]) -> Int32:
+    """``tokens[starts[i] : starts[i] + lens[i]]`` of every i, one after the other."""
+    lens = lens.astype(np.int64)
+    ends = np.cumsum(lens)
+    total = int(ends[-1]) if len(ends) else 0
+    index = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lens), lens)
+    return tokens[index]
+
+
+def _max_over_ranges(values: Int64, first: Int64, num: Int64) -> Int64:
+    """``values[first[i] : first[i] + num[i]].max()`` of every i; ranges are not empty."""
+    if len(first) == 0:
+        return np.zeros(0, np.int64)
+    # reduceat takes each index up to the next; the sentinel lets a range end at the last value.
+    bounds = np.stack([first, first + num], axis=1).ravel()
+    return np.maximum.reduceat(np.append(values, 0), bounds)[::2]

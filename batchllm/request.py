@@ -1,0 +1,109 @@
+"""What the inside of batchllm sees of a row: a `Request` goes in, a `Completion` comes out.
+
+This room knows nothing of files, tokenizers or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample one request. Field names and meaning are SGLang's, plus ``n`` and ``logprobs``."""
+
+    max_new_tokens: int = 128
+    """Most tokens to generate; at least 1."""
+    min_new_tokens: int = 0
+    """Fewest tokens before a stop may match."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """Same seed, prompt and parameters: same tokens, whatever else runs beside them."""
+    stop: tuple[str, ...] = ()
+    """Strings that end generation; not part of the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    """Number of independent samples; they share the whole prompt."""
+    logprobs: bool = False
+    """Return the log probability of every generated token."""
+    top_logprobs: int = 0
+    """Also return this many most likely alternatives per token."""
+    json_schema: str | None = None
+    """JSON schema, as JSON text, that the output must satisfy."""
+    regex: str | None = None
+    """Regular expression that the output must match."""
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to answer. Exactly one of ``prompt``, ``input_ids``, ``messages`` is set.
+
+    Attributes:
+        row_id: The caller's identifier, unique in the job.
+        index: Position in the input, from 0.
+        namespace: Prompts of different namespaces never share KV ("" is the default one).
+        may_lower_max_new_tokens: The output limit is a default, not the caller's wish: lower it to what the
+            context leaves instead of refusing the prompt.
+    """
+
+    row_id: str
+    index: int
+    sampling: SamplingParams
+    prompt: str | None = None
+    input_ids: Sequence[int] | None = None
+    messages: Sequence[dict[str, Any]] | None = None
+    namespace: str = ""
+    may_lower_max_new_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Log probability of one generated token, with the most likely alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Pairs ``(token_id, logprob)``, most likely first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished sample of one request.
+
+    Attributes:
+        index: `Request.index` of the request answered.
+        sample: Which of its ``n`` samples, from 0.
+        output_ids: Generated token ids, a matched stop token included.
+        cached_tokens: Prompt tokens whose KV was read from the cache instead of computed.
+        matched_stop: The stop string or stop token id that ended it, if one did.
+        error: Why it was aborted, if it was; text and ids then hold what had been generated.
+    """
+
+    index: int
+    sample: int = 0
+    text: str
+    output_ids: Sequence[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    matched_stop: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.output_ids)

@@ -1,0 +1,46 @@
+"""SGLang's detokenizer, decoding finished planned requests in bulk. (Upstream: ``srt/managers/detokenizer_manager.py``.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+from sglang.srt.managers.detokenizer_manager import run_detokenizer_process as run_upstream
+from sglang.utils import TypeBasedDispatcher
+
+from batchllm.srt.io_struct import PlannedBatchOutput
+
+
+class BatchDetokenizerManager(DetokenizerManager):
+    """Decodes each planned request once, when it has finished."""
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        self._request_dispatcher += TypeBasedDispatcher(
+            [(PlannedBatchOutput, self.handle_planned_output)]
+        )
+
+    def handle_planned_output(self, output: PlannedBatchOutput) -> PlannedBatchOutput:
+        """Fill in the texts: what the output adds to the end of the prompt, without what stopped it."""
+        contexts, spans = [], []
+        for context, ids, reason in zip(
+            output.context_ids, output.output_ids, output.finish_reasons, strict=True
+        ):
+            context = list(context)
+            contexts.append(context)
+            spans.append(context + self.trim_matched_stop(list(ids), reason, no_stop_trim=False))
+        spaces = [True] * len(spans)
+        context_texts = self._grouped_batch_decode(contexts, output.skip_special_tokens, spaces)
+        span_texts = self._grouped_batch_decode(spans, output.skip_special_tokens, spaces)
+        output.texts = [
+            self.trim_matched_stop(span[len(context) :], reason, no_stop_trim=False)
+            for context, span, reason in zip(
+                context_texts, span_texts, output.finish_reasons, strict=True
+            )
+        ]
+        return output
+
+
+def run_detokenizer_process(*args: Any, **kwargs: Any) -> None:
+    """Target of the detokenizer process."""
+    run_upstream(*args, **kwargs, detokenizer_manager_class=BatchDetokenizerManager)

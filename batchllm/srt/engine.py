@@ -1,0 +1,275 @@
+"""SGLang's offline engine with our processes, as a `batchllm.offline.runtime.Runtime`.
+
+(Upstream: ``srt/entrypoints/engine.py``.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import psutil
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.load_snapshot import shm_path_for
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+from batchllm.errors import ConfigError, EngineDiedError, EngineError
+from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.request import Completion, SamplingParams, TokenLogprob
+from batchllm.srt import compat
+from batchllm.srt.detokenizer_manager import run_detokenizer_process
+from batchllm.srt.io_struct import (
+    PlannedAbortReqInput,
+    PlannedBatchOutput,
+    PlannedCloseReqInput,
+    PlannedRunReqInput,
+)
+from batchllm.srt.scheduler import run_scheduler_process
+from batchllm.srt.server_args import make_server_args
+from batchllm.srt.tokenizer_manager import init_tokenizer_manager
+
+_STOP_TIMEOUT_S = 30
+
+
+class _PlannedEngine(Engine):
+    """SGLang's engine, started with our three processes and leaving nothing behind."""
+
+    init_tokenizer_manager_func = staticmethod(init_tokenizer_manager)
+    run_scheduler_process_func = staticmethod(run_scheduler_process)
+    run_detokenizer_process_func = staticmethod(run_detokenizer_process)
+
+    def __init__(self, server_args: ServerArgs) -> None:
+        self.socket_dir: str | None = None
+        self._children_before = {child.pid for child in psutil.Process().children()}
+        super().__init__(server_args=server_args)
+
+    def _launch_subprocesses(self, server_args: ServerArgs, **kwargs: Any) -> Any:
+        # Upstream makes socket files in the temporary directory and never removes them.
+        self.socket_dir = tempfile.mkdtemp(prefix="batchllm-")
+        before, tempfile.tempdir = tempfile.tempdir, self.socket_dir
+        try:
+            port_args = PortArgs.init_new(server_args)
+        finally:
+            tempfile.tempdir = before
+        self.port_args = port_args
+        return super()._launch_subprocesses(server_args=server_args, port_args=port_args, **kwargs)
+
+    def shutdown(self) -> None:
+        """End the processes that this engine started, and remove its sockets. Upstream ends *all* children."""
+        if self.socket_dir is None:
+            return
+        manager = self.tokenizer_manager
+        if manager is not None and manager._subprocess_watchdog is not None:
+            manager._subprocess_watchdog.stop()
+        children = [
+            child
+            for child in psutil.Process().children()
+            if child.pid not in self._children_before and "sglang" in _name(child)
+        ]
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=_STOP_TIMEOUT_S)
+        if manager is not None:
+            manager.send_to_scheduler.close(linger=0)
+            manager.recv_from_detokenizer.close(linger=0)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(shm_path_for(self.port_args.instance_id))
+        shutil.rmtree(self.socket_dir, ignore_errors=True)
+        self.socket_dir = None
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.NoSuchProcess:
+        return ""
+
+
+class SrtRuntime:
+    """A running SGLang with our scheduler, cache, tokenizer and detokenizer managers.
+
+    Args:
+        model_path: A Hugging Face model: a directory or a hub name.
+        **server_args: Any of SGLang's server arguments.
+
+    Raises:
+        ConfigError: An argument is wrong or not supported; nothing was started.
+        EngineError: The processes did not come up.
+    """
+
+    def __init__(self, model_path: str, **server_args: Any) -> None:
+        compat.check()
+        args = make_server_args(model_path, **server_args)
+        with _launch_errors():
+            self._engine = _PlannedEngine(args)
+        manager = self._engine.tokenizer_manager
+        init_info = self._engine._scheduler_init_result.scheduler_infos[0]
+        self.loop: asyncio.AbstractEventLoop = self._engine.loop
+        self._manager = manager
+        self._job_ids = count()
+        self._info = RuntimeInfo(
+            model_name=args.served_model_name,
+            context_len=manager.context_len,
+            vocab_size=manager.model_config.vocab_size,
+            kv_capacity_tokens=init_info["max_total_num_tokens"],
+            page_size=args.page_size,
+            random_seed=args.random_seed,
+            has_seeded_sampling=args.sampling_backend != "flashinfer",
+            has_grammar=args.grammar_backend != "none" and not args.skip_tokenizer_init,
+        )
+
+    @property
+    def info(self) -> RuntimeInfo:
+        return self._info
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, or None with ``skip_tokenizer_init``."""
+        return self._manager.tokenizer
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, special tokens added as the model wants them."""
+        return list(self._need_tokenizer()(list(texts))["input_ids"])
+
+    def encode_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
+        """Token ids of conversations, through the chat template, ready for the assistant's turn."""
+        tokenizer = self._need_tokenizer()
+        texts = [
+            tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+            for chat in chats
+        ]
+        # The template has put the special tokens where they belong.
+        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def decode_token(self, token_id: int) -> str:
+        """Text of one token, for log probabilities in OpenAI's format."""
+        return str(self._need_tokenizer().decode([token_id]))
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ConfigError(
+                "--skip-tokenizer-init: text needs a tokenizer; drop the flag or give input_ids"
+            )
+        return self.tokenizer
+
+    def open_job(self) -> int:
+        job_id = next(self._job_ids)
+        self._manager.open_job(job_id)
+        return job_id
+
+    def submit(self, job_id: int, requests: RunRequests) -> None:
+        num_logprobs = [p.top_logprobs if p.logprobs else -1 for p in requests.sampling]
+        index = np.asarray(requests.sampling_index, np.int32)
+        self._manager.send(
+            PlannedRunReqInput(
+                job_id=job_id,
+                run=requests.run,
+                sampling=[_sampling_kwargs(params) for params in requests.sampling],
+                sampling_index=index,
+                seeds=np.asarray(requests.seeds, np.int64),
+                num_logprobs=np.asarray(num_logprobs, np.int32)[index],
+                extra_keys=requests.namespaces
+                and [name or None for name in requests.namespaces],
+            )
+        )
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        output = await self._manager.receive_outputs(job_id)
+        return FinishedRequests(
+            positions=output.positions,
+            completions=_completions(output),
+            num_computed_prompt_tokens=output.counters.num_computed_prompt_tokens,
+            num_retractions=output.counters.num_retractions,
+            peak_kv_tokens=output.counters.peak_kv_tokens,
+        )
+
+    def close_job(self, job_id: int, *, is_complete: bool) -> None:
+        self._manager.close_job(job_id)
+        if not is_complete:
+            self._manager.send(PlannedAbortReqInput(job_id=job_id))
+        self._manager.send(PlannedCloseReqInput(job_id=job_id))
+
+    def shutdown(self) -> None:
+        """End all processes of this runtime. Doing it twice does nothing."""
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        self._engine.shutdown()
+
+
+@contextlib.contextmanager
+def _launch_errors() -> Iterator[None]:
+    """Say what failed instead of killing this process, which is what a failing child makes upstream do."""
+    try:
+        yield
+    except EngineDiedError:
+        raise
+    except (RuntimeError, EOFError) as error:
+        raise EngineError(f"the runtime did not start: {error}") from error
+    finally:
+        # Upstream's launch handler kills the process tree; the running phase installs another.
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+def _sampling_kwargs(params: SamplingParams) -> dict[str, Any]:
+    """As keyword arguments of SGLang's ``SamplingParams``."""
+    return {
+        "max_new_tokens": params.max_new_tokens,
+        "min_new_tokens": params.min_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "frequency_penalty": params.frequency_penalty,
+        "presence_penalty": params.presence_penalty,
+        "repetition_penalty": params.repetition_penalty,
+        "stop": list(params.stop) or None,
+        "stop_token_ids": set(params.stop_token_ids) or None,
+        "ignore_eos": params.ignore_eos,
+        "json_schema": params.json_schema,
+        "regex": params.regex,
+        "skip_special_tokens": params.skip_special_tokens,
+    }
+
+
+def _completions(output: PlannedBatchOutput) -> list[Completion]:
+    texts = output.texts if output.texts is not None else [""] * len(output.positions)
+    completions = []
+    for i, reason in enumerate(output.finish_reasons):
+        completions.append(
+            Completion(
+                index=0,
+                text=texts[i],
+                output_ids=output.output_ids[i],
+                finish_reason=reason["type"],
+                prompt_tokens=output.prompt_tokens[i],
+                cached_tokens=output.cached_tokens[i],
+                matched_stop=reason.get("matched"),
+                logprobs=_token_logprobs(output.logprobs[i], output.output_ids[i]),
+                error=reason.get("message"),
+            )
+        )
+    return completions
+
+
+def _token_logprobs(logprobs: Any, output_ids: Sequence[int]) -> tuple[TokenLogprob, ...] | None:
+    if logprobs is None:
+        return None
+    return tuple(
+        TokenLogprob(
+            token_id=token_id,
+            logprob=logprob,
+            top=tuple(zip(top_ids, top_logprobs, strict=True)),
+        )
+        for token_id, (logprob, top_logprobs, top_ids) in zip(output_ids, logprobs, strict=True)
+    )
+

@@ -1,0 +1,94 @@
+"""Messages of a planned batch between the processes, in bulk. (SGLang's own: ``srt/managers/io_struct.py``.)
+
+They travel by pickle, SGLang's default for this wire.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.io_struct import BaseReq
+
+
+class PlannedRunReqInput(BaseReq):
+    """Driver to scheduler: the next requests of a job, in plan order.
+
+    Attributes:
+        job_id: Number of the job; later jobs have larger numbers.
+        run: A `batchllm.planner.run.PlannedRun`.
+        sampling: Distinct sampling parameters of the run, as keyword arguments of SGLang's ``SamplingParams``.
+        sampling_index: Which of ``sampling`` each request uses.
+        seeds: Sampling seed of each request.
+        num_logprobs: -1 for no log probabilities, else how many alternatives beside the chosen token.
+        extra_keys: Cache namespace of each request, or None where all are in the default one.
+    """
+
+    job_id: int
+    run: Any
+    sampling: list[dict[str, Any]]
+    sampling_index: Any
+    seeds: Any
+    num_logprobs: Any
+    extra_keys: list[str | None] | None = None
+
+
+class PlannedAbortReqInput(BaseReq):
+    """Driver to scheduler: drop what is left of a job.
+
+    Attributes:
+        job_id: The job.
+        positions: Plan positions to drop; None means all. Each is answered as aborted.
+    """
+
+    job_id: int
+    positions: list[int] | None = None
+
+
+class PlannedCloseReqInput(BaseReq):
+    """Driver to scheduler: every request of the job has been answered; forget it."""
+
+    job_id: int
+
+
+class JobCounters(BaseReq):
+    """What a job has cost so far, counted where it happens.
+
+    Attributes:
+        num_computed_prompt_tokens: Prompt tokens that went through a forward pass.
+        num_retractions: Requests that lost their KV and had to start again.
+        peak_kv_tokens: Most KV slots in use at the start of any step.
+    """
+
+    num_computed_prompt_tokens: int = 0
+    num_retractions: int = 0
+    peak_kv_tokens: int = 0
+
+
+class PlannedBatchOutput(BaseReq):
+    """Scheduler to detokenizer to driver: requests that have finished, column by column.
+
+    Attributes:
+        job_id: The job.
+        positions: Plan positions.
+        output_ids: Generated token ids of each, a matched stop token included.
+        context_ids: Last prompt tokens of each: what the text continues.
+        finish_reasons: ``to_json()`` of SGLang's finish reason of each.
+        prompt_tokens: Prompt length of each.
+        cached_tokens: Prompt tokens of each read from the cache.
+        skip_special_tokens: Of each.
+        logprobs: None, or per request ``(logprob, top_logprobs, top_ids)`` of every generated token.
+        counters: The job's counters after these.
+        texts: Filled in by the detokenizer.
+    """
+
+    job_id: int
+    positions: list[int]
+    output_ids: list[Any]
+    context_ids: list[Any]
+    finish_reasons: list[dict[str, Any]]
+    prompt_tokens: list[int]
+    cached_tokens: list[int]
+    skip_special_tokens: list[bool]
+    logprobs: list[Any]
+    counters: JobCounters
+    texts: list[str] | None = None

@@ -1,0 +1,71 @@
+"""SGLang on any x86 or Arm CPU, without ``sgl_kernel``.
+
+SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) needs a CPU build of ``sgl_kernel`` that PyPI does not have. An
+out-of-tree platform (entry point group ``sglang.srt.platforms``) needs nothing but torch: native operators, the
+``torch_native`` attention backend, plain KV pools.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+
+def activate() -> str | None:
+    """Entry point: the platform's qualified name, or None where an accelerator is present.
+
+    SGLang asks every installed platform; answering on a GPU machine would take the GPU away from it.
+    """
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    set_openmp_defaults()
+    return f"{CpuPlatform.__module__}.{CpuPlatform.__qualname__}"
+
+
+def set_openmp_defaults() -> None:
+    """Let idle OpenMP threads sleep instead of spin, unless the user has chosen otherwise.
+
+    libgomp spins by default: beside a tokenizer and a detokenizer process on the same cores that makes two threads
+    about ten times slower than one. Must run before the process that computes starts, since libgomp reads it once.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """CPU as an out-of-tree platform."""
+
+    _enum = PlatformEnum.OOT
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        # SGLang has set intel_amx by now where the user named no backend; it needs sgl_kernel.
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = "torch_native"
+        # Streams are dummies on CPU: overlap buys nothing and computes one token too many per request.
+        server_args.disable_overlap_schedule = True
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_mla_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+        return MLATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        from batchllm.srt.allocator import CpuTokenAllocator
+
+        return CpuTokenAllocator
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"

@@ -1,0 +1,199 @@
+"""SGLang's radix cache with planned prefixes pinned in it. (Upstream: ``srt/mem_cache/radix_cache.py``.)
+
+The `PinLedger` says who still needs a planned prefix; this class holds its KV. A pin is one extra ``inc_lock_ref``, so
+SGLang's own accounting (and its strict memory checks) sees pinned KV as protected. A planned request owns its slots
+like this, in ``req_to_token[slot]``::
+
+    0 ........................ cache_protected_len .................. kv_allocated_len
+    [ planned prefixes: the tree's, pinned )[ private prompt and output: the request's )
+
+The private part is freed when the request finishes and never becomes a leaf of the tree. Requests outside any plan
+are SGLang's as ever: their KV is kept and evicted by LRU, and nothing pinned is evicted for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext, registered_radix_cache_backends
+
+from batchllm.errors import ConfigError
+from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger, PrefixState
+from batchllm.scheduler.admission import reusable_len
+from batchllm.srt.schedule_batch import PlannedReq
+
+BACKEND_NAME = "batchllm"
+
+
+def create(ctx: TreeCacheBuildContext) -> PlannedRadixCache:
+    """Factory for ``--radix-cache-backend batchllm``.
+
+    Raises:
+        ConfigError: The model or a flag needs a cache that plans cannot pin in.
+    """
+    if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
+        raise ConfigError(
+            f"{ctx.server_args.model_path}: models with sliding-window or state-space layers are not supported "
+            "by --radix-cache-backend batchllm; run them with `python -m sglang.launch_server`"
+        )
+    if ctx.disable_radix_cache:
+        raise ConfigError("--disable-radix-cache: a planned cache cannot be switched off; drop the flag")
+    return PlannedRadixCache(ctx.params)
+
+
+def register() -> None:
+    """Make ``--radix-cache-backend batchllm`` known to SGLang in this process. Does nothing the second time."""
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+
+    if BACKEND_NAME not in registered_radix_cache_backends():
+        register_radix_cache_backend(BACKEND_NAME, create)
+
+
+class _Pin:
+    """A resident planned prefix: its node in the tree, and its slots from the start of the prompt."""
+
+    __slots__ = ("indices", "node")
+
+    def __init__(self, node: TreeNode, indices: torch.Tensor) -> None:
+        self.node = node
+        self.indices = indices
+
+
+class PlannedRadixCache(RadixCache):
+    """Radix cache that computes each planned prefix once and keeps it until its last consumer has finished."""
+
+    def __init__(self, params: Any) -> None:
+        self.ledger = PinLedger()
+        self._pins: dict[int, _Pin] = {}
+        super().__init__(params)
+
+    def reset(self) -> None:
+        super().reset()
+        self.ledger.clear()
+        self._pins.clear()
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """A planned follower gets its prefix without a walk of the tree; everyone else is matched as ever."""
+        req = params.req
+        if not isinstance(req, PlannedReq) or req.prefix_id == NO_PREFIX:
+            return super().match_prefix(params)
+        found = self.ledger.lookup(req.prefix_id)
+        if found.missing_ids:
+            return super().match_prefix(params)
+        cached_len = reusable_len(found.resident_len, req.prefill_len, self.page_size)
+        # Locking the root is a no-op: the pin holds the prefix until this very request has finished.
+        return MatchResult(
+            device_indices=self._pins[found.resident_id].indices[:cached_len],
+            last_device_node=self.root_node,
+            last_host_node=self.root_node,
+            best_match_node=self.root_node,
+        )
+
+    def lead(self, req: PlannedReq, prefix_ids: tuple[int, ...]) -> None:
+        """``req`` has been admitted and computes these prefixes, outermost first."""
+        for prefix_id in prefix_ids:
+            self.ledger.start_computing(prefix_id)
+        req.led_prefix_ids = list(prefix_ids)
+
+    def insert_led_prefixes(self, req: PlannedReq) -> None:
+        """Pin the prefixes that ``req`` leads and whose last token the coming step computes.
+
+        The slots are allocated and the forward pass that fills them is launched before any that reads them, so
+        followers may match them from the next step on, before this one's result is known.
+        """
+        while req.led_prefix_ids:
+            prefix_id = req.led_prefix_ids[0]
+            end_len = self.ledger.end_len(prefix_id)
+            if end_len > req.extend_range.end:
+                return
+            self._pin(req, prefix_id, end_len)
+            del req.led_prefix_ids[0]
+
+    def _pin(self, req: PlannedReq, prefix_id: int, end_len: int) -> None:
+        row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
+        key = RadixKey(req.origin_input_ids[:end_len], req.extra_key)
+        indices = row[:end_len].to(dtype=torch.int64, copy=True)
+        result = self.insert(InsertParams(key=key, value=indices))
+        protected_len = req.cache_protected_len
+        if result.prefix_len > protected_len:
+            # Someone else (another job) has put the same tokens there since this request was matched: read those.
+            self.token_to_kv_pool_allocator.free_segment(
+                indices[protected_len : result.prefix_len], start_pos=protected_len
+            )
+            indices = super().match_prefix(MatchPrefixParams(key=key)).device_indices
+            self.req_to_token_pool.write(
+                (req.req_pool_idx, slice(protected_len, end_len)), indices[protected_len:]
+            )
+        self.inc_lock_ref(result.last_device_node)
+        self._pins[prefix_id] = _Pin(result.last_device_node, indices)
+        req.cache_protected_len = max(protected_len, end_len)
+        self.ledger.mark_resident(prefix_id)
+
+    def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
+        """A planned request's private KV stays its own; a prompt in pieces goes on after the last one."""
+        if not isinstance(req, PlannedReq):
+            super().cache_unfinished_req(req, chunked=chunked)
+        elif chunked:
+            row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
+            req.prefix_indices = row[: req.extend_range.end].to(dtype=torch.int64, copy=True)
+
+    def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        """Free a planned request's private KV; if it has finished, also what nobody needs any more.
+
+        SGLang calls this for a retracted request too: that one keeps its claim on its prefixes.
+        """
+        if not isinstance(req, PlannedReq):
+            super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
+            return
+        private = self.req_to_token_pool.req_to_token[
+            req.req_pool_idx, req.cache_protected_len : kv_len_to_handle
+        ]
+        # The row is reused by the next request while a free group may still hold this.
+        self.token_to_kv_pool_allocator.free_segment(
+            private.to(dtype=torch.int64, copy=True), start_pos=req.cache_protected_len
+        )
+        self.dec_lock_ref(req.last_node)
+        for prefix_id in req.led_prefix_ids:
+            self.ledger.abandon(prefix_id)
+        req.led_prefix_ids = []
+        if req.finished():
+            self.count_off(req)
+
+    def count_off(self, req: PlannedReq) -> None:
+        """``req`` needs its prefixes no more: release those that it was the last to need."""
+        if req.is_counted_off:
+            return
+        req.is_counted_off = True
+        for prefix_id in self.ledger.finish_consumer(req.prefix_id):
+            node = self._pins.pop(prefix_id).node
+            self.dec_lock_ref(node)
+            self._free_upward(node)
+
+    def _free_upward(self, node: TreeNode) -> None:
+        """Free ``node`` and then its ancestors, as far as nothing locks or continues them."""
+        while node is not self.root_node and node.lock_ref == 0 and not node.children:
+            parent = node.parent
+            self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
+            self._delete_leaf(node)
+            self._record_remove_event(node)
+            node = parent
+
+    def check_integrity(self) -> None:
+        """State every invariant of ledger and pins; dear, for tests and debugging.
+
+        Raises:
+            AssertionError: Naming the prefix that breaks one.
+        """
+        self.ledger.check_integrity()
+        for prefix_id, pin in self._pins.items():
+            assert self.ledger.state(prefix_id) is PrefixState.RESIDENT, f"prefix {prefix_id} pinned in vain"
+            assert len(pin.indices) == self.ledger.end_len(prefix_id), f"prefix {prefix_id} has wrong slots"
+            node, num_tokens = pin.node, 0
+            assert node.lock_ref > 0, f"prefix {prefix_id} is not locked"
+            while node is not self.root_node:
+                num_tokens += len(node.key)
+                node = node.parent
+            assert num_tokens == len(pin.indices), f"prefix {prefix_id} ends elsewhere in the tree"

@@ -1,0 +1,71 @@
+"""A request of a plan, as SGLang's scheduler sees it."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req
+
+
+class PlannedReq(Req):
+    """SGLang's ``Req``, plus its place in the plan. It is a `batchllm.scheduler.view.WaitingRequest`.
+
+    Attributes:
+        job_id: The job.
+        position: Position in the job's plan.
+        prefix_id: Deepest planned prefix that it consumes (a ledger number), or ``NO_PREFIX``.
+        total_len: Most KV slots that it will ever occupy.
+        led_prefix_ids: Prefixes that it computes and that are not complete yet, outermost first.
+        is_ready: False while its grammar is being compiled.
+        is_counted_off: True once the ledger knows that it needs its prefix no more.
+        seed: Sampling seed.
+    """
+
+    def __init__(
+        self,
+        *,
+        job_id: int,
+        position: int,
+        prefix_id: int,
+        total_len: int,
+        seed: int,
+        input_ids: array[int],
+        sampling_params: Any,
+        num_logprobs: int,
+        eos_token_ids: set[int] | None,
+        vocab_size: int,
+        extra_key: str | None,
+    ) -> None:
+        super().__init__(
+            rid=f"{job_id}:{position}",
+            origin_input_text="",
+            origin_input_ids=input_ids,
+            sampling_params=sampling_params,
+            return_logprob=num_logprobs >= 0,
+            top_logprobs_num=max(num_logprobs, 0),
+            eos_token_ids=eos_token_ids,
+            vocab_size=vocab_size,
+            extra_key=extra_key,
+        )
+        # Log probabilities of the output only: those of the prompt would undo the sharing.
+        self.logprob_start_len = len(input_ids) if num_logprobs >= 0 else -1
+        self.job_id = job_id
+        self.position = position
+        self.prefix_id = prefix_id
+        self.total_len = total_len
+        self.seed = seed
+        self.led_prefix_ids: list[int] = []
+        self.is_ready = True
+        self.is_counted_off = False
+        self.num_prompt_tokens = len(input_ids)
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens it must have KV for before it decodes."""
+        return len(self.origin_input_ids) + len(self.output_ids)
+
+    @property
+    def plan_order(self) -> tuple[int, int]:
+        """Sort key: earlier jobs first, then plan order."""
+        return self.job_id, self.position

@@ -1,0 +1,36 @@
+"""SGLang's ``PrefillAdder``, told to trust the plan. (Upstream: ``srt/managers/schedule_policy.py``.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+from batchllm.srt.schedule_batch import PlannedReq
+
+
+class PlannedPrefillAdder(PrefillAdder):
+    """Adds planned requests without guessing at memory: `PlannedPolicy` has set theirs aside already."""
+
+    def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
+        if not isinstance(req, PlannedReq):
+            return super().add_one_req(req, has_chunked_req, truncation_align_size)
+        cached_len = len(req.prefix_indices)
+        num_tokens = len(req.full_untruncated_fill_ids) - cached_len
+        # A prompt may be cut, but only one may be in pieces; without chunking the first is taken whatever its length.
+        if self.rem_chunk_tokens is not None:
+            if num_tokens > self.rem_chunk_tokens:
+                num_tokens = self.rem_chunk_tokens // self.page_size * self.page_size
+                if num_tokens <= 0 or has_chunked_req or self.new_chunked_req is not None:
+                    return AddReqResult.OTHER
+                self.new_chunked_req = req
+        elif self.can_run_list and num_tokens > self.rem_input_tokens:
+            return AddReqResult.OTHER
+        req.set_extend_range(cached_len, cached_len + num_tokens)
+        self._req_inc_lock_ref(req)
+        self.can_run_list.append(req)
+        self._update_prefill_budget(cached_len, num_tokens, 0, req.retracted_stain)
+        is_full = self.rem_input_tokens <= 0 or (
+            self.rem_chunk_tokens is not None and self.rem_chunk_tokens <= 0
+        )
+        return AddReqResult.OTHER if is_full else AddReqResult.CONTINUE

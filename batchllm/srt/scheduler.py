@@ -1,0 +1,372 @@
+"""SGLang's scheduler, running plans. (Upstream: ``srt/managers/scheduler.py``.)
+
+Planned requests wait in a window of their own, in plan order; SGLang's ``waiting_queue`` keeps the requests outside
+any plan. Each step, `PlannedPolicy` looks at the live state and names the planned requests to start; they are put
+behind the live ones for SGLang's own prefill pass, and what it took is settled with the cache afterwards.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import logging
+from array import array
+from typing import Any
+
+import numpy as np
+import sglang.srt.managers.scheduler as upstream
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.utils import TypeBasedDispatcher
+
+from batchllm.prefix_cache.pin_ledger import NO_PREFIX
+from batchllm.scheduler import Decision, PlannedPolicy, SchedulerView
+from batchllm.scheduler.admission import page_ceil
+from batchllm.srt import compat, sampling
+from batchllm.srt.io_struct import (
+    JobCounters,
+    PlannedAbortReqInput,
+    PlannedCloseReqInput,
+    PlannedRunReqInput,
+)
+from batchllm.srt.output_streamer import BatchOutputStreamer
+from batchllm.srt.radix_cache import PlannedRadixCache
+from batchllm.srt.schedule_batch import PlannedReq
+from batchllm.srt.schedule_policy import PlannedPrefillAdder
+
+logger = logging.getLogger(__name__)
+
+# Ledger numbers are the job's in the upper and the plan's in the lower bits: unique without a table.
+_PREFIX_BITS = 40
+
+
+class BatchScheduler(Scheduler):
+    """SGLang's scheduler with a window of planned requests beside the queue of live ones."""
+
+    tree_cache: PlannedRadixCache
+
+    def init_running_status(self) -> None:
+        super().init_running_status()
+        self.planned_window: list[PlannedReq] = []
+        self.planned_policy = PlannedPolicy()
+        self.planned_counters: dict[int, JobCounters] = {}
+        self.unfinished_planned: dict[tuple[int, int], PlannedReq] = {}
+        # Nothing that a decision depends on has changed since the last one admitted nothing.
+        self._is_settled = False
+        self._any_finished = False
+        self._prefix_tokens: dict[int, array[int]] = {}
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        self._request_dispatcher += TypeBasedDispatcher(
+            [
+                (PlannedRunReqInput, self.handle_planned_run),
+                (PlannedAbortReqInput, self.handle_planned_abort),
+                (PlannedCloseReqInput, self.handle_planned_close),
+            ]
+        )
+
+    def init_output_streamer(self) -> None:
+        self.output_streamer = BatchOutputStreamer(
+            send_to_detokenizer=self.ipc_channels.send_to_detokenizer,
+            tree_cache=self.tree_cache,
+            ps=self.ps,
+            server_args=self.server_args,
+            is_generation=self.is_generation,
+            spec_algorithm=self.spec_algorithm,
+            disaggregation_mode=self.disaggregation_mode,
+            enable_hicache_storage=lambda: self.enable_hicache_storage,
+            rust_server=self.rust_server,
+            finish_planned=self._finish_planned,
+        )
+
+    # What comes in
+
+    def handle_planned_run(self, message: PlannedRunReqInput) -> None:
+        """Take the next requests of a job into the window."""
+        job_id, run = message.job_id, message.run
+        self.planned_counters.setdefault(job_id, JobCounters())
+        ledger = self.tree_cache.ledger
+        self._prefix_tokens = {i: ids for i, ids in self._prefix_tokens.items() if i in ledger}
+        self._add_prefixes(job_id, run)
+        params = [self._sampling_params(kwargs) for kwargs in message.sampling]
+        private = run.private_tokens.astype(np.int64)
+        ends = np.cumsum(run.private_len).tolist()
+        start = 0
+        for i, end in enumerate(ends):
+            prefix_id = self._prefix_id(job_id, int(run.request_prefix[i]))
+            input_ids = array("q", self._prefix_tokens.get(prefix_id, b""))
+            input_ids.frombytes(private[start:end].tobytes())
+            start = end
+            max_new_len = int(run.request_max_new_len[i])
+            sampling_params = params[message.sampling_index[i]]
+            if sampling_params.max_new_tokens != max_new_len:
+                sampling_params = _with_max_new_tokens(sampling_params, max_new_len)
+            req = PlannedReq(
+                job_id=job_id,
+                position=run.first_position + i,
+                prefix_id=prefix_id,
+                total_len=len(input_ids) + max_new_len,
+                seed=int(message.seeds[i]),
+                input_ids=input_ids,
+                sampling_params=sampling_params,
+                num_logprobs=int(message.num_logprobs[i]),
+                eos_token_ids=self.model_config.hf_eos_token_id,
+                vocab_size=self.model_config.vocab_size,
+                extra_key=None if message.extra_keys is None else message.extra_keys[i],
+            )
+            req.tokenizer = self.tokenizer
+            self._take_in(req)
+        self._is_settled = False
+
+    def _add_prefixes(self, job_id: int, run: Any) -> None:
+        tokens = run.prefix_tokens.astype(np.int64)
+        start = 0
+        for i, end_len in enumerate(run.prefix_end_len.tolist()):
+            prefix_id = self._prefix_id(job_id, run.first_prefix + i)
+            parent_id = self._prefix_id(job_id, int(run.prefix_parent[i]))
+            start_len = int(run.prefix_start_len[i])
+            self.tree_cache.ledger.add(
+                prefix_id,
+                parent_id=parent_id,
+                start_len=start_len,
+                end_len=end_len,
+                num_consumers=int(run.prefix_num_consumers[i]),
+                longest_consumer_len=int(run.prefix_longest_consumer_len[i]),
+            )
+            end = start + end_len - start_len
+            path = array("q", self._prefix_tokens.get(parent_id, b""))
+            path.frombytes(tokens[start:end].tobytes())
+            self._prefix_tokens[prefix_id] = path
+            start = end
+
+    @staticmethod
+    def _prefix_id(job_id: int, plan_prefix: int) -> int:
+        return NO_PREFIX if plan_prefix < 0 else (job_id << _PREFIX_BITS) + plan_prefix
+
+    def _sampling_params(self, kwargs: dict[str, Any]) -> SamplingParams:
+        params = SamplingParams(**kwargs)
+        params.normalize(self.tokenizer)
+        params.verify(self.model_config.vocab_size)
+        return params
+
+    def _take_in(self, req: PlannedReq) -> None:
+        self.unfinished_planned[req.job_id, req.position] = req
+        req.is_ready = not self.grammar_manager.process_req_with_grammar(req)
+        if req.to_finish is not None:
+            self._abort_waiting(req)
+        else:
+            bisect.insort(self.planned_window, req, key=_plan_order)
+
+    def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
+        """Drop what is left of a job, or some positions of it."""
+        positions = None if message.positions is None else set(message.positions)
+        reqs = [
+            req
+            for (job_id, position), req in self.unfinished_planned.items()
+            if job_id == message.job_id and (positions is None or position in positions)
+        ]
+        for req in reqs:
+            self._abort_planned(req)
+
+    def handle_planned_close(self, message: PlannedCloseReqInput) -> None:
+        """Forget a job; every request of it has been answered."""
+        self.planned_counters.pop(message.job_id, None)
+
+    def _abort_planned(self, req: PlannedReq) -> None:
+        if req is self.chunked_req:
+            self._pending_chunked_abort_req = req
+        elif req.req_pool_idx is not None:
+            req.to_finish = FINISH_ABORT()  # taken up when its running step is done
+        elif req.finished_reason is None:
+            self.planned_window = [other for other in self.planned_window if other is not req]
+            req.to_finish = FINISH_ABORT()
+            self._abort_waiting(req)
+
+    def _abort_waiting(self, req: PlannedReq) -> None:
+        """Finish a request that holds no KV, without running it."""
+        req.finished_reason, req.to_finish = req.to_finish, None
+        self.tree_cache.count_off(req)
+        self.output_streamer.send_finished([req])
+
+    def abort_request(self, recv_req: AbortReq) -> None:
+        super().abort_request(recv_req)
+        if recv_req.abort_all:
+            for req in list(self.unfinished_planned.values()):
+                self._abort_planned(req)
+
+    def process_pending_chunked_abort(self) -> None:
+        req = self._pending_chunked_abort_req
+        super().process_pending_chunked_abort()
+        if isinstance(req, PlannedReq) and req.finished() and not req.finished_output:
+            self.output_streamer.send_finished([req])
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        """Every request enters a queue here: new, with its grammar compiled, or retracted."""
+        if not isinstance(req, PlannedReq):
+            super()._add_request_to_queue(req, is_retracted)
+            return
+        self._is_settled = False
+        if is_retracted:
+            self._counters(req).num_retractions += 1
+            bisect.insort(self.planned_window, req, key=_plan_order)
+        elif req.to_finish is not None:  # its grammar does not compile
+            self.planned_window = [other for other in self.planned_window if other is not req]
+            self._abort_waiting(req)
+        else:
+            req.is_ready = True
+
+    # What runs next
+
+    def get_new_batch_prefill(self, running_batch: Any) -> NextBatchPlan:
+        if self.grammar_manager.has_waiting_grammars():
+            for req in self.grammar_manager.get_ready_grammar_requests():
+                self._add_request_to_queue(req)
+        if self._any_finished:
+            # SGLang drops the finished ones after this; a decision must not count their memory.
+            self._any_finished = False
+            running_batch.filter_batch()
+        decision = self._decide(running_batch)
+        if not decision.admissions and not self.waiting_queue and self.chunked_req is None:
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        if decision.admissions:
+            running_batch.batch_is_full = False
+        self.waiting_queue = self.waiting_queue + [a.request for a in decision.admissions]
+        plan = super().get_new_batch_prefill(running_batch)
+        self.waiting_queue = [req for req in self.waiting_queue if not isinstance(req, PlannedReq)]
+        self._settle(decision, plan.batch_to_run)
+        return plan
+
+    def _decide(self, running_batch: Any) -> Decision:
+        # A live request that found no room goes first when some is free again.
+        if not self.planned_window or self._is_settled or (self.waiting_queue and running_batch.batch_is_full):
+            return Decision()
+        decision = self.planned_policy.decide(self._view(running_batch))
+        self._is_settled = not decision.admissions
+        return decision
+
+    def _view(self, running_batch: Any) -> SchedulerView:
+        num_step_tokens = self.max_prefill_tokens
+        if self.chunked_prefill_size is not None:
+            num_step_tokens = min(num_step_tokens, self.chunked_prefill_size)
+        if self.is_mixed_chunk:
+            num_step_tokens -= len(running_batch.reqs)
+        growth = sum(map(self._growth, running_batch.reqs))
+        num_free_slots = self.get_num_allocatable_reqs(len(running_batch.reqs))
+        if self.chunked_req is not None:
+            growth += self._growth(self.chunked_req)
+            num_step_tokens -= self.chunked_req.seqlen - len(self.chunked_req.prefix_indices)
+            num_free_slots -= 1
+        return SchedulerView(
+            waiting=self.planned_window,
+            ledger=self.tree_cache.ledger,
+            kv_capacity_tokens=self.max_total_num_tokens,
+            kv_free_tokens=self._num_free_kv_tokens(),
+            kv_growth_tokens=growth,
+            num_free_slots=num_free_slots,
+            num_step_tokens=num_step_tokens,
+            can_chunk=self.chunked_prefill_size is not None and self.chunked_req is None,
+            page_size=self.page_size,
+        )
+
+    def _num_free_kv_tokens(self) -> int:
+        return int(self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size())
+
+    def _growth(self, req: Any) -> int:
+        """KV slots that an admitted request may still ask for."""
+        allocated = page_ceil(0 if req.kv is None else req.kv.kv_allocated_len, self.page_size)
+        if isinstance(req, PlannedReq):
+            total_len = req.total_len
+        else:
+            total_len = len(req.origin_input_ids) + req.sampling_params.max_new_tokens
+        # With overlap a request that has ended still runs one more step.
+        return max(page_ceil(total_len + self.enable_overlap, self.page_size) - allocated, 0)
+
+    def _settle(self, decision: Decision, batch: Any) -> None:
+        """Tell the cache what the prefill pass has taken, and pin the prefixes that its step completes."""
+        is_any_admitted = False
+        for admission in decision.admissions:
+            req = admission.request
+            if req.req_pool_idx is not None:  # else there was no room left in this step
+                is_any_admitted = True
+                self.tree_cache.lead(req, admission.led_prefix_ids)
+        if is_any_admitted:
+            self.planned_window = [req for req in self.planned_window if req.req_pool_idx is None]
+        for req in batch.reqs if batch is not None else ():
+            if isinstance(req, PlannedReq) and req.led_prefix_ids:
+                self.tree_cache.insert_led_prefixes(req)
+                self._is_settled = False
+
+    def update_running_batch(self, batch: Any) -> Any:
+        before = batch.reqs
+        batch = super().update_running_batch(batch)
+        if len(batch.reqs) < len(before):
+            for req in before:
+                # SGLang gives up on a request that does not fit even alone; its answer is ours to send.
+                if isinstance(req, PlannedReq) and req.to_finish is not None and req.req_pool_idx is None:
+                    self._abort_waiting(req)
+        return batch
+
+    # What is counted, where it happens
+
+    def run_batch(self, batch: Any, pp_proxy_tensors: Any = None) -> Any:
+        if self.unfinished_planned:
+            self._count(batch)
+        return super().run_batch(batch, pp_proxy_tensors)
+
+    def _count(self, batch: Any) -> None:
+        num_used = self.max_total_num_tokens - self._num_free_kv_tokens()
+        for counters in self.planned_counters.values():
+            counters.peak_kv_tokens = max(counters.peak_kv_tokens, num_used)
+        if not batch.forward_mode.is_extend():
+            return
+        for req, cached_len, num_tokens in zip(
+            batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
+        ):
+            # Not the generated tokens: those of decoding rows of a mixed step, or of a retracted request.
+            if isinstance(req, PlannedReq) and cached_len < req.num_prompt_tokens:
+                num_tokens = min(cached_len + num_tokens, req.num_prompt_tokens) - cached_len
+                self._counters(req).num_computed_prompt_tokens += num_tokens
+
+    def _finish_planned(self, req: PlannedReq) -> JobCounters:
+        del self.unfinished_planned[req.job_id, req.position]
+        self._is_settled = False
+        self._any_finished = True
+        return self._counters(req)
+
+    def _counters(self, req: PlannedReq) -> JobCounters:
+        # A job may be closed while the last of its aborted requests still runs.
+        return self.planned_counters.get(req.job_id) or JobCounters()
+
+    def is_fully_idle(self, for_health_check: bool = False) -> bool:
+        return not self.unfinished_planned and super().is_fully_idle(for_health_check)
+
+
+def _plan_order(req: PlannedReq) -> tuple[int, int]:
+    return req.plan_order
+
+
+def _with_max_new_tokens(params: SamplingParams, max_new_tokens: int) -> SamplingParams:
+    params = copy.copy(params)
+    params.max_new_tokens = max_new_tokens
+    params.min_new_tokens = min(params.min_new_tokens, max_new_tokens)
+    return params
+
+
+def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
+    """Target of the scheduler process: install our parts, then run SGLang's own function."""
+    install()
+    upstream.run_scheduler_process(*args, **kwargs)
+
+
+def install() -> None:
+    """Put our parts where SGLang's scheduler process looks for them, and verify the ground they stand on."""
+    from batchllm.srt import radix_cache
+
+    compat.check()
+    radix_cache.register()
+    sampling.install()
+    upstream.Scheduler = BatchScheduler
+    upstream.PrefillAdder = PlannedPrefillAdder

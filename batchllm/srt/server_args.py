@@ -1,0 +1,120 @@
+"""SGLang's server arguments with our defaults, and the features that plans do not support yet.
+
+(Upstream: ``srt/server_args.py``.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+from typing import Any
+
+import torch
+from sglang.srt.server_args import ServerArgs
+
+from batchllm.errors import ConfigError
+from batchllm.srt import radix_cache
+
+_CPU_KV_TOKENS = 131_072
+"""KV pool on CPU unless ``--max-total-tokens`` says otherwise: SGLang would take most of the machine's memory."""
+
+# Argument, the value that is fine, what to call it.
+_UNSUPPORTED = (
+    ("pp_size", 1, "pipeline parallelism"),
+    ("dp_size", 1, "data parallelism inside one engine"),
+    ("enable_dp_attention", False, "data-parallel attention"),
+    ("speculative_algorithm", None, "speculative decoding"),
+    ("enable_hierarchical_cache", False, "the hierarchical cache"),
+    ("enable_lmcache", False, "LMCache"),
+    ("enable_flexkv", False, "FlexKV"),
+    ("disaggregation_mode", "null", "prefill/decode disaggregation"),
+    ("enable_streaming_session", False, "streaming sessions"),
+    ("enable_session_radix_cache", False, "session caches"),
+    ("tokenizer_worker_num", 1, "several tokenizer processes"),
+    ("detokenizer_worker_num", 1, "several detokenizer processes"),
+    ("disable_radix_cache", False, "running without a prefix cache"),
+    ("use_ray", False, "SGLang on Ray"),
+    ("enable_pdmux", False, "prefill/decode multiplexing"),
+    ("is_embedding", False, "embedding models"),
+    ("dllm_algorithm", None, "diffusion language models"),
+)
+
+
+def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
+    """SGLang's arguments for a planned engine.
+
+    Raises:
+        ConfigError: An argument is unknown, wrong, or asks for what plans do not support.
+    """
+    known = {field.name for field in dataclasses.fields(ServerArgs) if field.init}
+    for name in server_args:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {_flag(close[0])}?" if close else ""
+            raise ConfigError(f"{_flag(name)}: SGLang has no such server argument{hint}")
+    _check_supported(server_args)
+    _check_environment()
+    radix_cache.register()
+    try:
+        return ServerArgs(**(_defaults() | server_args | {"model_path": model_path}))
+    except (OSError, ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"-m {model_path}: {error}") from error
+
+
+def parse_server_flags(flags: list[str]) -> dict[str, Any]:
+    """SGLang's command line flags as server arguments; only those given.
+
+    Raises:
+        ConfigError: A flag is unknown or its value is wrong.
+    """
+    parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.required = False
+    fields = {field.name for field in dataclasses.fields(ServerArgs) if field.init}
+    values = vars(parser.parse_args(flags))
+    renamed = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
+    values = {renamed.get(name, name): value for name, value in values.items()}
+    return {name: value for name, value in values.items() if name in fields}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message} (every flag of `python -m sglang.launch_server --help` is taken)")
+
+
+def _defaults() -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "log_level": "error",
+        "radix_cache_backend": radix_cache.BACKEND_NAME,
+        # FlashInfer's sampling kernels take no seed per request.
+        "sampling_backend": "pytorch",
+    }
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        defaults |= {"device": "cpu", "max_total_tokens": _CPU_KV_TOKENS}
+    return defaults
+
+
+def _check_supported(server_args: dict[str, Any]) -> None:
+    for name, fine, what in _UNSUPPORTED:
+        if name in server_args and server_args[name] != fine:
+            raise ConfigError(
+                f"{_flag(name)} {server_args[name]}: {what} is not supported with plans; drop the flag"
+            )
+    backend = server_args.get("radix_cache_backend", radix_cache.BACKEND_NAME)
+    if backend != radix_cache.BACKEND_NAME:
+        raise ConfigError(f"--radix-cache-backend {backend}: plans need {radix_cache.BACKEND_NAME}")
+
+
+def _check_environment() -> None:
+    for name, fine in (("SGLANG_RUST_SERVER", "0"), ("SGLANG_USE_PICKLE_IPC", "1")):
+        value = os.environ.get(name, fine)
+        if value.lower() not in (fine, {"0": "false", "1": "true"}[fine]):
+            raise ConfigError(f"{name}={value} in the environment is not supported with plans; unset it")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

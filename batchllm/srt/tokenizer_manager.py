@@ -1,0 +1,80 @@
+"""SGLang's tokenizer manager, with a way past its per-request machinery. (Upstream: ``srt/managers/tokenizer_manager.py``.)
+
+A planned request has no ``ReqState``, no event and no task here: runs go out in bulk, outputs come back in bulk and
+are handed to the job that asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
+from sglang.srt.managers.tokenizer_manager import SignalHandler, TokenizerManager
+from sglang.utils import TypeBasedDispatcher
+
+from batchllm.errors import EngineDiedError
+from batchllm.srt.io_struct import PlannedBatchOutput
+
+
+class BatchTokenizerManager(TokenizerManager):
+    """Carries planned batches beside SGLang's own requests."""
+
+    def init_running_status(self) -> None:
+        super().init_running_status()
+        self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        self._result_dispatcher += TypeBasedDispatcher(
+            [(PlannedBatchOutput, self._handle_planned_output)]
+        )
+        self.signal_handler_class = _FailJobs
+
+    def open_job(self, job_id: int) -> None:
+        """Outputs of this job may arrive from now on."""
+        self.auto_create_handle_loop()
+        self._planned_outputs[job_id] = asyncio.Queue()
+
+    def close_job(self, job_id: int) -> None:
+        """Drop whatever still arrives for this job."""
+        del self._planned_outputs[job_id]
+
+    def send(self, message: Any) -> None:
+        """To the scheduler."""
+        self._dispatch_to_scheduler(message)
+
+    async def receive_outputs(self, job_id: int) -> PlannedBatchOutput:
+        """Wait for the next finished requests of a job.
+
+        Raises:
+            EngineDiedError: A runtime process has ended; none will come.
+        """
+        output = await self._planned_outputs[job_id].get()
+        if isinstance(output, EngineDiedError):
+            raise output
+        return output
+
+    def fail_jobs(self, error: EngineDiedError) -> None:
+        """Wake every job with ``error``."""
+        for queue in self._planned_outputs.values():
+            queue.put_nowait(error)
+
+    def _handle_planned_output(self, output: PlannedBatchOutput) -> None:
+        queue = self._planned_outputs.get(output.job_id)
+        if queue is not None:
+            queue.put_nowait(output)
+
+
+class _FailJobs(SignalHandler):
+    """A child that fails sends SIGQUIT; upstream then kills this whole process, which loses what was not yet written."""
+
+    def running_phase_sigquit_handler(self, signum: Any = None, frame: Any = None) -> None:
+        self.tokenizer_manager.fail_jobs(
+            EngineDiedError("a runtime process ended unexpectedly; its log is above")
+        )
+
+
+def init_tokenizer_manager(server_args: Any, port_args: Any) -> Any:
+    """What SGLang's engine and server call to make the tokenizer manager."""
+    return init_upstream(server_args, port_args, BatchTokenizerManager)

@@ -1,0 +1,263 @@
+"""Output lines: OpenAI's own types read them back, and the same run writes the same bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import orjson
+import pytest
+from openai.types import Completion as TextCompletion
+from openai.types.chat import ChatCompletion
+
+from batchllm.dataset import (
+    BadRow,
+    Row,
+    find_abort,
+    read_rows,
+    reject,
+    render_error,
+    render_success,
+)
+from batchllm.errors import RowError
+from batchllm.request import Completion, SamplingParams, TokenLogprob
+
+PIECES: dict[int, bytes] = {1: b"Hel", 2: b"lo", 3: "é".encode()[:1], 4: "é".encode()[1:], 5: b"!"}
+LOGPROBS = tuple(
+    TokenLogprob(token_id=i, logprob=-0.5 * i, top=((i, -0.5 * i), (5, -3.0))) for i in (1, 2, 3, 4)
+)
+
+
+def read_one(record: dict[str, Any]) -> Row:
+    (row,) = read_rows(io.BytesIO(json.dumps(record).encode()), defaults=SamplingParams())
+    assert isinstance(row, Row), row
+    return row
+
+
+def chat_row(**body: Any) -> Row:
+    messages = [{"role": "user", "content": "hi"}]
+    return read_one(
+        {
+            "custom_id": "c-1",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"messages": messages, **body},
+        }
+    )
+
+
+def completion_row(**body: Any) -> Row:
+    return read_one(
+        {
+            "custom_id": "c-1",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": "hi", **body},
+        }
+    )
+
+
+def plain_row(**fields: Any) -> Row:
+    return read_one({"id": 7, "prompt": "hi", **fields})
+
+
+def sample(**fields: Any) -> Completion:
+    given: dict[str, Any] = {
+        "index": 0,
+        "text": "Helloé",
+        "output_ids": (1, 2, 3, 4),
+        "finish_reason": "stop",
+        "prompt_tokens": 10,
+        "cached_tokens": 8,
+        **fields,
+    }
+    return Completion(**given)
+
+
+def render(row: Row, *samples: Completion, job_seed: int = 0) -> dict[str, Any]:
+    line = render_success(
+        row,
+        samples,
+        model="served",
+        created=1700000000,
+        decode=PIECES.__getitem__,
+        job_seed=job_seed,
+    )
+    read_back: dict[str, Any] = json.loads(orjson.dumps(line))
+    return read_back
+
+
+def test_chat_answer_is_a_chat_completion_to_openais_client() -> None:
+    line = render(chat_row(), sample())
+    assert line["custom_id"] == "c-1"
+    assert line["id"].startswith("batch_req_")
+    assert line["error"] is None
+    assert line["response"]["status_code"] == 200
+    assert line["response"]["request_id"].startswith("req_")
+    body = ChatCompletion.model_validate(line["response"]["body"])
+    assert body.id.startswith("chatcmpl-")
+    assert (body.model, body.created) == ("served", 1700000000)
+    (choice,) = body.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", "Helloé")
+    assert (choice.finish_reason, choice.logprobs) == ("stop", None)
+    assert body.usage is not None and body.usage.prompt_tokens_details is not None
+    assert (body.usage.prompt_tokens, body.usage.completion_tokens) == (10, 4)
+    assert body.usage.total_tokens == 14
+    assert body.usage.prompt_tokens_details.cached_tokens == 8
+
+
+def test_completion_answer_is_a_text_completion_to_openais_client() -> None:
+    line = render(completion_row(model="mine"), sample(finish_reason="length"))
+    body = TextCompletion.model_validate(line["response"]["body"])
+    assert body.id.startswith("cmpl-")
+    assert (body.model, body.object) == ("mine", "text_completion")
+    (choice,) = body.choices
+    assert (choice.text, choice.finish_reason) == ("Helloé", "length")
+
+
+def test_chat_logprobs_keep_the_bytes_of_half_characters() -> None:
+    row = chat_row(logprobs=True, top_logprobs=2)
+    line = render(row, sample(logprobs=LOGPROBS))
+    logprobs = ChatCompletion.model_validate(line["response"]["body"]).choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert [token.bytes for token in logprobs.content] == [list(PIECES[i]) for i in (1, 2, 3, 4)]
+    assert logprobs.content[0].token == "Hel"
+    assert logprobs.content[0].logprob == -0.5
+    assert [top.token for top in logprobs.content[1].top_logprobs] == ["lo", "!"]
+
+
+def test_completion_logprobs_offsets_count_characters() -> None:
+    line = render(completion_row(logprobs=2), sample(logprobs=LOGPROBS))
+    logprobs = TextCompletion.model_validate(line["response"]["body"]).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.text_offset == [0, 3, 5, 5]
+    assert logprobs.tokens is not None and logprobs.tokens[:2] == ["Hel", "lo"]
+    assert logprobs.token_logprobs == [-0.5, -1.0, -1.5, -2.0]
+    assert logprobs.top_logprobs is not None
+    assert logprobs.top_logprobs[0] == {"Hel": -0.5, "!": -3.0}
+
+
+def test_completion_logprobs_without_alternatives_have_none() -> None:
+    line = render(completion_row(logprobs=0), sample(logprobs=LOGPROBS))
+    assert line["response"]["body"]["choices"][0]["logprobs"]["top_logprobs"] is None
+
+
+def test_alternatives_that_look_alike_keep_the_likelier() -> None:
+    token = TokenLogprob(token_id=3, logprob=-1.0, top=((3, -1.0), (4, -2.0)))
+    line = render(completion_row(logprobs=2), sample(logprobs=(token,)))
+    assert line["response"]["body"]["choices"][0]["logprobs"]["top_logprobs"] == [{"\ufffd": -1.0}]
+
+
+def test_decode_may_give_text_instead_of_bytes() -> None:
+    line = render_success(
+        completion_row(logprobs=0),
+        [sample(logprobs=LOGPROBS[:2])],
+        model="m",
+        created=0,
+        decode=lambda token_id: f"<{token_id}>",
+    )
+    logprobs = line["response"]["body"]["choices"][0]["logprobs"]
+    assert (logprobs["tokens"], logprobs["text_offset"]) == (["<1>", "<2>"], [0, 3])
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_a_logprob_json_cannot_hold_is_written_as_openai_writes_it(value: float) -> None:
+    token = TokenLogprob(token_id=1, logprob=value, top=((1, value),))
+    row = plain_row(sampling_params={"logprobs": True, "top_logprobs": 1})
+    (written,) = render(row, sample(logprobs=(token,)))["logprobs"]
+    assert written == {
+        "token_id": 1,
+        "logprob": -9999.0,
+        "top": [{"token_id": 1, "logprob": -9999.0}],
+    }
+
+
+def test_plain_answer_has_the_id_as_given_and_nothing_not_asked_for() -> None:
+    assert render(plain_row(), sample(logprobs=LOGPROBS)) == {
+        "id": 7,
+        "text": "Helloé",
+        "output_ids": [1, 2, 3, 4],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 10, "cached_tokens": 8, "completion_tokens": 4},
+    }
+
+
+def test_plain_answer_says_what_stopped_it() -> None:
+    assert render(plain_row(), sample(matched_stop="\n"))["matched_stop"] == "\n"
+    assert render(plain_row(), sample(matched_stop=0))["matched_stop"] == 0
+
+
+def test_samples_come_in_their_order_and_the_prompt_counts_once() -> None:
+    samples = [sample(sample=1, text="b", cached_tokens=10), sample(sample=0, text="a")]
+    line = render(plain_row(sampling_params={"n": 2}), *samples)
+    assert [(c["index"], c["text"]) for c in line["choices"]] == [(0, "a"), (1, "b")]
+    assert line["usage"] == {"prompt_tokens": 10, "cached_tokens": 8, "completion_tokens": 8}
+    body = ChatCompletion.model_validate(render(chat_row(n=2), *samples)["response"]["body"])
+    assert [choice.message.content for choice in body.choices] == ["a", "b"]
+    assert body.usage is not None and body.usage.total_tokens == 18
+
+
+def test_same_row_answer_and_seed_give_the_same_bytes() -> None:
+    first, again = (render(chat_row(), sample()) for _ in range(2))
+    assert first == again
+    assert render(chat_row(), sample(), job_seed=1)["id"] != first["id"]
+
+
+def test_an_aborted_sample_makes_the_row_an_error_of_ours() -> None:
+    row = chat_row(n=2)
+    done = sample()
+    assert find_abort(row, [done]) is None
+    bad = find_abort(row, [done, sample(sample=1, finish_reason="abort", error="pool is gone")])
+    assert bad is not None
+    line = render_error(bad)
+    assert line["response"]["status_code"] == 500
+    assert line["error"] is None
+    error = line["response"]["body"]["error"]
+    assert (error["code"], error["type"]) == ("aborted", "server_error")
+    assert "pool is gone" in error["message"]
+
+
+def test_openai_error_line_has_the_status_and_body_of_an_http_failure() -> None:
+    error = RowError("too long", code="prompt_too_long", param="prompt")
+    line = render_error(reject(chat_row(), error))
+    assert line["custom_id"] == "c-1"
+    assert line["response"]["status_code"] == 400
+    assert line["error"] is None
+    assert line["response"]["body"] == {
+        "error": {
+            "message": "line 1: too long",
+            "type": "invalid_request_error",
+            "param": "prompt",
+            "code": "prompt_too_long",
+        }
+    }
+
+
+def test_plain_error_line_has_code_message_line_and_field() -> None:
+    line = render_error(reject(plain_row(), RowError("no", code="empty_prompt", param="prompt")))
+    assert line == {
+        "id": 7,
+        "error": {"code": "empty_prompt", "message": "no", "line": 1, "param": "prompt"},
+    }
+
+
+def test_a_line_without_id_renders_with_null() -> None:
+    (bad,) = read_rows(io.BytesIO(b"{"), defaults=SamplingParams())
+    assert isinstance(bad, BadRow)
+    assert render_error(bad)["id"] is None
+
+
+def test_a_duplicates_error_line_has_an_id_of_its_own() -> None:
+    data = json.dumps(
+        {
+            "custom_id": "a",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": "x"},
+        }
+    ).encode()
+    first, second = read_rows(io.BytesIO(data + b"\n" + data), defaults=SamplingParams())
+    assert isinstance(first, Row) and isinstance(second, BadRow)
+    assert render(first, sample())["id"] != render_error(second)["id"]
