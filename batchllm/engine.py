@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
+from batchllm.dataset.field_checks import token_ids
+from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import parse_sampling
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
@@ -31,6 +35,7 @@ class BatchEngine:
         **server_args: Any of SGLang's server arguments, e.g. ``max_total_tokens=8192``.
 
     Attributes:
+        runtime: What the jobs run on.
         last_report: `RunReport` of the last batch that ran to its end, None before the first.
 
     Raises:
@@ -100,32 +105,21 @@ class BatchEngine:
         self, field: str, values: Sequence[Any], sampling: Sequence[Sampling]
     ) -> Iterator[Completion]:
         started = time.perf_counter()
-        job, failed = Job(self.runtime), 0
+        job = Job(self.runtime)
         requests, rejected = _make_requests(field, values, sampling)
         job.prepare(requests)
         rejected += [(request.index, error) for request, error in job.rejected]
         for index, error in rejected:
             yield _rejection(index, error)
-        failed_rows = {index for index, _ in rejected}
-        for completions in self.iterate(job.run()):
-            failed_rows |= {c.index for c in completions if c.finish_reason == "abort"}
+        failed = {index for index, _ in rejected}
+        for completions in self.runtime.iterate(job.run()):
+            failed |= {c.index for c in completions if c.finish_reason == "abort"}
             yield from completions
-        failed = len(failed_rows)
-        self.last_report = make_report(
-            job, len(values), failed, time.perf_counter() - started, self.runtime.info.kv_capacity_tokens
+        self.last_report = job.report(
+            num_requests=len(values),
+            num_failed=len(failed),
+            elapsed_s=time.perf_counter() - started,
         )
-
-    def iterate(self, stream: AsyncIterator[Any]) -> Iterator[Any]:
-        """An asynchronous stream of the runtime as an ordinary iterator."""
-        loop = self.runtime.loop
-        try:
-            while True:
-                try:
-                    yield loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
-        finally:
-            loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
 
     def shutdown(self) -> None:
         """End all processes of the engine. Doing it twice does nothing."""
@@ -159,29 +153,6 @@ def batch_generate(
         )
 
 
-def make_report(
-    job: Job, num_requests: int, num_failed: int, elapsed_s: float, kv_capacity_tokens: int
-) -> RunReport:
-    """The report of a job that has run."""
-    stats = job.stats
-    return RunReport(
-        num_requests=num_requests,
-        num_succeeded=num_requests - num_failed,
-        num_failed=num_failed,
-        num_prompt_tokens=stats.num_prompt_tokens,
-        num_computed_prompt_tokens=stats.num_computed_prompt_tokens,
-        num_optimal_prompt_tokens=stats.num_optimal_prompt_tokens,
-        num_output_tokens=stats.num_output_tokens,
-        elapsed_s=elapsed_s,
-        num_retractions=stats.num_retractions,
-        peak_kv_tokens=stats.peak_kv_tokens,
-        kv_capacity_tokens=kv_capacity_tokens,
-        tokenize_s=stats.tokenize_s,
-        plan_s=stats.plan_s,
-        run_s=stats.run_s,
-    )
-
-
 def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) -> Sequence[Sampling]:
     if sampling is None:
         return [SamplingParams()] * num_prompts
@@ -203,14 +174,26 @@ def _make_requests(
                 if id(params) not in parsed:
                     parsed[id(params)] = parse_sampling(params, defaults=SamplingParams())
                 params = parsed[id(params)]
-            if len(value) == 0:
-                raise RowError("the prompt is empty", code="empty_prompt")
+            value = _CHECKS[field](field, value)
             requests.append(
                 Request(row_id=str(index), index=index, sampling=params, **{field: value})
             )
         except RowError as error:
             rejected.append((index, error))
     return requests, rejected
+
+
+def _check_ids(name: str, value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return token_ids(name, list(value))
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "prompt": check_text,
+    "input_ids": _check_ids,
+    "messages": lambda _, value: check_messages(value),
+}
 
 
 def _rejection(index: int, error: RowError) -> Completion:

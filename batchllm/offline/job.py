@@ -12,7 +12,9 @@ import xxhash
 
 from batchllm.dataset.limits import check_prompt_len, check_token_ids, fit_max_new_tokens
 from batchllm.errors import RowError
+from batchllm.offline.encode import encode_requests, namespace_numbers
 from batchllm.offline.feeder import Feeder
+from batchllm.offline.report import RunReport
 from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime, RuntimeInfo
 from batchllm.planner import BatchPlan, plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
@@ -72,23 +74,24 @@ class Job:
         started = time.perf_counter()
         requests = iter(requests)
         while requests_slice := list(islice(requests, _ENCODE_SLICE)):
-            for request, token_ids in zip(requests_slice, self._encode(requests_slice), strict=True):
+            encoded = encode_requests(requests_slice, self._runtime.tokenizer)
+            for request, token_ids in zip(requests_slice, encoded, strict=True):
                 try:
                     self._add(request, token_ids)
                 except RowError as error:
                     self.rejected.append((request, error))
-        encoded = time.perf_counter()
+        tokenized = time.perf_counter()
         self._table = TokenTable.from_lists(self._samples.token_ids)
         self._samples.token_ids = []
-        names = self._samples.namespace
-        namespaces = np.unique(names, return_inverse=True)[1] if any(names) else None
         self._plan = plan_batch(
-            self._table, page_size=self._runtime.info.page_size, namespaces=namespaces
+            self._table,
+            page_size=self._runtime.info.page_size,
+            namespaces=namespace_numbers(self._samples.namespace),
         )
         self.stats.num_prompt_tokens = self._plan.num_prompt_tokens
         self.stats.num_optimal_prompt_tokens = self._plan.optimal_prefill_tokens
-        self.stats.tokenize_s = encoded - started
-        self.stats.plan_s = time.perf_counter() - encoded
+        self.stats.tokenize_s = tokenized - started
+        self.stats.plan_s = time.perf_counter() - tokenized
 
     async def run(self) -> AsyncIterator[list[Completion]]:
         """Run the prepared batch.
@@ -116,24 +119,36 @@ class Job:
         finally:
             self._runtime.close_job(job_id, is_complete=feeder.is_done)
 
-    def _encode(self, requests: Sequence[Request]) -> list[Sequence[int]]:
-        """Token ids of a slice of requests, whichever way each gives its prompt."""
-        texts = [r.prompt for r in requests if r.prompt is not None]
-        chats = [r.messages for r in requests if r.messages is not None]
-        from_text = iter(self._runtime.encode(texts) if texts else ())
-        from_chat = iter(self._runtime.encode_chats(chats) if chats else ())
-        encoded: list[Sequence[int]] = []
-        for request in requests:
-            if request.input_ids is not None:
-                encoded.append(request.input_ids)
-            else:
-                encoded.append(next(from_text if request.prompt is not None else from_chat))
-        return encoded
+    def report(self, *, num_requests: int, num_failed: int, elapsed_s: float) -> RunReport:
+        """What the job has done.
 
-    def _add(self, request: Request, token_ids: Sequence[int]) -> None:
+        Args:
+            num_requests: Rows of the input, those that never became a request included.
+            num_failed: Those of them without an answer.
+            elapsed_s: Seconds of the whole job.
+        """
+        stats = self.stats
+        return RunReport(
+            num_requests=num_requests,
+            num_succeeded=num_requests - num_failed,
+            num_failed=num_failed,
+            num_prompt_tokens=stats.num_prompt_tokens,
+            num_computed_prompt_tokens=stats.num_computed_prompt_tokens,
+            num_optimal_prompt_tokens=stats.num_optimal_prompt_tokens,
+            num_output_tokens=stats.num_output_tokens,
+            elapsed_s=elapsed_s,
+            num_retractions=stats.num_retractions,
+            peak_kv_tokens=stats.peak_kv_tokens,
+            kv_capacity_tokens=self._runtime.info.kv_capacity_tokens,
+            tokenize_s=stats.tokenize_s,
+            plan_s=stats.plan_s,
+            run_s=stats.run_s,
+        )
+
+    def _add(self, request: Request, token_ids: Sequence[int] | RowError) -> None:
+        if isinstance(token_ids, RowError):
+            raise token_ids
         info, sampling = self._runtime.info, request.sampling
-        if len(token_ids) == 0:
-            raise RowError("the prompt has no tokens; give it some text", code="empty_prompt")
         if request.input_ids is not None:
             check_token_ids(token_ids, info.vocab_size)
         limits = {"context_len": info.context_len, "kv_capacity": info.kv_capacity_tokens}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from batchllm.planner.run import PlannedRun
 from batchllm.request import Completion, SamplingParams
+from batchllm.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +82,9 @@ class Runtime(Protocol):
     @property
     def info(self) -> RuntimeInfo: ...
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts."""
-
-    def encode_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
-        """Token ids of conversations, through the model's chat template, ready for the assistant's turn."""
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the engine runs on token ids only."""
 
     def open_job(self) -> int:
         """Begin a job; returns its number."""
@@ -97,6 +98,9 @@ class Runtime(Protocol):
         Raises:
             EngineDiedError: None will come.
         """
+
+    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+        """An asynchronous stream as an ordinary iterator, driven on the runtime's event loop."""
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
         """End a job; one that is not complete is aborted."""

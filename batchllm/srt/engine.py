@@ -11,9 +11,9 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -21,7 +21,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.managers.load_snapshot import shm_path_for
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from batchllm.errors import ConfigError, EngineDiedError, EngineError
+from batchllm.errors import EngineDiedError, EngineError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, SamplingParams, TokenLogprob
 from batchllm.srt import compat
@@ -35,8 +35,10 @@ from batchllm.srt.io_struct import (
 from batchllm.srt.scheduler import run_scheduler_process
 from batchllm.srt.server_args import make_server_args
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
+from batchllm.tokenizer import Tokenizer
 
 _STOP_TIMEOUT_S = 30
+T = TypeVar("T")
 
 
 class _PlannedEngine(Engine):
@@ -60,7 +62,11 @@ class _PlannedEngine(Engine):
         finally:
             tempfile.tempdir = before
         self.port_args = port_args
-        return super()._launch_subprocesses(server_args=server_args, port_args=port_args, **kwargs)
+        # A kernel library makes a temporary directory in every process at import; ours are killed, not closed.
+        with _environment(CUDA_TILE_TEMP_DIR=self.socket_dir):
+            return super()._launch_subprocesses(
+                server_args=server_args, port_args=port_args, **kwargs
+            )
 
     def shutdown(self) -> None:
         """End the processes that this engine started, and remove its sockets. Upstream ends *all* children."""
@@ -115,6 +121,7 @@ class SrtRuntime:
         init_info = self._engine._scheduler_init_result.scheduler_infos[0]
         self.loop: asyncio.AbstractEventLoop = self._engine.loop
         self._manager = manager
+        self._tokenizer = None if manager.tokenizer is None else Tokenizer(manager.tokenizer)
         self._job_ids = count()
         self._info = RuntimeInfo(
             model_name=args.served_model_name,
@@ -132,34 +139,8 @@ class SrtRuntime:
         return self._info
 
     @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or None with ``skip_tokenizer_init``."""
-        return self._manager.tokenizer
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts, special tokens added as the model wants them."""
-        return list(self._need_tokenizer()(list(texts))["input_ids"])
-
-    def encode_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
-        """Token ids of conversations, through the chat template, ready for the assistant's turn."""
-        tokenizer = self._need_tokenizer()
-        texts = [
-            tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-            for chat in chats
-        ]
-        # The template has put the special tokens where they belong.
-        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
-
-    def decode_token(self, token_id: int) -> str:
-        """Text of one token, for log probabilities in OpenAI's format."""
-        return str(self._need_tokenizer().decode([token_id]))
-
-    def _need_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise ConfigError(
-                "--skip-tokenizer-init: text needs a tokenizer; drop the flag or give input_ids"
-            )
-        return self.tokenizer
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
 
     def open_job(self) -> int:
         job_id = next(self._job_ids)
@@ -198,11 +179,37 @@ class SrtRuntime:
             self._manager.send(PlannedAbortReqInput(job_id=job_id))
         self._manager.send(PlannedCloseReqInput(job_id=job_id))
 
+    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+        try:
+            while True:
+                try:
+                    yield self.loop.run_until_complete(anext(stream))
+                except StopAsyncIteration:
+                    return
+        finally:
+            if not self.loop.is_closed():
+                self.loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
+
     def shutdown(self) -> None:
         """End all processes of this runtime. Doing it twice does nothing."""
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
         self._engine.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for the processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

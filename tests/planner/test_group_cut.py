@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import chain, combinations
 
 import numpy as np
@@ -70,6 +72,50 @@ def _by_recurrence(plan: BatchPlan) -> int:
     return sum(best(root, 0) for root in children[-1])
 
 
+@dataclass(eq=False)
+class _Node:
+    """A node of the paper's tree; a prompt is a leaf."""
+
+    end_len: int
+    prefix: int = -1
+    position: int = -1
+    children: list[_Node] = field(default_factory=list)
+
+    def positions(self) -> list[int]:
+        if self.position >= 0:
+            return [self.position]
+        return [position for child in self.children for position in child.positions()]
+
+
+def _maximize_reuse(node: _Node) -> None:
+    """Algorithm 1 as printed, and a child with one branch left gives way to it."""
+    for child in list(node.children):
+        _maximize_reuse(child)
+        for grandchild in list(child.children):
+            gain = (len(grandchild.positions()) - 1) * (grandchild.end_len - child.end_len)
+            if len(child.children) > 1 and gain > child.end_len - node.end_len:
+                child.children.remove(grandchild)
+                node.children.append(grandchild)
+        if len(child.children) == 1:
+            node.children[node.children.index(child)] = child.children[0]
+
+
+def _by_the_papers_rule(plan: BatchPlan) -> list[int]:
+    root = _Node(0)
+    nodes = [_Node(int(end), prefix=p) for p, end in enumerate(plan.end_len)] + [root]
+    for p, parent in enumerate(plan.parent):
+        nodes[parent].children.append(nodes[p])
+    for position, prefix in enumerate(plan.request_prefix):
+        length = int(plan.prompt_lens[position])
+        nodes[prefix].children.append(_Node(length, position=position))
+    _maximize_reuse(root)
+    groups = [-1] * plan.num_requests
+    for node in root.children:
+        for position in node.positions():
+            groups[position] = node.prefix
+    return groups
+
+
 def _check_cut(plan: BatchPlan, cut: GroupCut) -> None:
     """A cut's groups are its prefixes, above their members, and save what it says."""
     groups = cut.request_group.tolist()
@@ -114,7 +160,7 @@ def test_the_exact_cut_attains_the_recurrence(rows: list[list[int]], page_size: 
     assert exact_cut(plan).saved_tokens == _by_recurrence(plan)
 
 
-def test_the_exact_cut_attains_the_recurrence_on_large_trees() -> None:
+def _large_plans() -> Iterator[BatchPlan]:
     random = np.random.default_rng(3)
     for scale in (1, 2, 5):
         runs = [[t] * int(random.integers(1, 4 * scale)) for t in range(3)]
@@ -124,7 +170,24 @@ def test_the_exact_cut_attains_the_recurrence_on_large_trees() -> None:
         ]
         plan = _plan(rows)
         assert plan.num_prefixes > 100
+        yield plan
+
+
+def test_the_exact_cut_attains_the_recurrence_on_large_trees() -> None:
+    for plan in _large_plans():
         assert exact_cut(plan).saved_tokens == _by_recurrence(plan)
+
+
+@untimed
+@given(prompts, page_sizes)
+def test_the_greedy_cut_is_the_papers_algorithm(rows: list[list[int]], page_size: int) -> None:
+    plan = _plan(rows, page_size)
+    assert greedy_cut(plan).request_group.tolist() == _by_the_papers_rule(plan)
+
+
+def test_the_greedy_cut_is_the_papers_algorithm_on_large_trees() -> None:
+    for plan in _large_plans():
+        assert greedy_cut(plan).request_group.tolist() == _by_the_papers_rule(plan)
 
 
 def _two_grandchildren() -> BatchPlan:
@@ -156,6 +219,16 @@ def test_the_greedy_rule_merges_a_node_left_with_one_branch() -> None:
     cut = greedy_cut(plan)
     assert cut.request_group.tolist() == [1, 1, 1, 2, 2]
     assert cut.saved_tokens == 2 * 30 + 11
+
+
+def test_the_greedy_rule_counts_branches_that_came_from_below() -> None:
+    """Promoted twice or merged, all three branches end up at the root, even the shortest."""
+    branches = [[2] * 20, [3] + [4] * 20, [3] + [5] * 2]
+    rows = [[1] * 10 + branch + [i] for branch in branches for i in (7, 8, 9)]
+    plan = _plan(rows)
+    cut = greedy_cut(plan)
+    assert plan.end_len[cut.prefixes].tolist() == [30, 31, 13]
+    assert cut.request_group.tolist() == _by_the_papers_rule(plan)
 
 
 def test_a_prompt_left_alone_by_promotions_is_in_no_group() -> None:

@@ -1,0 +1,182 @@
+"""The ``batchllm`` command.
+
+    batchllm run   answer every row of a file
+    batchllm plan  say what would be shared and saved, without running
+
+Exit status: 0 every row was answered, 1 some rows failed, 2 the job could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from batchllm.dataset import (
+    BadRow,
+    JsonlSink,
+    Row,
+    check_writable,
+    read_rows,
+    reject,
+    render_error,
+)
+from batchllm.errors import BatchLLMError, ConfigError, RowError
+from batchllm.offline.progress import Progress
+from batchllm.offline.runner import Runner
+from batchllm.request import SamplingParams
+
+EXIT_OK, EXIT_ROWS_FAILED, EXIT_CANNOT_RUN = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = _make_parser()
+    args, server_flags = parser.parse_known_args(argv)
+    command: Callable[[argparse.Namespace, list[str]], int] = args.command
+    try:
+        return command(args, server_flags)
+    except BatchLLMError as error:
+        print("\n".join([f"batchllm: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        return EXIT_CANNOT_RUN
+    except KeyboardInterrupt as interrupt:
+        print("\n".join(["batchllm: interrupted", *getattr(interrupt, "__notes__", ())]), file=sys.stderr)
+        return EXIT_CANNOT_RUN
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="batchllm",
+        description="Very large batches of LLM prompts on SGLang, globally planned.",
+        epilog="Exit status: 0 every row was answered, 1 some rows failed, 2 the job could not run.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="answer every row of a file",
+        epilog="Any flag of `python -m sglang.launch_server` may follow, e.g. --max-total-tokens 8192.",
+        allow_abbrev=False,
+    )
+    _add_input_flags(run)
+    run.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help="answers, in input order")
+    run.add_argument("--errors", metavar="ERR.jsonl", help="failed rows go here instead of the output")
+    run.add_argument("--report", metavar="R.json", help="write the report as JSON too")
+    run.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="force the progress bar on or off (default: on a terminal only)",
+    )
+    run.set_defaults(command=_run)
+    plan = commands.add_parser(
+        "plan", help="say what would be shared and saved, without running", allow_abbrev=False
+    )
+    _add_input_flags(plan)
+    plan.add_argument("--page-size", type=int, default=1, help="tokens of a KV page (default: %(default)s)")
+    plan.add_argument("--json", action="store_true", help="for machines")
+    plan.set_defaults(command=_plan)
+    return parser
+
+
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-i",
+        "--input",
+        required=True,
+        metavar="IN.jsonl",
+        help="OpenAI batch rows, or rows with id and prompt, input_ids or messages",
+    )
+    parser.add_argument(
+        "-m", "--model", help="Hugging Face model, a directory or a hub name (default: embedded)"
+    )
+
+
+def _run(args: argparse.Namespace, server_flags: list[str]) -> int:
+    started = time.perf_counter()
+    if args.report is not None:
+        check_writable(args.report, "--report", input_path=args.input)
+    rows = list(read_rows(args.input, defaults=SamplingParams()))
+    good = [row for row in rows if isinstance(row, Row)]
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    with JsonlSink(args.output, errors_path=args.errors, input_path=args.input) as sink:
+        if not good:
+            for row in bad:
+                sink.write_error(row.index, render_error(row))
+            _say(bad)
+            print("batchllm: no row can run", file=sys.stderr)
+            return EXIT_ROWS_FAILED
+        runner = _answer(args, server_flags, good, bad, sink)
+    report = runner.job.report(
+        num_requests=len(rows),
+        num_failed=len(runner.failed),
+        elapsed_s=time.perf_counter() - started,
+    )
+    if args.report is not None:
+        report.write_json(args.report)
+    _say(runner.failed)
+    print(report.render(), file=sys.stderr)
+    return EXIT_ROWS_FAILED if runner.failed else EXIT_OK
+
+
+def _answer(
+    args: argparse.Namespace,
+    server_flags: list[str],
+    good: list[Row],
+    bad: list[BadRow],
+    sink: JsonlSink,
+) -> Runner:
+    from batchllm.engine import BatchEngine
+    from batchllm.srt.server_args import parse_server_flags  # SGLang takes seconds to import
+
+    server_args = parse_server_flags(server_flags)
+    model = args.model or server_args.pop("model_path", None)
+    with (
+        BatchEngine(model, **server_args) as engine,
+        Progress(len(good) + len(bad), show=args.progress) as progress,
+    ):
+        runner = Runner(engine.runtime, sink, progress)
+        for row in bad:
+            runner.fail(row)
+        runner.run(good)
+    return runner
+
+
+def _say(bad: list[BadRow], most: int = 5) -> None:
+    """The first few failed rows, in words."""
+    for row in sorted(bad, key=lambda row: row.index)[:most]:
+        print(f"batchllm: line {row.line}: {row.message}", file=sys.stderr)
+    if len(bad) > most:
+        print(f"batchllm: {len(bad) - most} more rows failed; see their error records", file=sys.stderr)
+
+
+def _plan(args: argparse.Namespace, server_flags: list[str]) -> int:
+    if server_flags:
+        raise ConfigError(f"{server_flags[0]}: `batchllm plan` has no such flag")
+    if args.page_size < 1:
+        raise ConfigError(f"--page-size {args.page_size}: must be at least 1")
+    from batchllm.default_model import default_model_path
+    from batchllm.offline.encode import encode_requests, namespace_numbers
+    from batchllm.planner import explain, plan_batch
+    from batchllm.tokenizer import Tokenizer
+    from batchllm.tokens import TokenTable
+
+    rows = list(read_rows(args.input, defaults=SamplingParams()))
+    good = [row for row in rows if isinstance(row, Row)]
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    tokenizer = Tokenizer.from_model(args.model or default_model_path())
+    token_ids, namespaces = [], []
+    for row, ids in zip(good, encode_requests([row.request for row in good], tokenizer), strict=True):
+        if isinstance(ids, RowError):
+            bad.append(reject(row, ids))
+            continue
+        token_ids += [ids] * row.request.sampling.n
+        namespaces += [row.request.namespace] * row.request.sampling.n
+    table = TokenTable.from_lists(token_ids)
+    plan = plan_batch(table, page_size=args.page_size, namespaces=namespace_numbers(namespaces))
+    summary = explain(plan, table)
+    print(json.dumps(summary.to_dict(), indent=2) if args.json else summary.render())
+    _say(bad)
+    return EXIT_ROWS_FAILED if bad else EXIT_OK

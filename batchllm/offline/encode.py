@@ -1,0 +1,61 @@
+"""Requests to token ids, in bulk, whichever way each gives its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from batchllm.errors import ConfigError, RowError
+from batchllm.request import Request
+from batchllm.tokenizer import Tokenizer
+
+
+def encode_requests(
+    requests: Sequence[Request], tokenizer: Tokenizer | None
+) -> list[Sequence[int] | RowError]:
+    """Token ids of each request, or why there are none.
+
+    Args:
+        requests: A slice of a job.
+        tokenizer: None where the engine runs on token ids only.
+
+    Raises:
+        ConfigError: A request gives text and there is no tokenizer.
+    """
+    encoded: list[Sequence[int] | RowError] = [
+        () if request.input_ids is None else request.input_ids for request in requests
+    ]
+    texts: list[tuple[int, str]] = []
+    chats: list[tuple[int, str]] = []
+    for i, request in enumerate(requests):
+        try:
+            if request.prompt is not None:
+                texts.append((i, request.prompt))
+            elif request.messages is not None:
+                chats.append((i, _need(tokenizer).render_chat(request.messages)))
+        except RowError as error:
+            encoded[i] = error
+    for pairs, add_special_tokens in ((texts, True), (chats, False)):
+        if pairs:
+            ids = _need(tokenizer).encode(
+                [text for _, text in pairs], add_special_tokens=add_special_tokens
+            )
+            for (i, _), row_ids in zip(pairs, ids, strict=True):
+                encoded[i] = row_ids
+    for i, row_ids in enumerate(encoded):
+        if not isinstance(row_ids, RowError) and len(row_ids) == 0:
+            encoded[i] = RowError("the prompt has no tokens; give it some text", code="empty_prompt")
+    return encoded
+
+
+def namespace_numbers(names: Sequence[str]) -> npt.NDArray[np.int64] | None:
+    """A number per namespace, or None where all are in the default one."""
+    return np.unique(names, return_inverse=True)[1] if any(names) else None
+
+
+def _need(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise ConfigError("--skip-tokenizer-init: text needs a tokenizer; drop it or give input_ids")
+    return tokenizer

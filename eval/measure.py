@@ -1,0 +1,146 @@
+"""One engine, one workload, in a process of its own: prints a JSON line per repetition.
+
+    python eval/measure.py ours  "one_level(0)" --pool 8192
+    python eval/measure.py stock "one_level(0)" --pool 8192 --policy dfs-weight
+
+Stock is ``sglang.Engine.generate`` with the same model, pool, chunk and data type, every prompt in one call. The CPU
+platform of batchllm is active for both: stock SGLang does not run on a CPU without it. Prompt tokens computed are
+counted by each engine in the run: ours in the scheduler, stock's as prompt tokens less ``cached_tokens``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import workloads
+from workloads import Workload
+
+Result = dict[str, Any]
+
+
+def main() -> None:
+    args = _parse()
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    workload: Workload = eval(args.workload, vars(workloads))  # an expression over this folder's generators
+    model = args.model
+    if model is None or model.isidentifier():
+        from batchllm import default_model
+
+        shape = getattr(default_model, model or "DEFAULT")
+        model = default_model.cached_model_path(shape)
+    server_args: dict[str, Any] = {
+        "max_total_tokens": args.pool,
+        "chunked_prefill_size": args.chunk,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "random_seed": 0,
+        "log_level": "error",
+    } | json.loads(args.server_args)
+    start = _ours if args.engine == "ours" else _stock
+    run, stop = start(model, args.policy, server_args)
+    try:
+        run(workloads.unshared(99, 4, 32, 2))  # warm-up
+        for repetition in range(args.repetitions):
+            cpu = _cpu_s()
+            started = time.perf_counter()
+            outputs, result = run(workload)
+            elapsed = time.perf_counter() - started
+            result |= {
+                "engine": args.engine,
+                "policy": args.policy,
+                "workload": args.workload,
+                "pool": args.pool,
+                "repetition": repetition,
+                "num_requests": len(workload.prompts),
+                "num_prompt_tokens": sum(map(len, workload.prompts)),
+                "num_output_tokens": sum(map(len, outputs)),
+                "seconds": round(elapsed, 3),
+                "driver_cpu_s": round(_cpu_s() - cpu, 3),
+                "requests_per_s": round(len(workload.prompts) / elapsed, 1),
+            }
+            print("RESULT " + json.dumps(result), flush=True)
+            if args.outputs:
+                with open(args.outputs, "w") as file:
+                    json.dump([list(ids) for ids in outputs], file)
+    finally:
+        stop()
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("engine", choices=["ours", "stock"])
+    parser.add_argument("workload", help="e.g. 'one_level(0)', see eval/workloads.py")
+    parser.add_argument("--model", help="a path, or a shape of batchllm.default_model")
+    parser.add_argument("--pool", type=int, default=8192, help="KV tokens")
+    parser.add_argument("--chunk", type=int, default=2048, help="chunked_prefill_size")
+    parser.add_argument("--policy", default="fcfs", help="schedule policy of stock")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="OMP_NUM_THREADS; 0 leaves it")
+    parser.add_argument("--server-args", default="{}", help="further server arguments, as JSON")
+    parser.add_argument("--outputs", help="write the output ids here")
+    return parser.parse_args()
+
+
+def _sampling(workload: Workload) -> list[dict[str, Any]]:
+    return [
+        {"temperature": 0, "max_new_tokens": output_len, "ignore_eos": True}
+        for output_len in workload.output_lens
+    ]
+
+
+def _ours(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
+    from batchllm import BatchEngine
+
+    engine = BatchEngine(model, **server_args)
+
+    def run(workload: Workload) -> tuple[list[Any], Result]:
+        completions = engine.batch_generate(
+            input_ids=workload.prompts, sampling_params=_sampling(workload)
+        )
+        report = engine.last_report
+        assert report is not None and report.num_failed == 0, report
+        return [c.output_ids for c in completions], {
+            "num_computed_prompt_tokens": report.num_computed_prompt_tokens,
+            "num_optimal_prompt_tokens": report.num_optimal_prompt_tokens,
+            "num_retractions": report.num_retractions,
+            "peak_kv_tokens": report.peak_kv_tokens,
+        }
+
+    return run, engine.shutdown
+
+
+def _stock(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
+    import torch
+    from sglang import Engine
+
+    if not torch.cuda.is_available():
+        server_args = {"device": "cpu"} | server_args
+    engine = Engine(model_path=model, schedule_policy=policy, **server_args)
+
+    def run(workload: Workload) -> tuple[list[Any], Result]:
+        engine.flush_cache()
+        outputs = engine.generate(input_ids=workload.prompts, sampling_params=_sampling(workload))
+        info = [output["meta_info"] for output in outputs]
+        num_prompt_tokens = sum(map(len, workload.prompts))
+        return [output["output_ids"] for output in outputs], {
+            "num_computed_prompt_tokens": num_prompt_tokens - sum(i["cached_tokens"] for i in info),
+            "num_retractions": sum(i.get("num_retractions") or 0 for i in info),
+        }
+
+    return run, engine.shutdown
+
+
+def _cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Workloads of token ids, deterministic in their seed. Ids are drawn from [10, 2000): every benchmark model has them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+_LOW, _HIGH = 10, 1999
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts, and how many tokens each generates."""
+
+    name: str
+    prompts: list[list[int]]
+    output_lens: list[int]
+
+    @property
+    def longest_len(self) -> int:
+        """KV slots of the longest prompt with its output."""
+        return max(len(p) + o for p, o in zip(self.prompts, self.output_lens, strict=True))
+
+
+def one_level(
+    seed: int, num_groups: int = 32, group_size: int = 12, prefix_len: int = 384, private_len: int = 32
+) -> Workload:
+    """Groups that share one prefix each, shuffled."""
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(num_groups):
+        prefix = _tokens(rng, prefix_len)
+        prompts += [prefix + _tokens(rng, private_len) for _ in range(group_size)]
+    return _shuffled(rng, "one level", prompts, 16, 16)
+
+
+def two_level(seed: int, num_systems: int = 3, num_documents: int = 8, num_questions: int = 12) -> Workload:
+    """A system prompt, documents under it, questions to each, shuffled."""
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(num_systems):
+        system = _tokens(rng, 192)
+        for _ in range(num_documents):
+            document = system + _tokens(rng, rng.randint(128, 320))
+            prompts += [document + _tokens(rng, rng.randint(16, 48)) for _ in range(num_questions)]
+    return _shuffled(rng, "two levels", prompts, 8, 24)
+
+
+def irregular(seed: int, num_prompts: int = 240, num_levels: int = 5) -> Workload:
+    """Random trees of five levels: uneven branches, prompts that end inside others, exact duplicates. Shuffled."""
+    rng = random.Random(seed)
+    prompts: list[list[int]] = []
+
+    def grow(prefix: list[int], level: int) -> None:
+        if level == 0 or len(prompts) >= num_prompts:
+            return
+        for _ in range(rng.randint(1, 4)):
+            node = prefix + _tokens(rng, rng.randint(1, 90))
+            prompts.extend(node + _tokens(rng, rng.randint(0, 40)) for _ in range(rng.randint(0, 3)))
+            grow(node, level - 1)
+
+    while len(prompts) < num_prompts:
+        grow(_tokens(rng, rng.randint(0, 60)), num_levels)
+    prompts += rng.sample(prompts, num_prompts // 20)
+    return _shuffled(rng, "five irregular levels", prompts, 1, 30)
+
+
+def unshared(seed: int, num_prompts: int, prompt_len: int, output_len: int) -> Workload:
+    """Prompts with nothing in common."""
+    rng = random.Random(seed)
+    prompts = [_tokens(rng, prompt_len) for _ in range(num_prompts)]
+    return Workload("nothing shared", prompts, [output_len] * num_prompts)
+
+
+def _tokens(rng: random.Random, num_tokens: int) -> list[int]:
+    return [rng.randint(_LOW, _HIGH) for _ in range(num_tokens)]
+
+
+def _shuffled(
+    rng: random.Random, name: str, prompts: list[list[int]], low: int, high: int
+) -> Workload:
+    rng.shuffle(prompts)
+    return Workload(name, prompts, [rng.randint(low, high) for _ in prompts])
