@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 from sglang.srt.entrypoints.engine import Engine
-from sglang.srt.managers.load_snapshot import shm_path_for
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from batchllm.errors import EngineDiedError, EngineError
@@ -87,8 +86,6 @@ class _PlannedEngine(Engine):
         if manager is not None:
             manager.send_to_scheduler.close(linger=0)
             manager.recv_from_detokenizer.close(linger=0)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(shm_path_for(self.port_args.instance_id))
         shutil.rmtree(self.socket_dir, ignore_errors=True)
         self.socket_dir = None
 

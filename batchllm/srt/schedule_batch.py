@@ -14,6 +14,7 @@ class PlannedReq(Req):
     Attributes:
         job_id: The job.
         position: Position in the job's plan.
+        plan_order: Sort key: earlier jobs first, then plan order.
         prefix_id: Deepest planned prefix that it consumes (a ledger number), or ``NO_PREFIX``.
         total_len: Most KV slots that it will ever occupy.
         led_prefix_ids: Prefixes that it computes and that are not complete yet, outermost first.
@@ -52,6 +53,7 @@ class PlannedReq(Req):
         self.logprob_start_len = len(input_ids) if num_logprobs >= 0 else -1
         self.job_id = job_id
         self.position = position
+        self.plan_order = (job_id, position)
         self.prefix_id = prefix_id
         self.total_len = total_len
         self.seed = seed
@@ -64,8 +66,3 @@ class PlannedReq(Req):
     def prefill_len(self) -> int:
         """Tokens it must have KV for before it decodes."""
         return len(self.origin_input_ids) + len(self.output_ids)
-
-    @property
-    def plan_order(self) -> tuple[int, int]:
-        """Sort key: earlier jobs first, then plan order."""
-        return self.job_id, self.position

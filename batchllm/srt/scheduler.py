@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import bisect
 import copy
-import logging
+import gc
+import os
 from array import array
 from typing import Any
 
@@ -24,7 +25,7 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler import Decision, PlannedPolicy, SchedulerView
 from batchllm.scheduler.admission import page_ceil
-from batchllm.srt import compat, sampling
+from batchllm.srt import compat, radix_cache, sampling
 from batchllm.srt.io_struct import (
     JobCounters,
     PlannedAbortReqInput,
@@ -35,8 +36,6 @@ from batchllm.srt.output_streamer import BatchOutputStreamer
 from batchllm.srt.radix_cache import PlannedRadixCache
 from batchllm.srt.schedule_batch import PlannedReq
 from batchllm.srt.schedule_policy import PlannedPrefillAdder
-
-logger = logging.getLogger(__name__)
 
 # Ledger numbers are the job's in the upper and the plan's in the lower bits: unique without a table.
 _PREFIX_BITS = 40
@@ -57,6 +56,12 @@ class BatchScheduler(Scheduler):
         self._is_settled = False
         self._any_finished = False
         self._prefix_tokens: dict[int, array[int]] = {}
+
+    def run_event_loop(self) -> None:
+        # A collection would walk a million objects that torch and SGLang made at import.
+        gc.collect()
+        gc.freeze()
+        super().run_event_loop()
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
@@ -158,7 +163,14 @@ class BatchScheduler(Scheduler):
         if req.to_finish is not None:
             self._abort_waiting(req)
         else:
-            bisect.insort(self.planned_window, req, key=_plan_order)
+            self._put_in_window(req)
+
+    def _put_in_window(self, req: PlannedReq) -> None:
+        window = self.planned_window
+        if not window or window[-1].plan_order < req.plan_order:  # as good as always
+            window.append(req)
+        else:
+            bisect.insort(window, req, key=lambda other: other.plan_order)
 
     def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
         """Drop what is left of a job, or some positions of it."""
@@ -211,7 +223,7 @@ class BatchScheduler(Scheduler):
         self._is_settled = False
         if is_retracted:
             self._counters(req).num_retractions += 1
-            bisect.insort(self.planned_window, req, key=_plan_order)
+            self._put_in_window(req)
         elif req.to_finish is not None:  # its grammar does not compile
             self.planned_window = [other for other in self.planned_window if other is not req]
             self._abort_waiting(req)
@@ -344,10 +356,6 @@ class BatchScheduler(Scheduler):
         return not self.unfinished_planned and super().is_fully_idle(for_health_check)
 
 
-def _plan_order(req: PlannedReq) -> tuple[int, int]:
-    return req.plan_order
-
-
 def _with_max_new_tokens(params: SamplingParams, max_new_tokens: int) -> SamplingParams:
     params = copy.copy(params)
     params.max_new_tokens = max_new_tokens
@@ -355,18 +363,28 @@ def _with_max_new_tokens(params: SamplingParams, max_new_tokens: int) -> Samplin
     return params
 
 
+class OfflineBatchScheduler(BatchScheduler):
+    """Without a server beside it: nobody reads the load snapshots that each prefill step would write."""
+
+    def init_ipc_channels(self, port_args: Any) -> None:
+        super().init_ipc_channels(port_args)
+        writer = self.load_snapshot_writer
+        if writer is not None:
+            self.load_snapshot_writer = None
+            writer.close()
+            os.unlink(writer.path)
+
+
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    """Target of the scheduler process: install our parts, then run SGLang's own function."""
-    install()
+    """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own function."""
+    install(OfflineBatchScheduler)
     upstream.run_scheduler_process(*args, **kwargs)
 
 
-def install() -> None:
+def install(scheduler_class: type[BatchScheduler] = BatchScheduler) -> None:
     """Put our parts where SGLang's scheduler process looks for them, and verify the ground they stand on."""
-    from batchllm.srt import radix_cache
-
     compat.check()
     radix_cache.register()
     sampling.install()
-    upstream.Scheduler = BatchScheduler
+    upstream.Scheduler = scheduler_class
     upstream.PrefillAdder = PlannedPrefillAdder
