@@ -1,4 +1,5 @@
-"""Very large batches of LLM prompts on SGLang: every shared prefix planned, computed once, pinned while needed.
+"""Very large batches of LLM prompts on SGLang: every shared prefix planned, computed once, pinned while
+needed.
 
 Nothing heavy is imported until it is used.
 """

@@ -70,8 +70,8 @@ class BatchEngine:
             messages: Conversations, through the model's chat template.
 
         Returns:
-            Completions in input order, the ``n`` samples of a prompt side by side. A prompt that cannot run gets one
-            whose ``finish_reason`` is ``"abort"`` and whose ``error`` says why.
+            Completions in input order, the ``n`` samples of a prompt side by side. A prompt that cannot run
+            gets one whose ``finish_reason`` is ``"abort"`` and whose ``error`` says why.
 
         Raises:
             ConfigError: The arguments contradict each other.
@@ -90,7 +90,9 @@ class BatchEngine:
         input_ids: Sequence[Sequence[int]] | None = None,
         messages: Sequence[Sequence[dict[str, Any]]] | None = None,
     ) -> Iterator[Completion]:
-        """Like `batch_generate`, but yields each completion as it finishes. Dropping the iterator aborts the rest."""
+        """Like `batch_generate`, but yields each completion as it finishes. Dropping the iterator aborts the
+        rest.
+        """
         given = {"prompt": prompts, "input_ids": input_ids, "messages": messages}
         given = {name: values for name, values in given.items() if values is not None}
         if len(given) != 1:
@@ -146,11 +148,11 @@ def batch_generate(
     model_path: str | None = None,
     **server_args: Any,
 ) -> list[Completion]:
-    """Start an engine, answer every prompt, and end it. See `BatchEngine` and `BatchEngine.batch_generate`."""
+    """Start an engine, answer every prompt, and end it. See `BatchEngine` and
+    `BatchEngine.batch_generate`.
+    """
     with BatchEngine(model_path, **server_args) as engine:
-        return engine.batch_generate(
-            prompts, sampling_params, input_ids=input_ids, messages=messages
-        )
+        return engine.batch_generate(prompts, sampling_params, input_ids=input_ids, messages=messages)
 
 
 def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) -> Sequence[Sampling]:
@@ -175,9 +177,7 @@ def _make_requests(
                     parsed[id(params)] = parse_sampling(params, defaults=SamplingParams())
                 params = parsed[id(params)]
             value = _CHECKS[field](field, value)
-            requests.append(
-                Request(row_id=str(index), index=index, sampling=params, **{field: value})
-            )
+            requests.append(Request(row_id=str(index), index=index, sampling=params, **{field: value}))
         except RowError as error:
             rejected.append((index, error))
     return requests, rejected

@@ -57,9 +57,7 @@ class Tokenizer:
 
         joined = [message | {"content": _text(message.get("content"))} for message in messages]
         try:
-            return str(
-                self._hf.apply_chat_template(joined, tokenize=False, add_generation_prompt=True)
-            )
+            return str(self._hf.apply_chat_template(joined, tokenize=False, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError) as error:
             raise RowError(
                 f"the model's chat template refuses these messages: {error}",

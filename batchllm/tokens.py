@@ -121,9 +121,7 @@ class TokenTable:
         if prompts and len(arrays) == len(prompts):
             return cls(tokens=np.concatenate(arrays), offsets=offsets)
         try:
-            tokens = np.fromiter(
-                chain.from_iterable(prompts), dtype=np.int32, count=int(offsets[-1])
-            )
+            tokens = np.fromiter(chain.from_iterable(prompts), dtype=np.int32, count=int(offsets[-1]))
         except OverflowError:
             limit = np.iinfo(np.int32).max
             row = next(i for i, p in enumerate(prompts) if any(not 0 <= t <= limit for t in p))

@@ -263,9 +263,7 @@ def _print_linearity(by_scale: dict[float, list[Measurement]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark the planner.")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies every workload's tokens"
-    )
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every workload's tokens")
     parser.add_argument("--repeat", type=int, default=3, help="times to plan each workload")
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--out", type=Path, help="write the measurements as JSON to this file")

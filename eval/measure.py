@@ -3,9 +3,10 @@
     python eval/measure.py ours  "one_level(0)" --pool 8192
     python eval/measure.py stock "one_level(0)" --pool 8192 --policy dfs-weight
 
-Stock is ``sglang.Engine.generate`` with the same model, pool, chunk and data type, every prompt in one call. The CPU
-platform of batchllm is active for both: stock SGLang does not run on a CPU without it. Prompt tokens computed are
-counted by each engine in the run: ours in the scheduler, stock's as prompt tokens less ``cached_tokens``.
+Stock is ``sglang.Engine.generate`` with the same model, pool, chunk and data type, every prompt in one call.
+The CPU platform of batchllm is active for both: stock SGLang does not run on a CPU without it. Prompt tokens
+computed are counted by each engine in the run: ours in the scheduler, stock's as prompt tokens less
+``cached_tokens``.
 """
 
 from __future__ import annotations
@@ -95,15 +96,15 @@ def _sampling(workload: Workload) -> list[dict[str, Any]]:
     ]
 
 
-def _ours(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
+def _ours(
+    model: str, policy: str, server_args: dict[str, Any]
+) -> tuple[Callable[..., Any], Callable[[], None]]:
     from batchllm import BatchEngine
 
     engine = BatchEngine(model, **server_args)
 
     def run(workload: Workload) -> tuple[list[Any], Result]:
-        completions = engine.batch_generate(
-            input_ids=workload.prompts, sampling_params=_sampling(workload)
-        )
+        completions = engine.batch_generate(input_ids=workload.prompts, sampling_params=_sampling(workload))
         report = engine.last_report
         assert report is not None and report.num_failed == 0, report
         return [c.output_ids for c in completions], {
@@ -116,7 +117,9 @@ def _ours(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callabl
     return run, engine.shutdown
 
 
-def _stock(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
+def _stock(
+    model: str, policy: str, server_args: dict[str, Any]
+) -> tuple[Callable[..., Any], Callable[[], None]]:
     import torch
     from sglang import Engine
 

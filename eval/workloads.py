@@ -1,4 +1,6 @@
-"""Workloads of token ids, deterministic in their seed. Ids are drawn from [10, 2000): every benchmark model has them."""
+"""Workloads of token ids, deterministic in their seed. Ids are drawn from [10, 2000): every benchmark model
+has them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def two_level(seed: int, num_systems: int = 3, num_documents: int = 8, num_quest
 
 
 def irregular(seed: int, num_prompts: int = 240, num_levels: int = 5) -> Workload:
-    """Random trees of five levels: uneven branches, prompts that end inside others, exact duplicates. Shuffled."""
+    """Random trees of five levels: uneven branches, prompts that end inside others, exact duplicates.
+    Shuffled.
+    """
     rng = random.Random(seed)
     prompts: list[list[int]] = []
 
@@ -76,8 +80,6 @@ def _tokens(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randint(_LOW, _HIGH) for _ in range(num_tokens)]
 
 
-def _shuffled(
-    rng: random.Random, name: str, prompts: list[list[int]], low: int, high: int
-) -> Workload:
+def _shuffled(rng: random.Random, name: str, prompts: list[list[int]], low: int, high: int) -> Workload:
     rng.shuffle(prompts)
     return Workload(name, prompts, [rng.randint(low, high) for _ in prompts])

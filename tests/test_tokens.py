@@ -83,9 +83,7 @@ def test_page_floor_is_the_most_whole_pages(num_tokens: int, page_size: int) -> 
         ),
     ],
 )
-def test_arrays_that_are_no_table_are_refused(
-    tokens: np.ndarray, offsets: np.ndarray, message: str
-) -> None:
+def test_arrays_that_are_no_table_are_refused(tokens: np.ndarray, offsets: np.ndarray, message: str) -> None:
     with pytest.raises(WorkloadError, match=message):
         TokenTable(tokens=tokens, offsets=offsets)
 
@@ -97,10 +95,7 @@ def test_a_token_id_that_does_not_fit_names_its_row() -> None:
 
 def test_the_content_hash_is_the_same_in_every_release() -> None:
     """A hash written in a journal last year still names the same prompts."""
-    assert (
-        TokenTable.from_lists([[1, 2, 3], [], [4]]).content_hash()
-        == "84d8aebb49616252cd39f1e7c15377f4"
-    )
+    assert TokenTable.from_lists([[1, 2, 3], [], [4]]).content_hash() == "84d8aebb49616252cd39f1e7c15377f4"
 
 
 def test_the_content_hash_depends_on_tokens_and_on_where_rows_end() -> None:

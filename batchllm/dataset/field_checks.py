@@ -46,16 +46,12 @@ def closest(name: object, known: Iterable[str]) -> str:
 
 def wrong_type(name: str, wanted: str, value: object) -> RowError:
     """The error for a value that is not of the wanted type."""
-    return RowError(
-        f"{name} must be {wanted}, not {show(value)}", code="invalid_parameter_type", param=name
-    )
+    return RowError(f"{name} must be {wanted}, not {show(value)}", code="invalid_parameter_type", param=name)
 
 
 def out_of_range(name: str, wanted: str, value: object) -> RowError:
     """The error for a value of the right type that is too small, too large or empty."""
-    return RowError(
-        f"{name} must be {wanted}, not {show(value)}", code="parameter_out_of_range", param=name
-    )
+    return RowError(f"{name} must be {wanted}, not {show(value)}", code="parameter_out_of_range", param=name)
 
 
 def integer(low: int, high: int = MAX_INT32) -> Check:
@@ -158,9 +154,7 @@ def regex_text(name: str, value: object) -> str:
             warnings.simplefilter("ignore")
             re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
-        raise RowError(
-            f"{name} does not compile: {error}", code="invalid_regex", param=name
-        ) from None
+        raise RowError(f"{name} does not compile: {error}", code="invalid_regex", param=name) from None
     return value
 
 
@@ -173,9 +167,7 @@ def token_ids(name: str, value: object) -> array[int]:
     if not isinstance(value, list):
         raise _bad_ids(name, f"{name} must be a list of token ids, not {show(value)}")
     if not value:
-        raise RowError(
-            f"{name} is empty; give at least one token id", code="empty_prompt", param=name
-        )
+        raise RowError(f"{name} is empty; give at least one token id", code="empty_prompt", param=name)
     if set(map(type, value)) != {int}:  # exact type: a bool is an int to isinstance
         at, item = next((i, v) for i, v in enumerate(value) if type(v) is not int)
         raise _bad_ids(name, f"{name}[{at}] must be a token id, not {show(item)}")

@@ -195,9 +195,7 @@ def _parse_object(data: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise _why_not_json(data, error) from None
     if not isinstance(record, dict):
-        raise RowError(
-            f"a line must hold one JSON object, not {show(record)}", code="not_an_object"
-        )
+        raise RowError(f"a line must hold one JSON object, not {show(record)}", code="not_an_object")
     return record
 
 

@@ -46,9 +46,7 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], decode: Decode) -> dict[str, A
     }
 
 
-def completion_logprobs(
-    tokens: Sequence[TokenLogprob], decode: Decode, *, with_top: bool
-) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[TokenLogprob], decode: Decode, *, with_top: bool) -> dict[str, Any]:
     """OpenAI's completions format; ``text_offset`` counts characters from the start of the answer.
 
     Alternatives that look alike as text (halves of characters) keep the likelier one: the format

@@ -53,9 +53,7 @@ _FIELDS: Mapping[RowKind, Mapping[str, SamplingField]] = {
 }
 PROMPT_FIELD: Mapping[RowKind, str] = {"completions": "prompt", "chat": "messages"}
 
-IGNORED = frozenset(
-    {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"}
-)
+IGNORED = frozenset({"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"})
 """OpenAI's bookkeeping; says nothing about the answer."""
 
 UNSUPPORTED = frozenset(
@@ -128,9 +126,7 @@ def check_envelope(record: dict[str, Any]) -> tuple[RowKind, dict[str, Any]]:
         )
     body = record.get("body")
     if not isinstance(body, dict):
-        raise RowError(
-            f"body must be an object, not {checks.show(body)}", code="invalid_body", param="body"
-        )
+        raise RowError(f"body must be an object, not {checks.show(body)}", code="invalid_body", param="body")
     return kind, body
 
 

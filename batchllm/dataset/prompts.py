@@ -23,9 +23,7 @@ MESSAGE_KEYS = frozenset(
 def check_text(name: str, value: object) -> str:
     """Checks for a non-empty string."""
     if not isinstance(value, str):
-        raise RowError(
-            f"{name} must be a string, not {show(value)}", code="invalid_prompt", param=name
-        )
+        raise RowError(f"{name} must be a string, not {show(value)}", code="invalid_prompt", param=name)
     if not value:
         raise empty_prompt(name)
     return value
@@ -66,9 +64,7 @@ def check_messages(value: object) -> list[dict[str, Any]]:
 
 def empty_prompt(name: str) -> RowError:
     """The error for a prompt with nothing in it."""
-    return RowError(
-        f"{name} is empty; a row needs something to answer", code="empty_prompt", param=name
-    )
+    return RowError(f"{name} is empty; a row needs something to answer", code="empty_prompt", param=name)
 
 
 def _check_message(name: str, message: object) -> None:

@@ -126,9 +126,7 @@ def _openai_choice(row: Row, sample: Completion, decode: Decode) -> dict[str, An
     else:
         answer = {"text": sample.text}
         if wanted:
-            logprobs = completion_logprobs(
-                sample.logprobs or (), decode, with_top=sampling.top_logprobs > 0
-            )
+            logprobs = completion_logprobs(sample.logprobs or (), decode, with_top=sampling.top_logprobs > 0)
     return {
         "index": sample.sample,
         **answer,

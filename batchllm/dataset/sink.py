@@ -58,9 +58,7 @@ def check_writable(path: _PathLike, flag: str, *, input_path: _PathLike | None =
         with tempfile.TemporaryFile(dir=target.parent) as probe:
             probe.write(b"\n")
     except OSError as error:
-        raise ConfigError(
-            f"{flag} {path}: cannot write in {target.parent}: {error.strerror}"
-        ) from error
+        raise ConfigError(f"{flag} {path}: cannot write in {target.parent}: {error.strerror}") from error
 
 
 class JsonlSink:

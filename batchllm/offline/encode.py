@@ -39,9 +39,7 @@ def encode_requests(
             encoded[i] = error
     for pairs, add_special_tokens in ((texts, True), (chats, False)):
         if pairs:
-            ids = _need(tokenizer).encode(
-                [text for _, text in pairs], add_special_tokens=add_special_tokens
-            )
+            ids = _need(tokenizer).encode([text for _, text in pairs], add_special_tokens=add_special_tokens)
             for (i, _), row_ids in zip(pairs, ids, strict=True):
                 encoded[i] = row_ids
     for i, row_ids in enumerate(encoded):

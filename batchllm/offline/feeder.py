@@ -1,7 +1,7 @@
 """Walks a plan and keeps a bounded window of it submitted.
 
-The scheduler never sees a million waiting requests, and the driver never holds a million tasks: about twice what the
-KV pool can hold is on its way at any time, and more follows as answers come back.
+The scheduler never sees a million waiting requests, and the driver never holds a million tasks: about twice
+what the KV pool can hold is on its way at any time, and more follows as answers come back.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class Feeder:
         if first == self._num_requests or not self._has_room():
             return None
         free_cost = self._window_cost - self._outstanding_cost
-        last = int(
-            np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right")
-        )
+        last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right"))
         # At least one: a request larger than the window still has to run.
         last = min(max(last - 1, first + 1), first + _MAX_WINDOW_REQUESTS - self._num_outstanding)
         last = min(last, self._num_requests)

@@ -83,9 +83,7 @@ def _cut_of(plan: BatchPlan, group: Int32Array, cost: Int64Array) -> GroupCut:
     num_members = np.bincount(request_group + 1, minlength=plan.num_prefixes + 1)[1:]
     chosen = np.flatnonzero(num_members)
     saved = (num_members[chosen] * plan.end_len[chosen] - cost[chosen]).sum()
-    return GroupCut(
-        prefixes=chosen.astype(np.int32), request_group=request_group, saved_tokens=int(saved)
-    )
+    return GroupCut(prefixes=chosen.astype(np.int32), request_group=request_group, saved_tokens=int(saved))
 
 
 @njit(cache=True)

@@ -138,9 +138,7 @@ class BatchPlan:
         for _, array in self._arrays():
             yield array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
-    def validate(
-        self, table: TokenTable | None = None, namespaces: Int64Array | None = None
-    ) -> None:
+    def validate(self, table: TokenTable | None = None, namespaces: Int64Array | None = None) -> None:
         """Check every invariant of the contract, and with the prompts at hand, every shared token.
 
         Args:
@@ -178,9 +176,7 @@ def _check_arrays(plan: BatchPlan) -> None:
         for name, dtype in dtypes.items():
             array = getattr(plan, name)
             if array.dtype != dtype or array.shape != (length,):
-                raise PlanError(
-                    f"{name} must be {np.dtype(dtype)}[{length}], not {array.dtype}{array.shape}"
-                )
+                raise PlanError(f"{name} must be {np.dtype(dtype)}[{length}], not {array.dtype}{array.shape}")
     if plan.page_size < 1:
         raise PlanError(f"page_size must be at least 1, not {plan.page_size}")
 
@@ -206,9 +202,7 @@ def _check_prefixes(plan: BatchPlan) -> None:
         parent=parent,
     )
     expected = plan.end_len_of(parent)
-    _require(
-        start == expected, "prefix", "start_len must be the parent's end_len or 0", start_len=start
-    )
+    _require(start == expected, "prefix", "start_len must be the parent's end_len or 0", start_len=start)
     _require(end > start, "prefix", "end_len must exceed start_len", start_len=start, end_len=end)
     _require(
         end % plan.page_size == 0,
@@ -292,9 +286,7 @@ def _check_tokens(plan: BatchPlan, table: TokenTable) -> None:
 
 def _check_namespaces(plan: BatchPlan, namespaces: Int64Array) -> None:
     if namespaces.shape != (plan.num_requests,):
-        raise PlanError(
-            f"the plan has {plan.num_requests} requests, namespaces the shape {namespaces.shape}"
-        )
+        raise PlanError(f"the plan has {plan.num_requests} requests, namespaces the shape {namespaces.shape}")
     planned = namespaces[plan.order]
     same = np.append(True, planned[1:] == planned[:-1])[: len(planned)]
     _require(

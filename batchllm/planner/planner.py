@@ -15,9 +15,7 @@ from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree
 from batchllm.tokens import Int32Array, Int64Array, TokenTable
 
 
-def plan_batch(
-    table: TokenTable, *, page_size: int = 1, namespaces: Int64Array | None = None
-) -> BatchPlan:
+def plan_batch(table: TokenTable, *, page_size: int = 1, namespaces: Int64Array | None = None) -> BatchPlan:
     """Plan a whole job: order the prompts and name every prefix worth keeping. Validated.
 
     Linear in the tokens of the table (plus sorting the prompts' first differences), on all cores.
@@ -61,8 +59,7 @@ def _whole_pages(tree: PrefixTree, prompt_lens: Int32Array, page_size: int) -> B
         first=first,
         num_consumers=num_consumers,
         num_prompt_tokens=num_prompt_tokens,
-        optimal_prefill_tokens=num_prompt_tokens
-        - int((reused - reused % page_size).sum(dtype=np.int64)),
+        optimal_prefill_tokens=num_prompt_tokens - int((reused - reused % page_size).sum(dtype=np.int64)),
     )
 
 

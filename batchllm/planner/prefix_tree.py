@@ -103,9 +103,7 @@ def build_prefix_tree(table: TokenTable, namespaces: Int64Array | None = None) -
     )
 
 
-def _sort_prompts(
-    table: TokenTable, namespaces: Int64Array | None
-) -> tuple[Int64Array, Int32Array]:
+def _sort_prompts(table: TokenTable, namespaces: Int64Array | None) -> tuple[Int64Array, Int32Array]:
     """Lexicographic order of the rows, and what each position shares with the one before."""
     n = len(table)
     order = np.arange(n, dtype=np.int64)
@@ -113,8 +111,7 @@ def _sort_prompts(
     if namespaces is not None:
         if namespaces.shape != (n,) or not np.issubdtype(namespaces.dtype, np.integer):
             raise WorkloadError(
-                f"namespaces must be {n} integers, not {namespaces.dtype} of shape "
-                f"{namespaces.shape}"
+                f"namespaces must be {n} integers, not {namespaces.dtype} of shape {namespaces.shape}"
             )
         order = np.argsort(namespaces, kind="stable").astype(np.int64, copy=False)
         ranked = namespaces[order]
@@ -276,9 +273,7 @@ def _sort_duplicates(s: _Sorting, start: int, end: int, stack: Int64Array) -> No
 
 
 @njit(cache=True, nogil=True)
-def _sort_pairs(
-    keys: UInt64Array, order: Int64Array, start: int, end: int, stack: Int64Array
-) -> None:
+def _sort_pairs(keys: UInt64Array, order: Int64Array, start: int, end: int, stack: Int64Array) -> None:
     """Sort ``keys[start:end]`` and carry ``order`` along: three-way quicksort, explicit stack."""
     stack[0], stack[1] = start, end
     top = 2
@@ -314,9 +309,7 @@ def _sort_pairs(
 
 
 @njit(cache=True, nogil=True)
-def _partition(
-    keys: UInt64Array, order: Int64Array, lo: int, hi: int, pivot: int
-) -> tuple[int, int]:
+def _partition(keys: UInt64Array, order: Int64Array, lo: int, hi: int, pivot: int) -> tuple[int, int]:
     """Arrange ``[lo:hi]`` as below, equal to, above the pivot; returns the two boundaries."""
     less, i, greater = lo, lo, hi
     while i < greater:

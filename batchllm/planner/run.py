@@ -1,4 +1,5 @@
-"""A run: consecutive requests of a plan, as they travel to the scheduler. Shared prefixes once, private suffixes.
+"""A run: consecutive requests of a plan, as they travel to the scheduler. Shared prefixes once, private
+suffixes.
 
 Arrays only, so that a run of thousands of requests pickles as a few buffers.
 """
@@ -19,7 +20,8 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """Requests ``[first_position, first_position + len(self))`` of a plan, and the prefixes first consumed there.
+    """Requests ``[first_position, first_position + len(self))`` of a plan, and the prefixes first consumed
+    there.
 
     Attributes:
         first_position: Plan position of the first request.

@@ -1,14 +1,14 @@
 """The ledger of planned prefixes: who still needs this one, and is its KV there?
 
-It knows prefixes by number and consumers only by count. It must not know tokens, slots or tensors: the cache that
-holds the KV asks it what may be freed.
+It knows prefixes by number and consumers only by count. It must not know tokens, slots or tensors: the cache
+that holds the KV asks it what may be freed.
 
     planned ──start_computing──> computing ──mark_resident──> resident ──last consumer──> released
        ^                             │
        └──────────abandon────────────┘            (any state ──last consumer──> released)
 
-INVARIANT: a prefix is resident only while its parent is, and has at least as few consumers left as its parent; what
-is released never comes back.
+INVARIANT: a prefix is resident only while its parent is, and has at least as few consumers left as its
+parent; what is released never comes back.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Lookup:
         resident_id: Deepest resident prefix of the path, or `NO_PREFIX`.
         resident_len: Tokens whose KV is resident, from the start of the prompt.
         is_computing: True when the next deeper prefix is being computed: wait for it.
-        missing_ids: Prefixes of the path that are not resident, outermost first. Whoever runs first computes them.
+        missing_ids: Prefixes of the path that are not resident, outermost first. Whoever runs first computes
+            them.
     """
 
     resident_id: int
@@ -57,8 +58,9 @@ class Lookup:
 class PinLedger:
     """State and remaining consumers of every planned prefix that is not yet released.
 
-    A consumer is counted off when it finishes or is aborted, not when it is admitted, so that a retracted request
-    still finds its prefix. Released prefixes are forgotten: the ledger holds what is open, not the whole job.
+    A consumer is counted off when it finishes or is aborted, not when it is admitted, so that a retracted
+    request still finds its prefix. Released prefixes are forgotten: the ledger holds what is open, not the
+    whole job.
     """
 
     def __init__(self) -> None:

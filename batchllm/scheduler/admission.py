@@ -41,9 +41,7 @@ class OpenPrefixes:
         """Count these as opened. Empty does nothing."""
         for prefix_id in prefix_ids:
             self.num_tokens += ledger.num_tokens(prefix_id)
-            self.longest_consumer_len = max(
-                self.longest_consumer_len, ledger.longest_consumer_len(prefix_id)
-            )
+            self.longest_consumer_len = max(self.longest_consumer_len, ledger.longest_consumer_len(prefix_id))
 
     def may_add(
         self,
@@ -54,9 +52,9 @@ class OpenPrefixes:
     ) -> bool:
         """May these be opened ahead of requests that come earlier in the plan?
 
-        A pinned prefix stays until its last consumer has finished, so opening one out of order takes memory from the
-        requests left behind. Once all that runs has finished, each of them in its turn must fit beside everything
-        that is open; then the head of the plan always makes progress, whatever was opened.
+        A pinned prefix stays until its last consumer has finished, so opening one out of order takes memory
+        from the requests left behind. Once all that runs has finished, each of them in its turn must fit
+        beside everything that is open; then the head of the plan always makes progress, whatever was opened.
 
         Args:
             prefix_ids: Prefixes to open, none of them open yet, outermost first.

@@ -1,8 +1,9 @@
 """The order of work: members of resident prefixes first, then the next prefix's leader, always in plan order.
 
-A prefix is computed once. Its leader is simply the first of its consumers to be admitted; the others wait until its
-KV is there (one step, if the leader's prompt fits into it) while other groups' work fills the step.
-(BatchLLM, arXiv 2412.03594, section 4.3: a group starts together, its prefix lives until its last member ends.)
+A prefix is computed once. Its leader is simply the first of its consumers to be admitted; the others wait
+until its KV is there (one step, if the leader's prompt fits into it) while other groups' work fills the step.
+(BatchLLM, arXiv 2412.03594, section 4.3: a group starts together, its prefix lives until its last member
+ends.)
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ class PlannedPolicy:
     def decide(self, view: SchedulerView) -> Decision:
         """Choose the requests to start in this step.
 
-        Stops at the first request that is ready but does not fit, so that memory drains towards the head of the plan
-        instead of being taken by later, smaller requests. A request whose prefix is still being computed is passed
-        over.
+        Stops at the first request that is ready but does not fit, so that memory drains towards the head of
+        the plan instead of being taken by later, smaller requests. A request whose prefix is still being
+        computed is passed over.
         """
         return Decision(tuple(_Step(view).admit()))
 

@@ -18,7 +18,9 @@ class WaitingRequest(Protocol):
 
     @property
     def prefill_len(self) -> int:
-        """Tokens it must have KV for before it decodes: its prompt, plus what a retracted one had generated."""
+        """Tokens it must have KV for before it decodes: its prompt, plus what a retracted one had
+        generated.
+        """
 
     @property
     def total_len(self) -> int:

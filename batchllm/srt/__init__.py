@@ -1,6 +1,6 @@
 """The real runtime: SGLang 0.5.17, extended. The only package that imports sglang.
 
 File names mirror ``sglang/srt``, so that whoever knows SGLang knows where to look. What is decided here comes
-from ``batchllm.scheduler`` and ``batchllm.prefix_cache``; these modules only show them the live state and carry
-out the answer.
+from ``batchllm.scheduler`` and ``batchllm.prefix_cache``; these modules only show them the live state and
+carry out the answer.
 """

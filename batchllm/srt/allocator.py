@@ -1,8 +1,9 @@
 """KV slots on CPU. (Upstream: ``srt/mem_cache/allocator/token.py``.)
 
-SGLang asks an out-of-tree platform for a *paged* allocator, which launches Triton kernels to allocate and sorts to
-free. On CPU the page is one token, and upstream's token allocator would do, but each of its frees copies the whole free
-list. This one keeps the free slots as a stack in one buffer: taking and giving back cost what is taken.
+SGLang asks an out-of-tree platform for a *paged* allocator, which launches Triton kernels to allocate and
+sorts to free. On CPU the page is one token, and upstream's token allocator would do, but each of its frees
+copies the whole free list. This one keeps the free slots as a stack in one buffer: taking and giving back
+cost what is taken.
 """
 
 from __future__ import annotations

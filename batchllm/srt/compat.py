@@ -1,8 +1,8 @@
 """The ground that this package stands on, verified when a process starts.
 
-SGLang logs and swallows errors of plugins, so nothing here relies on them silently: the version must match exactly,
-and every upstream function that we override or replace must still be the one we read. After an upgrade, run
-``python -m batchllm.srt.compat`` and walk through what has changed.
+SGLang logs and swallows errors of plugins, so nothing here relies on them silently: the version must match
+exactly, and every upstream function that we override or replace must still be the one we read. After an
+upgrade, run ``python -m batchllm.srt.compat`` and walk through what has changed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from batchllm.errors import SeamError
 SGLANG_VERSION = "0.5.17"
 
 # First 12 digits of the SHA-256 of the source of each upstream function that we override, replace or lean on.
-PINNED = {
-}
+PINNED = {}
 
 
 def digest(qualified_name: str) -> str:
-    """Short hash of the source of an upstream function, e.g. ``sglang.srt.managers.scheduler:Scheduler.run_batch``."""
+    """Short hash of the source of an upstream function, e.g.
+    ``sglang.srt.managers.scheduler:Scheduler.run_batch``.
+    """
     source = inspect.getsource(pkgutil.resolve_name(qualified_name))
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 

@@ -1,4 +1,6 @@
-"""SGLang's detokenizer, decoding finished planned requests in bulk. (Upstream: ``srt/managers/detokenizer_manager.py``.)"""
+"""SGLang's detokenizer, decoding finished planned requests in bulk. (Upstream:
+``srt/managers/detokenizer_manager.py``.)
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,7 @@ class BatchDetokenizerManager(DetokenizerManager):
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
-        self._request_dispatcher += TypeBasedDispatcher(
-            [(PlannedBatchOutput, self.handle_planned_output)]
-        )
+        self._request_dispatcher += TypeBasedDispatcher([(PlannedBatchOutput, self.handle_planned_output)])
 
     def handle_planned_output(self, output: PlannedBatchOutput) -> PlannedBatchOutput:
         """Fill in the texts: what the output adds to the end of the prompt, without what stopped it."""
@@ -34,9 +34,7 @@ class BatchDetokenizerManager(DetokenizerManager):
         span_texts = self._grouped_batch_decode(spans, output.skip_special_tokens, spaces)
         output.texts = [
             self.trim_matched_stop(span[len(context) :], reason, no_stop_trim=False)
-            for context, span, reason in zip(
-                context_texts, span_texts, output.finish_reasons, strict=True
-            )
+            for context, span, reason in zip(context_texts, span_texts, output.finish_reasons, strict=True)
         ]
         return output
 

@@ -61,14 +61,15 @@ class _PlannedEngine(Engine):
         finally:
             tempfile.tempdir = before
         self.port_args = port_args
-        # A kernel library makes a temporary directory in every process at import; ours are killed, not closed.
+        # A kernel library makes a temporary directory in every process at import; ours are killed, not
+        # closed.
         with _environment(CUDA_TILE_TEMP_DIR=self.socket_dir):
-            return super()._launch_subprocesses(
-                server_args=server_args, port_args=port_args, **kwargs
-            )
+            return super()._launch_subprocesses(server_args=server_args, port_args=port_args, **kwargs)
 
     def shutdown(self) -> None:
-        """End the processes that this engine started, and remove its sockets. Upstream ends *all* children."""
+        """End the processes that this engine started, and remove its sockets. Upstream ends *all*
+        children.
+        """
         if self.socket_dir is None:
             return
         manager = self.tokenizer_manager
@@ -113,10 +114,10 @@ class SrtRuntime:
         compat.check()
         args = make_server_args(model_path, **server_args)
         with _launch_errors():
-            self._engine = _PlannedEngine(args)
-        manager = self._engine.tokenizer_manager
-        init_info = self._engine._scheduler_init_result.scheduler_infos[0]
-        self.loop: asyncio.AbstractEventLoop = self._engine.loop
+            self.sglang_engine = _PlannedEngine(args)
+        manager = self.sglang_engine.tokenizer_manager
+        init_info = self.sglang_engine._scheduler_init_result.scheduler_infos[0]
+        self.loop: asyncio.AbstractEventLoop = self.sglang_engine.loop
         self._manager = manager
         self._tokenizer = None if manager.tokenizer is None else Tokenizer(manager.tokenizer)
         self._job_ids = count()
@@ -155,8 +156,7 @@ class SrtRuntime:
                 sampling_index=index,
                 seeds=np.asarray(requests.seeds, np.int64),
                 num_logprobs=np.asarray(num_logprobs, np.int32)[index],
-                extra_keys=requests.namespaces
-                and [name or None for name in requests.namespaces],
+                extra_keys=requests.namespaces and [name or None for name in requests.namespaces],
             )
         )
 
@@ -191,7 +191,7 @@ class SrtRuntime:
         """End all processes of this runtime. Doing it twice does nothing."""
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
-        self._engine.shutdown()
+        self.sglang_engine.shutdown()
 
 
 @contextlib.contextmanager
@@ -276,4 +276,3 @@ def _token_logprobs(logprobs: Any, output_ids: Sequence[int]) -> tuple[TokenLogp
         )
         for token_id, (logprob, top_logprobs, top_ids) in zip(output_ids, logprobs, strict=True)
     )
-

@@ -16,7 +16,8 @@ class PlannedRunReqInput(BaseReq):
     Attributes:
         job_id: Number of the job; later jobs have larger numbers.
         run: A `batchllm.planner.run.PlannedRun`.
-        sampling: Distinct sampling parameters of the run, as keyword arguments of SGLang's ``SamplingParams``.
+        sampling: Distinct sampling parameters of the run, as keyword arguments of SGLang's
+            ``SamplingParams``.
         sampling_index: Which of ``sampling`` each request uses.
         seeds: Sampling seed of each request.
         num_logprobs: -1 for no log probabilities, else how many alternatives beside the chosen token.

@@ -1,7 +1,7 @@
 """Finished planned requests leave the scheduler in bulk; nothing of theirs leaves before.
 
-(Upstream: ``srt/managers/scheduler_components/output_streamer.py``, which also sends every 50 tokens of a request that
-is not streamed.)
+(Upstream: ``srt/managers/scheduler_components/output_streamer.py``, which also sends every 50 tokens of a
+request that is not streamed.)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
         live = [req for req in reqs if not isinstance(req, PlannedReq)]
         if live:
             # A dataclass with slots is rebuilt by the decorator, which breaks the bare super().
-            super(BatchOutputStreamer, self).stream_output(live, return_logprob, skip_req)  # noqa: UP008
+            super(BatchOutputStreamer, self).stream_output(live, return_logprob, skip_req)
 
     def send_finished(self, reqs: list[PlannedReq]) -> None:
         """Send these to the detokenizer, one message per job. Each has a ``finished_reason``."""
@@ -63,9 +63,7 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     finish_reasons=[req.finished_reason.to_json() for req in job_reqs],
                     prompt_tokens=[req.num_prompt_tokens for req in job_reqs],
                     cached_tokens=[req.cached_tokens for req in job_reqs],
-                    skip_special_tokens=[
-                        req.sampling_params.skip_special_tokens for req in job_reqs
-                    ],
+                    skip_special_tokens=[req.sampling_params.skip_special_tokens for req in job_reqs],
                     logprobs=[_logprobs(req) for req in job_reqs],
                     counters=counters,
                 )

@@ -1,8 +1,8 @@
 """SGLang on any x86 or Arm CPU, without ``sgl_kernel``.
 
-SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) needs a CPU build of ``sgl_kernel`` that PyPI does not have. An
-out-of-tree platform (entry point group ``sglang.srt.platforms``) needs nothing but torch: native operators, the
-``torch_native`` attention backend, plain KV pools.
+SGLang's own CPU engine (``SGLANG_USE_CPU_ENGINE=1``) needs a CPU build of ``sgl_kernel`` that PyPI does not
+have. An out-of-tree platform (entry point group ``sglang.srt.platforms``) needs nothing but torch: native
+operators, the ``torch_native`` attention backend, plain KV pools.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def activate() -> str | None:
 def set_openmp_defaults() -> None:
     """Let idle OpenMP threads sleep instead of spin, unless the user has chosen otherwise.
 
-    libgomp spins by default: beside a tokenizer and a detokenizer process on the same cores that makes two threads
-    about ten times slower than one. Must run before the process that computes starts, since libgomp reads it once.
+    libgomp spins by default: beside a tokenizer and a detokenizer process on the same cores that makes two
+    threads about ten times slower than one. Must run before the process that computes starts, since libgomp
+    reads it once.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -1,14 +1,14 @@
 """SGLang's radix cache with planned prefixes pinned in it. (Upstream: ``srt/mem_cache/radix_cache.py``.)
 
-The `PinLedger` says who still needs a planned prefix; this class holds its KV. A pin is one extra ``inc_lock_ref``, so
-SGLang's own accounting (and its strict memory checks) sees pinned KV as protected. A planned request owns its slots
-like this, in ``req_to_token[slot]``::
+The `PinLedger` says who still needs a planned prefix; this class holds its KV. A pin is one extra
+``inc_lock_ref``, so SGLang's own accounting (and its strict memory checks) sees pinned KV as protected. A
+planned request owns its slots like this, in ``req_to_token[slot]``::
 
     0 ........................ cache_protected_len .................. kv_allocated_len
     [ planned prefixes: the tree's, pinned )[ private prompt and output: the request's )
 
-The private part is freed when the request finishes and never becomes a leaf of the tree. Requests outside any plan
-are SGLang's as ever: their KV is kept and evicted by LRU, and nothing pinned is evicted for them.
+The private part is freed when the request finishes and never becomes a leaf of the tree. Requests outside any
+plan are SGLang's as ever: their KV is kept and evicted by LRU, and nothing pinned is evicted for them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def create(ctx: TreeCacheBuildContext) -> PlannedRadixCache:
     """
     if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
         raise ConfigError(
-            f"{ctx.server_args.model_path}: models with sliding-window or state-space layers are not supported "
-            "by --radix-cache-backend batchllm; run them with `python -m sglang.launch_server`"
+            f"{ctx.server_args.model_path}: models with sliding-window or state-space layers are not "
+            "supported by --radix-cache-backend batchllm; run them with `python -m sglang.launch_server`"
         )
     if ctx.disable_radix_cache:
         raise ConfigError("--disable-radix-cache: a planned cache cannot be switched off; drop the flag")
@@ -45,7 +45,9 @@ def create(ctx: TreeCacheBuildContext) -> PlannedRadixCache:
 
 
 def register() -> None:
-    """Make ``--radix-cache-backend batchllm`` known to SGLang in this process. Does nothing the second time."""
+    """Make ``--radix-cache-backend batchllm`` known to SGLang in this process. Does nothing the second
+    time.
+    """
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
     if BACKEND_NAME not in registered_radix_cache_backends():
@@ -63,7 +65,9 @@ class _Pin:
 
 
 class PlannedRadixCache(RadixCache):
-    """Radix cache that computes each planned prefix once and keeps it until its last consumer has finished."""
+    """Radix cache that computes each planned prefix once and keeps it until its last consumer has
+    finished.
+    """
 
     def __init__(self, params: Any) -> None:
         self.ledger = PinLedger()
@@ -101,8 +105,8 @@ class PlannedRadixCache(RadixCache):
     def insert_led_prefixes(self, req: PlannedReq) -> None:
         """Pin the prefixes that ``req`` leads and whose last token the coming step computes.
 
-        The slots are allocated and the forward pass that fills them is launched before any that reads them, so
-        followers may match them from the next step on, before this one's result is known.
+        The slots are allocated and the forward pass that fills them is launched before any that reads them,
+        so followers may match them from the next step on, before this one's result is known.
         """
         while req.led_prefix_ids:
             prefix_id = req.led_prefix_ids[0]
@@ -119,7 +123,8 @@ class PlannedRadixCache(RadixCache):
         result = self.insert(InsertParams(key=key, value=indices))
         protected_len = req.cache_protected_len
         if result.prefix_len > protected_len:
-            # Someone else (another job) has put the same tokens there since this request was matched: read those.
+            # Someone else (another job) has put the same tokens there since this request was matched: read
+            # those.
             self.token_to_kv_pool_allocator.free_segment(
                 indices[protected_len : result.prefix_len], start_pos=protected_len
             )

@@ -1,8 +1,8 @@
 """Sampling that SGLang lacks: a seed per request, and seeds and grammars on CPU.
 
-SGLang honours ``sampling_seed`` only in its deterministic mode, where a request without one gets 42 (so that n samples
-of one prompt come out equal). Here every planned request carries a seed of its own; with it the n-th token depends on
-nothing but the seed, the position and the probabilities.
+SGLang honours ``sampling_seed`` only in its deterministic mode, where a request without one gets 42 (so that
+n samples of one prompt come out equal). Here every planned request carries a seed of its own; with it the
+n-th token depends on nothing but the seed, the position and the probabilities.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def _seed(req: Any) -> int:
     return xxhash.xxh64_intdigest(req.rid.encode()) >> 1
 
 
-def murmur_hash32(
-    seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor
-) -> torch.Tensor:
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
     """MurmurHash3 of (64-bit seed, position, column), as SGLang's Triton kernel computes it, in plain torch.
 
     Args:

@@ -17,7 +17,8 @@ class PlannedPrefillAdder(PrefillAdder):
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         cached_len = len(req.prefix_indices)
         num_tokens = len(req.full_untruncated_fill_ids) - cached_len
-        # A prompt may be cut, but only one may be in pieces; without chunking the first is taken whatever its length.
+        # A prompt may be cut, but only one may be in pieces; without chunking the first is taken whatever its
+        # length.
         if self.rem_chunk_tokens is not None:
             if num_tokens > self.rem_chunk_tokens:
                 num_tokens = self.rem_chunk_tokens // self.page_size * self.page_size

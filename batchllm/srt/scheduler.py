@@ -1,8 +1,9 @@
 """SGLang's scheduler, running plans. (Upstream: ``srt/managers/scheduler.py``.)
 
-Planned requests wait in a window of their own, in plan order; SGLang's ``waiting_queue`` keeps the requests outside
-any plan. Each step, `PlannedPolicy` looks at the live state and names the planned requests to start; they are put
-behind the live ones for SGLang's own prefill pass, and what it took is settled with the cache afterwards.
+Planned requests wait in a window of their own, in plan order; SGLang's ``waiting_queue`` keeps the requests
+outside any plan. Each step, `PlannedPolicy` looks at the live state and names the planned requests to start;
+they are put behind the live ones for SGLang's own prefill pass, and what it took is settled with the cache
+afterwards.
 """
 
 from __future__ import annotations
@@ -253,7 +254,11 @@ class BatchScheduler(Scheduler):
 
     def _decide(self, running_batch: Any) -> Decision:
         # A live request that found no room goes first when some is free again.
-        if not self.planned_window or self._is_settled or (self.waiting_queue and running_batch.batch_is_full):
+        if (
+            not self.planned_window
+            or self._is_settled
+            or (self.waiting_queue and running_batch.batch_is_full)
+        ):
             return Decision()
         decision = self.planned_policy.decide(self._view(running_batch))
         self._is_settled = not decision.admissions
@@ -334,9 +339,7 @@ class BatchScheduler(Scheduler):
             counters.peak_kv_tokens = max(counters.peak_kv_tokens, num_used)
         if not batch.forward_mode.is_extend():
             return
-        for req, cached_len, num_tokens in zip(
-            batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
-        ):
+        for req, cached_len, num_tokens in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             # Not the generated tokens: those of decoding rows of a mixed step, or of a retracted request.
             if isinstance(req, PlannedReq) and cached_len < req.num_prompt_tokens:
                 num_tokens = min(cached_len + num_tokens, req.num_prompt_tokens) - cached_len
@@ -376,7 +379,9 @@ class OfflineBatchScheduler(BatchScheduler):
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own function."""
+    """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own
+    function.
+    """
     install(OfflineBatchScheduler)
     upstream.run_scheduler_process(*args, **kwargs)
 

@@ -18,7 +18,9 @@ from batchllm.errors import ConfigError
 from batchllm.srt import radix_cache
 
 _CPU_KV_TOKENS = 131_072
-"""KV pool on CPU unless ``--max-total-tokens`` says otherwise: SGLang would take most of the machine's memory."""
+"""KV pool on CPU unless ``--max-total-tokens`` says otherwise: SGLang would take most of the machine's
+memory.
+"""
 
 # Argument, the value that is fine, what to call it.
 _UNSUPPORTED = (

@@ -1,7 +1,8 @@
-"""SGLang's tokenizer manager, with a way past its per-request machinery. (Upstream: ``srt/managers/tokenizer_manager.py``.)
+"""SGLang's tokenizer manager, with a way past its per-request machinery. (Upstream:
+``srt/managers/tokenizer_manager.py``.)
 
-A planned request has no ``ReqState``, no event and no task here: runs go out in bulk, outputs come back in bulk and
-are handed to the job that asked.
+A planned request has no ``ReqState``, no event and no task here: runs go out in bulk, outputs come back in
+bulk and are handed to the job that asked.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ class BatchTokenizerManager(TokenizerManager):
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
-        self._result_dispatcher += TypeBasedDispatcher(
-            [(PlannedBatchOutput, self._handle_planned_output)]
-        )
+        self._result_dispatcher += TypeBasedDispatcher([(PlannedBatchOutput, self._handle_planned_output)])
         self.signal_handler_class = _FailJobs
 
     def open_job(self, job_id: int) -> None:
@@ -67,7 +66,9 @@ class BatchTokenizerManager(TokenizerManager):
 
 
 class _FailJobs(SignalHandler):
-    """A child that fails sends SIGQUIT; upstream then kills this whole process, which loses what was not yet written."""
+    """A child that fails sends SIGQUIT; upstream then kills this whole process, which loses what was not yet
+    written.
+    """
 
     def running_phase_sigquit_handler(self, signum: Any = None, frame: Any = None) -> None:
         self.tokenizer_manager.fail_jobs(

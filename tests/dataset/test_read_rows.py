@@ -42,9 +42,7 @@ def bad(record: dict[str, Any] | bytes) -> BadRow:
 
 
 def test_plain_row_with_everything() -> None:
-    row = good(
-        {"id": "a", "prompt": "hi", "sampling_params": {"max_new_tokens": 3}, "namespace": "lora"}
-    )
+    row = good({"id": "a", "prompt": "hi", "sampling_params": {"max_new_tokens": 3}, "namespace": "lora"})
     assert (row.kind, row.given_id, row.line) == ("plain", "a", 1)
     assert row.request.row_id == "a"
     assert row.request.prompt == "hi"
@@ -179,9 +177,7 @@ PLAIN_FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
 
 
 @pytest.mark.parametrize(("record", "code", "param"), PLAIN_FAULTS)
-def test_plain_fault_has_its_code_and_field(
-    record: dict[str, Any], code: str, param: str | None
-) -> None:
+def test_plain_fault_has_its_code_and_field(record: dict[str, Any], code: str, param: str | None) -> None:
     row = bad(record)
     assert (row.code, row.param, row.given_id, row.kind) == (code, param, "a", "plain")
 
@@ -295,9 +291,7 @@ def test_unparsed_line_takes_the_format_of_the_file() -> None:
     first, second = read(b'{"custom_id":"a"\n{"prompt":"x"\n')
     assert isinstance(first, BadRow) and isinstance(second, BadRow)
     assert (first.kind, second.kind) == ("chat", "plain")
-    rows = read(
-        b'{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"prompt":"x"}}\n{\n'
-    )
+    rows = read(b'{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"prompt":"x"}}\n{\n')
     assert isinstance(rows[1], BadRow) and rows[1].kind == "completions"
 
 

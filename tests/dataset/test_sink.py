@@ -78,9 +78,7 @@ def test_a_failure_keeps_the_partial_file_and_says_where(tmp_path: Path) -> None
         sink.write(1, {"id": 1})
         sink.write(0, {"id": 0})
         raise KeyError("engine")
-    assert caught.value.__notes__ == [
-        f"2 finished rows are kept in {out}.partial, in finishing order"
-    ]
+    assert caught.value.__notes__ == [f"2 finished rows are kept in {out}.partial, in finishing order"]
     assert [line["id"] for line in lines_of(tmp_path / "out.jsonl.partial")] == [1, 0]
     assert out.read_text() == "before\n"
 

@@ -15,9 +15,7 @@ from batchllm.tokens import TokenTable
 # A first call compiles, or loads what was compiled.
 untimed = settings(deadline=None)
 
-prompts = st.lists(
-    st.lists(st.sampled_from([0, 1]), min_size=1, max_size=12), min_size=1, max_size=25
-)
+prompts = st.lists(st.lists(st.sampled_from([0, 1]), min_size=1, max_size=12), min_size=1, max_size=25)
 
 TABLE = TokenTable.from_lists(
     [[1] * 10 + [branch] * 4 + [i] for branch in (2, 3) for i in (7, 8, 9)] + [[5, 6], [5, 6], [9]]
@@ -26,9 +24,7 @@ TABLE = TokenTable.from_lists(
 
 @untimed
 @given(prompts, st.sampled_from([1, 2, 4]))
-def test_what_the_prefixes_save_adds_up_to_what_the_plan_saves(
-    rows: list[list[int]], page_size: int
-) -> None:
+def test_what_the_prefixes_save_adds_up_to_what_the_plan_saves(rows: list[list[int]], page_size: int) -> None:
     plan = plan_batch(TokenTable.from_lists(rows), page_size=page_size)
     saved = plan.num_prompt_tokens - plan.optimal_prefill_tokens
     assert _saved_per_prefix(plan).sum() == saved
@@ -73,9 +69,7 @@ def test_the_text_says_what_is_shared_and_what_it_saves() -> None:
     text = str(summary)
     assert text == summary.render()
     assert "9 requests, 95 prompt tokens." in text
-    assert (
-        "28 of them must be computed; the other 67 (70.5%) are read from shared prefixes." in text
-    )
+    assert "28 of them must be computed; the other 67 (70.5%) are read from shared prefixes." in text
     assert "4 shared prefixes: 2 at level 1, 2 at level 2." in text
     assert "Requests that share nothing: 1; that repeat another prompt exactly: 1." in text
 

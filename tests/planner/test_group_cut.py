@@ -140,9 +140,7 @@ def test_cuts_are_consistent_and_ordered(rows: list[list[int]], page_size: int) 
 
 @untimed
 @given(prompts, page_sizes)
-def test_no_choice_of_prefixes_saves_more_than_the_exact_cut(
-    rows: list[list[int]], page_size: int
-) -> None:
+def test_no_choice_of_prefixes_saves_more_than_the_exact_cut(rows: list[list[int]], page_size: int) -> None:
     plan = _plan(rows, page_size)
     assume(plan.num_prefixes <= 8)
     prefixes = range(plan.num_prefixes)

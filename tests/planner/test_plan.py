@@ -89,9 +89,7 @@ def test_the_plan_of_these_tests_is_sound() -> None:
         (lambda: _with(optimal_prefill_tokens=12), "optimal_prefill_tokens is 12, but .* to 13"),
     ],
 )
-def test_a_plan_that_contradicts_itself_is_refused(
-    corrupt: Callable[[], BatchPlan], message: str
-) -> None:
+def test_a_plan_that_contradicts_itself_is_refused(corrupt: Callable[[], BatchPlan], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         corrupt().validate()
 
@@ -124,9 +122,7 @@ def test_a_table_of_other_lengths_is_refused() -> None:
 
 
 def test_a_prefix_across_namespaces_is_refused() -> None:
-    with pytest.raises(
-        PlanError, match="position 4: consumers of a prefix must be of one namespac"
-    ):
+    with pytest.raises(PlanError, match="position 4: consumers of a prefix must be of one namespac"):
         _plan().validate(TABLE, np.array([0, 0, 0, 1, 0, 1]))
     with pytest.raises(PlanError, match="6 requests, namespaces the shape"):
         _plan().validate(TABLE, NAMESPACES[:-1])

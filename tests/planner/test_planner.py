@@ -45,9 +45,7 @@ def _plan(workload: Workload, page_size: int = 1) -> BatchPlan:
 def _pages(row: tuple[list[int], int], page_size: int) -> list[tuple[int, tuple[int, ...]]]:
     """Each full page of a prompt, named by its namespace and all tokens up to its end."""
     tokens, namespace = row
-    return [
-        (namespace, tuple(tokens[:end])) for end in range(page_size, len(tokens) + 1, page_size)
-    ]
+    return [(namespace, tuple(tokens[:end])) for end in range(page_size, len(tokens) + 1, page_size)]
 
 
 def _fewest_tokens(workload: Workload, page_size: int) -> int:

@@ -37,9 +37,7 @@ def _tree(prompts: list[list[int]], namespaces: list[int] | None = None) -> Pref
 
 
 def _shared(a: list[int], b: list[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @untimed
@@ -98,9 +96,7 @@ def test_nodes_come_in_preorder_and_a_parent_is_the_next_shorter_node(
 
 @untimed
 @given(prompts_with_namespaces, st.integers(1, 5))
-def test_threads_do_not_change_the_tree(
-    workload: list[tuple[list[int], int]], num_cpus: int
-) -> None:
+def test_threads_do_not_change_the_tree(workload: list[tuple[list[int], int]], num_cpus: int) -> None:
     prompts, namespaces = [p for p, _ in workload], [s for _, s in workload]
     alone = _tree(prompts, namespaces)
     with pytest.MonkeyPatch.context() as patch:

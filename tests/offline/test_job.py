@@ -1,0 +1,375 @@
+"""A job on a runtime that answers in any order: every sample comes back to its request, or says why not."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import Environment
+
+from batchllm.errors import ConfigError, EngineDiedError, RowError
+from batchllm.offline.job import Job
+from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.request import Completion, Request, SamplingParams
+from batchllm.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+INFO = RuntimeInfo(
+    model_name="tiny",
+    context_len=64,
+    vocab_size=128,
+    kv_capacity_tokens=48,
+    page_size=1,
+    random_seed=7,
+    has_seeded_sampling=True,
+    has_grammar=True,
+)
+
+
+class AsciiTokenizer:
+    """A Hugging Face tokenizer of one token per character; chats go through a real template."""
+
+    template = Environment(autoescape=False).from_string(
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
+        "{% if messages[0].role == 'tool' %}{{ 1 / 'refused' }}{% endif %}"
+    )
+
+    def __call__(self, texts: list[str], *, add_special_tokens: bool, **_: Any) -> dict[str, list[list[int]]]:
+        start = [1] if add_special_tokens else []
+        return {"input_ids": [start + [ord(c) for c in text] if text != "~" else [] for text in texts]}
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+        return self.template.render(messages=messages)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+@dataclass
+class Sent:
+    """What reached the runtime of one sample."""
+
+    prompt: tuple[int, ...]
+    seed: int
+    sampling: SamplingParams
+    max_new_len: int
+    namespace: str
+
+
+@dataclass
+class ShufflingRuntime:
+    """Answers what was submitted in random order and random batches; its text names prompt and seed."""
+
+    info: RuntimeInfo = INFO
+    order_seed: int = 0
+    tokenizer: Tokenizer | None = field(default_factory=lambda: Tokenizer(AsciiTokenizer()))
+    abort_share: float = 0.0
+    dies_after: int | None = None
+    sent: list[Sent] = field(default_factory=list)
+    closed: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.order_seed)
+        self.prefixes: dict[int, tuple[int, ...]] = {-1: ()}
+        self.outstanding: dict[int, Sent] = {}
+        self.num_answered = 0
+
+    def open_job(self) -> int:
+        return 5
+
+    def submit(self, job_id: int, requests: RunRequests) -> None:
+        assert job_id == 5
+        run = requests.run
+        start = 0
+        for i, (first, last) in enumerate(zip(run.prefix_start_len, run.prefix_end_len, strict=True)):
+            own = tuple(run.prefix_tokens[start : start + last - first].tolist())
+            self.prefixes[run.first_prefix + i] = self.prefixes[int(run.prefix_parent[i])] + own
+            start += last - first
+        start = 0
+        for i, private_len in enumerate(run.private_len.tolist()):
+            private = tuple(run.private_tokens[start : start + private_len].tolist())
+            start += private_len
+            sent = Sent(
+                prompt=self.prefixes[int(run.request_prefix[i])] + private,
+                seed=requests.seeds[i],
+                sampling=requests.sampling[requests.sampling_index[i]],
+                max_new_len=int(run.request_max_new_len[i]),
+                namespace=requests.namespaces[i] if requests.namespaces else "",
+            )
+            self.outstanding[run.first_position + i] = sent
+            self.sent.append(sent)
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        await asyncio.sleep(0)
+        if self.dies_after is not None and self.num_answered >= self.dies_after:
+            raise EngineDiedError("the scheduler is gone")
+        positions = list(self.outstanding)
+        self.random.shuffle(positions)
+        positions = positions[: self.random.randint(1, len(positions))]
+        self.num_answered += len(positions)
+        return FinishedRequests(
+            positions=positions,
+            completions=[self.answer(self.outstanding.pop(position)) for position in positions],
+            num_computed_prompt_tokens=10 * self.num_answered,
+            num_retractions=3,
+            peak_kv_tokens=40,
+        )
+
+    def answer(self, sent: Sent) -> Completion:
+        is_aborted = self.random.random() < self.abort_share
+        return Completion(
+            index=0,
+            text=f"{bytes(sent.prompt)!r} {sent.seed}",
+            output_ids=[1, 2, 3],
+            finish_reason="abort" if is_aborted else "stop",
+            prompt_tokens=len(sent.prompt),
+            cached_tokens=0,
+            error="out of luck" if is_aborted else None,
+        )
+
+    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+        loop = asyncio.new_event_loop()
+        try:
+            while True:
+                try:
+                    yield loop.run_until_complete(anext(stream))
+                except StopAsyncIteration:
+                    return
+        finally:
+            loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
+            loop.close()
+
+    def close_job(self, job_id: int, *, is_complete: bool) -> None:
+        self.closed.append(is_complete)
+
+
+def _request(index: int, ids: Sequence[int] | None = (1, 2, 3), **fields: Any) -> Request:
+    """Request fields, or those of its sampling parameters."""
+    own = {n: fields.pop(n) for n in tuple(fields) if n not in SamplingParams.__dataclass_fields__}
+    sampling = SamplingParams(**({"max_new_tokens": 8} | fields))
+    return Request(row_id=str(index), index=index, input_ids=ids, sampling=sampling, **own)
+
+
+def _run(runtime: ShufflingRuntime, requests: Sequence[Request]) -> tuple[Job, list[Completion]]:
+    job = Job(runtime)
+    job.prepare(requests)
+    return job, [c for completions in runtime.iterate(job.run()) for c in completions]
+
+
+def _code_of(request: Request, runtime: ShufflingRuntime | None = None) -> str | None:
+    """Why it is rejected, if it is; what is rejected must never reach the runtime."""
+    runtime = runtime or ShufflingRuntime()
+    job, completions = _run(runtime, [request])
+    if not job.rejected:
+        assert len(completions) == request.sampling.n
+        return None
+    assert not completions
+    assert not runtime.sent
+    ((rejected, error),) = job.rejected
+    assert rejected is request
+    return error.code
+
+
+_PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=40)
+
+
+@given(_PROMPTS, st.data())
+@settings(deadline=None, max_examples=60, database=None)
+def test_every_sample_comes_back_once_to_the_request_that_asked(
+    prompts: list[list[int]], data: st.DataObject
+) -> None:
+    runtime = ShufflingRuntime(order_seed=data.draw(st.integers(0, 2**16)))
+    requests = [_request(3 * i, ids, n=data.draw(st.integers(1, 3))) for i, ids in enumerate(prompts)]
+    job, completions = _run(runtime, requests)
+    wanted = [(r.index, sample) for r in requests for sample in range(r.sampling.n)]
+    assert sorted((c.index, c.sample) for c in completions) == wanted
+    for completion in completions:
+        assert completion.text.startswith(repr(bytes(prompts[completion.index // 3])))
+    assert job.rejected == []
+    assert runtime.closed == [True]
+
+
+def test_a_job_without_requests_ends_at_once() -> None:
+    runtime = ShufflingRuntime()
+    _, completions = _run(runtime, [])
+    assert completions == []
+    assert runtime.closed == [True]
+
+
+def test_text_gets_special_tokens_and_a_chat_those_of_its_template_only() -> None:
+    runtime = ShufflingRuntime()
+    chat = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    _run(runtime, [_request(0, None, prompt="ab"), _request(1, None, messages=chat)])
+    assert sorted(bytes(sent.prompt) for sent in runtime.sent) == [b"\x01ab", b"u:hi|"]
+
+
+def test_requests_of_other_namespaces_share_nothing() -> None:
+    runtime = ShufflingRuntime()
+    job, _ = _run(runtime, [_request(0), _request(1, namespace="b"), _request(2, namespace="b")])
+    assert sorted(sent.namespace for sent in runtime.sent) == ["", "b", "b"]
+    assert job.stats.num_optimal_prompt_tokens == 3 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        pytest.param(_request(0, [1] * 64), "prompt_too_long", id="prompt alone"),
+        pytest.param(_request(0, [1] * 60), "prompt_too_long", id="prompt and output"),
+        pytest.param(_request(0, [1] * 41), "never_fits_kv_pool", id="pool"),
+        pytest.param(_request(0, [1] * 40), None, id="just fits the pool"),
+        pytest.param(_request(0, [1, 128]), "token_id_out_of_range", id="not in the vocabulary"),
+        pytest.param(_request(0, [1, -1]), "token_id_out_of_range", id="negative"),
+        pytest.param(_request(0, [1, 127]), None, id="last of the vocabulary"),
+        pytest.param(_request(0, []), "empty_prompt", id="no token ids"),
+        pytest.param(_request(0, None, prompt="~"), "empty_prompt", id="text without tokens"),
+        pytest.param(
+            _request(0, None, messages=[{"role": "tool", "content": "x"}]), "chat_template", id="template"
+        ),
+    ],
+)
+def test_a_request_that_can_never_run_is_rejected_by_name(request_: Request, code: str | None) -> None:
+    assert _code_of(request_) == code
+
+
+def test_a_seed_is_refused_where_sampling_takes_none() -> None:
+    runtime = ShufflingRuntime(info=replace(INFO, has_seeded_sampling=False))
+    assert _code_of(_request(0, seed=1), runtime) == "seed_not_supported"
+    assert _code_of(_request(0), runtime) is None
+
+
+@pytest.mark.parametrize("name", ["json_schema", "regex"])
+def test_structured_output_is_refused_where_it_is_switched_off(name: str) -> None:
+    runtime = ShufflingRuntime(info=replace(INFO, has_grammar=False))
+    fields: dict[str, Any] = {name: "{}"}
+    request = _request(0, **fields)
+    assert _code_of(request, runtime) == "grammar_not_supported"
+    assert _code_of(request) is None
+
+
+def test_rejected_requests_do_not_stop_the_others() -> None:
+    requests = [_request(0, []), _request(1), _request(2, [999]), _request(3, [5])]
+    job, completions = _run(ShufflingRuntime(), requests)
+    assert sorted(c.index for c in completions) == [1, 3]
+    assert [(r.index, error.code) for r, error in job.rejected] == [
+        (0, "empty_prompt"),
+        (2, "token_id_out_of_range"),
+    ]
+
+
+def test_text_without_a_tokenizer_is_the_job_s_mistake_not_the_row_s() -> None:
+    job = Job(ShufflingRuntime(tokenizer=None))
+    with pytest.raises(ConfigError, match="--skip-tokenizer-init"):
+        job.prepare([_request(0, None, prompt="ab")])
+
+
+def test_a_default_output_limit_is_lowered_to_what_the_prompt_leaves() -> None:
+    runtime = ShufflingRuntime()
+    long = _request(0, [1] * 40, max_new_tokens=30, may_lower_max_new_tokens=True)
+    short = _request(1, [2] * 10, max_new_tokens=30, may_lower_max_new_tokens=True)
+    _run(runtime, [long, short])
+    assert sorted((len(sent.prompt), sent.max_new_len) for sent in runtime.sent) == [(10, 30), (40, 8)]
+
+
+def test_an_output_limit_that_was_asked_for_is_not_lowered() -> None:
+    assert _code_of(_request(0, [1] * 40, max_new_tokens=30)) == "prompt_too_long"
+
+
+def test_requests_with_like_parameters_share_them() -> None:
+    runtime = ShufflingRuntime()
+    job = Job(runtime)
+    job.prepare([_request(i, [i + 1], seed=i, n=1 + i % 2, temperature=0.5 * (i % 2)) for i in range(6)])
+    assert len(job._sampling_ids) == 2
+
+
+def test_each_sample_is_sampled_as_its_request_says() -> None:
+    runtime = ShufflingRuntime()
+    _run(runtime, [_request(i, [i + 1], temperature=i / 4, max_new_tokens=i + 1) for i in range(8)])
+    for sent in runtime.sent:
+        index = sent.prompt[0] - 1
+        assert (sent.sampling.temperature, sent.max_new_len) == (index / 4, index + 1)
+
+
+def _seeds(requests: Sequence[Request], order_seed: int = 0, info: RuntimeInfo = INFO) -> dict[Any, str]:
+    _, completions = _run(ShufflingRuntime(order_seed=order_seed, info=info), requests)
+    return {(c.index, c.sample): c.text.rsplit(" ", 1)[1] for c in completions}
+
+
+def test_samples_get_seeds_of_their_own() -> None:
+    assert len(set(_seeds([_request(0, n=6), _request(1, n=6), _request(2, n=3, seed=4)]).values())) == 15
+
+
+def test_the_first_sample_uses_the_seed_given() -> None:
+    assert _seeds([_request(0, n=3, seed=41)])[0, 0] == "41"
+
+
+def test_seeds_are_the_same_in_every_run_and_whatever_runs_beside() -> None:
+    requests = [_request(i, [1, 2, i], n=2, seed=None if i % 2 else i) for i in range(8)]
+    seeds = _seeds(requests)
+    assert _seeds(requests, order_seed=9) == seeds
+    assert _seeds(requests[3:4]) == {key: seeds[key] for key in [(3, 0), (3, 1)]}
+
+
+def test_seeds_that_a_row_leaves_open_depend_on_the_job_s() -> None:
+    other = replace(INFO, random_seed=8)
+    free, given_seed = _request(0), _request(1, n=2, seed=5)
+    before, after = _seeds([free, given_seed]), _seeds([free, given_seed], info=other)
+    assert before[0, 0] != after[0, 0]
+    assert (before[1, 0], before[1, 1]) == (after[1, 0], after[1, 1])
+
+
+def test_seeds_fit_a_signed_64_bit_integer() -> None:
+    assert all(0 <= int(seed) <= np.iinfo(np.int64).max for seed in _seeds([_request(0, n=40)]).values())
+
+
+def test_an_aborted_request_comes_back_with_its_reason() -> None:
+    _, completions = _run(ShufflingRuntime(abort_share=1.0), [_request(0), _request(1)])
+    assert [(c.finish_reason, c.error) for c in completions] == [("abort", "out of luck")] * 2
+
+
+def test_dropping_the_iterator_closes_the_job_as_not_complete() -> None:
+    runtime = ShufflingRuntime()
+    job = Job(runtime)
+    job.prepare([_request(i, [1] * 30 + [i]) for i in range(60)])
+    stream = runtime.iterate(job.run())
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert runtime.closed == [False]
+
+
+def test_an_engine_that_dies_closes_the_job_as_not_complete_and_says_so() -> None:
+    runtime = ShufflingRuntime(dies_after=1)
+    with pytest.raises(EngineDiedError, match="the scheduler is gone"):
+        _run(runtime, [_request(i, [i, i]) for i in range(100)])
+    assert runtime.closed == [False]
+
+
+def test_the_job_counts_what_came_back() -> None:
+    runtime = ShufflingRuntime()
+    job, _ = _run(runtime, [_request(0), _request(1), _request(2, [9])])
+    report = job.report(num_requests=4, num_failed=1, elapsed_s=2.0)
+    assert (report.num_requests, report.num_succeeded, report.num_failed) == (4, 3, 1)
+    assert (report.num_prompt_tokens, report.num_optimal_prompt_tokens) == (7, 5)
+    assert (report.num_computed_prompt_tokens, report.num_output_tokens) == (30, 9)
+    assert (report.num_retractions, report.peak_kv_tokens, report.kv_capacity_tokens) == (3, 40, 48)
+
+
+def test_a_job_longer_than_one_slice_of_the_tokenizer_is_in_order() -> None:
+    _, completions = _run(ShufflingRuntime(), [_request(i, None, prompt=f"{i:05}") for i in range(1500)])
+    assert all(f"{c.index:05}" in c.text for c in completions)
+    assert len(completions) == 1500
+
+
+def test_rejections_carry_a_sentence_and_the_field_at_fault() -> None:
+    job, _ = _run(ShufflingRuntime(), [_request(0, [1, 999])])
+    error = job.rejected[0][1]
+    assert isinstance(error, RowError)
+    assert error.param == "input_ids"
+    assert "input_ids[1] is 999" in error.message

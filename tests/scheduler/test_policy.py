@@ -1,0 +1,675 @@
+"""What starts in a step, exactly; and a whole plan run to its end in a tiny world, whatever happens to it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchllm.offline.feeder import Feeder
+from batchllm.planner import BatchPlan, plan_batch
+from batchllm.planner.run import PlannedRun, RunCutter
+from batchllm.prefix_cache import PinLedger, PrefixState
+from batchllm.prefix_cache.pin_ledger import NO_PREFIX
+from batchllm.scheduler import Admission, PlannedPolicy, SchedulerView
+from batchllm.scheduler.admission import page_ceil
+from batchllm.tokens import TokenTable
+
+# Exact decisions
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request by numbers: its prompt, and its output of one token unless said otherwise."""
+
+    name: str
+    prefix_id: int
+    prefill_len: int
+    max_new_len: int = 1
+    is_ready: bool = True
+
+    @property
+    def total_len(self) -> int:
+        return self.prefill_len + self.max_new_len
+
+
+def _ledger(*prefixes: tuple[int, int], longest: int = 12) -> PinLedger:
+    """Prefixes ``(parent_id, end_len)``, numbered from 0."""
+    ledger = PinLedger()
+    for prefix_id, (parent_id, end_len) in enumerate(prefixes):
+        ledger.add(
+            prefix_id,
+            parent_id=parent_id,
+            start_len=0 if parent_id == NO_PREFIX else ledger.end_len(parent_id),
+            end_len=end_len,
+            num_consumers=5,
+            longest_consumer_len=longest,
+        )
+    return ledger
+
+
+def _open(ledger: PinLedger, *prefix_ids: int) -> None:
+    for prefix_id in prefix_ids:
+        ledger.start_computing(prefix_id)
+        ledger.mark_resident(prefix_id)
+
+
+def _view(waiting: Iterable[_Waiting], ledger: PinLedger | None = None) -> SchedulerView:
+    """Room for all; narrow it with `replace`."""
+    return SchedulerView(
+        waiting=list(waiting),
+        ledger=PinLedger() if ledger is None else ledger,
+        kv_capacity_tokens=1000,
+        kv_free_tokens=1000,
+        kv_growth_tokens=0,
+        num_free_slots=100,
+        num_step_tokens=1000,
+        can_chunk=True,
+    )
+
+
+def _decide(view: SchedulerView) -> list[Admission]:
+    return list(PlannedPolicy().decide(view).admissions)
+
+
+def _names(view: SchedulerView) -> str:
+    names = []
+    for admission in _decide(view):
+        assert isinstance(admission.request, _Waiting)
+        names.append(admission.request.name)
+    return "".join(names)
+
+
+def _lone(*prefill_lens: int, max_new_len: int = 1) -> list[_Waiting]:
+    """Requests a, b, c, ... that share nothing."""
+    return [
+        _Waiting(chr(ord("a") + i), NO_PREFIX, prefill_len, max_new_len)
+        for i, prefill_len in enumerate(prefill_lens)
+    ]
+
+
+def _group(names: str, prefix_id: int, prefill_len: int) -> list[_Waiting]:
+    return [_Waiting(name, prefix_id, prefill_len) for name in names]
+
+
+def test_nothing_waiting_gives_no_admissions() -> None:
+    assert _decide(_view([])) == []
+
+
+def test_requests_that_share_nothing_start_together_in_plan_order() -> None:
+    requests = _lone(3, 2, 5)
+    assert _decide(_view(requests)) == [
+        Admission(requests[0], 0, 3),
+        Admission(requests[1], 0, 2),
+        Admission(requests[2], 0, 5),
+    ]
+
+
+def test_the_first_of_a_group_leads_and_its_siblings_wait() -> None:
+    group = _group("abc", 0, 6)
+    assert _decide(_view(group, _ledger((NO_PREFIX, 4)))) == [Admission(group[0], 0, 6, (0,))]
+
+
+def test_a_leader_computes_every_missing_prefix_of_its_path_outermost_first() -> None:
+    ledger = _ledger((NO_PREFIX, 2), (0, 4), (1, 6))
+    _open(ledger, 0)
+    leader = _Waiting("a", 2, 9)
+    assert _decide(_view([leader], ledger)) == [Admission(leader, 2, 7, (1, 2))]
+
+
+def test_siblings_start_in_the_next_step_and_read_the_prefix() -> None:
+    ledger = _ledger((NO_PREFIX, 4))
+    _open(ledger, 0)
+    group = _group("bc", 0, 6)
+    assert _decide(_view(group, ledger)) == [Admission(request, 4, 2) for request in group]
+
+
+def test_siblings_wait_as_long_as_their_prefix_is_being_computed() -> None:
+    ledger = _ledger((NO_PREFIX, 4))
+    ledger.start_computing(0)
+    assert _names(_view(_group("bc", 0, 6), ledger)) == ""
+
+
+def test_a_sibling_of_the_part_that_is_resident_does_not_wait_for_the_deeper_part() -> None:
+    ledger = _ledger((NO_PREFIX, 4), (0, 6))
+    _open(ledger, 0)
+    ledger.start_computing(1)
+    assert _names(_view([*_group("a", 1, 8), *_group("b", 0, 8)], ledger)) == "b"
+
+
+def test_a_group_under_a_prefix_that_was_claimed_in_this_step_waits() -> None:
+    ledger = _ledger((NO_PREFIX, 2), (0, 4), (0, 5))
+    assert _names(_view([*_group("ab", 1, 8), *_group("cd", 2, 8)], ledger)) == "a"
+
+
+def test_leaders_of_other_groups_fill_the_step_meanwhile() -> None:
+    ledger = _ledger((NO_PREFIX, 4), (NO_PREFIX, 4))
+    requests = [*_group("abc", 0, 6), *_group("de", 1, 6), *_group("f", NO_PREFIX, 3)]
+    assert _names(_view(requests, ledger)) == "adf"
+
+
+def test_stops_at_the_first_that_does_not_fit() -> None:
+    view = replace(_view(_lone(4, 8, 1)), kv_free_tokens=10)
+    assert _names(view) == "a"
+
+
+def test_output_and_growth_of_what_runs_count_as_taken() -> None:
+    view = _view(_lone(4, 4, max_new_len=3))
+    assert _names(replace(view, kv_free_tokens=20, kv_growth_tokens=6)) == "ab"
+    assert _names(replace(view, kv_free_tokens=20, kv_growth_tokens=7)) == "a"
+
+
+def test_a_follower_needs_no_room_for_what_it_reads() -> None:
+    ledger = _ledger((NO_PREFIX, 4))
+    _open(ledger, 0)
+    view = _view(_group("a", 0, 6), ledger)
+    assert _names(replace(view, kv_free_tokens=3)) == "a"
+    assert _names(replace(view, kv_free_tokens=2)) == ""
+
+
+def test_the_last_prompt_of_a_step_is_cut_and_sets_memory_aside_for_all_of_it() -> None:
+    requests = _lone(4, 8, 1)
+    view = replace(_view(requests), num_step_tokens=7)
+    assert _decide(view) == [Admission(requests[0], 0, 4), Admission(requests[1], 0, 3)]
+    assert _names(replace(view, kv_free_tokens=5 + 8)) == "a"
+
+
+def test_a_full_step_takes_nothing_more() -> None:
+    assert _names(replace(_view(_lone(4, 4, 4)), num_step_tokens=8)) == "ab"
+
+
+@pytest.mark.parametrize("num_step_tokens", [0, -3])
+def test_a_step_that_a_prompt_in_pieces_fills_admits_nothing(num_step_tokens: int) -> None:
+    assert _names(replace(_view(_lone(1)), num_step_tokens=num_step_tokens)) == ""
+
+
+def test_nothing_is_cut_where_cutting_is_off_or_a_prompt_is_in_pieces_already() -> None:
+    view = replace(_view(_lone(4, 8, 1)), num_step_tokens=7, kv_growth_tokens=1, can_chunk=False)
+    assert _names(view) == "a"
+
+
+def test_a_prompt_longer_than_any_step_is_taken_whole_where_cutting_is_off_and_nothing_else_runs() -> None:
+    """As SGLang and `PlannedPrefillAdder` do; it would wait for ever otherwise."""
+    requests = _lone(8, 1)
+    view = replace(_view(requests), num_step_tokens=7, can_chunk=False)
+    assert _decide(view)[:1] == [Admission(requests[0], 0, 8)]
+
+
+def test_a_led_prompt_that_is_cut_claims_its_prefix_all_the_same() -> None:
+    group = _group("ab", 0, 6)
+    view = replace(_view(group, _ledger((NO_PREFIX, 4))), num_step_tokens=3)
+    assert _decide(view) == [Admission(group[0], 0, 3, (0,))]
+
+
+def test_no_more_requests_than_slots() -> None:
+    assert _names(replace(_view(_lone(1, 1, 1)), num_free_slots=2)) == "ab"
+    assert _names(replace(_view(_lone(1, 1, 1)), num_free_slots=0)) == ""
+
+
+def test_an_exact_duplicate_computes_its_last_token() -> None:
+    ledger = _ledger((NO_PREFIX, 6))
+    _open(ledger, 0)
+    duplicate = _Waiting("a", 0, 6)
+    assert _decide(_view([duplicate], ledger)) == [Admission(duplicate, 5, 1)]
+
+
+def test_with_pages_an_exact_duplicate_computes_its_last_page() -> None:
+    ledger = _ledger((NO_PREFIX, 32))
+    _open(ledger, 0)
+    duplicate = _Waiting("a", 0, 32)
+    assert _decide(replace(_view([duplicate], ledger), page_size=16)) == [Admission(duplicate, 16, 16)]
+
+
+def test_with_pages_memory_is_set_aside_in_whole_pages() -> None:
+    view = replace(_view(_lone(16, 16)), page_size=16)
+    assert _names(replace(view, kv_free_tokens=64)) == "ab"
+    assert _names(replace(view, kv_free_tokens=63)) == "a"
+
+
+def test_with_pages_a_prompt_is_cut_at_a_page() -> None:
+    requests = _lone(8, 64)
+    view = replace(_view(requests), page_size=16, num_step_tokens=45)
+    assert _decide(view) == [Admission(requests[0], 0, 8), Admission(requests[1], 0, 32)]
+    assert _names(replace(view, num_step_tokens=23)) == "a"
+
+
+def test_a_retracted_request_computes_what_it_had_generated_again() -> None:
+    ledger = _ledger((NO_PREFIX, 6))
+    _open(ledger, 0)
+    retracted = _Waiting("a", 0, 6 + 3)  # an exact prompt of the prefix, and three tokens generated
+    assert _decide(_view([retracted], ledger)) == [Admission(retracted, 6, 3)]
+
+
+def test_a_request_that_is_not_ready_is_passed_over() -> None:
+    requests = _lone(2, 2)
+    assert _names(_view([replace(requests[0], is_ready=False), requests[1]])) == "b"
+
+
+def test_the_next_of_a_group_leads_where_the_first_is_not_ready() -> None:
+    first, second = _group("ab", 0, 6)
+    view = _view([replace(first, is_ready=False), second], _ledger((NO_PREFIX, 4)))
+    assert _decide(view) == [Admission(second, 0, 6, (0,))]
+
+
+def test_a_prefix_opened_out_of_order_leaves_room_for_the_longest_request_behind() -> None:
+    ledger = _ledger((NO_PREFIX, 4))
+    held = replace(_lone(19)[0], is_ready=False)  # 20 slots once it may start
+    view = _view([held, *_group("b", 0, 6)], ledger)
+    assert _names(replace(view, kv_capacity_tokens=24, kv_free_tokens=24)) == "b"
+    assert _names(replace(view, kv_capacity_tokens=23, kv_free_tokens=23)) == ""
+
+
+def test_prefixes_opened_in_the_same_step_are_counted_for_those_behind() -> None:
+    ledger = _ledger((NO_PREFIX, 4), (NO_PREFIX, 4))
+    held = replace(_lone(19)[0], is_ready=False)
+    view = _view([held, *_group("b", 0, 6), *_group("c", 1, 6)], ledger)
+    assert _names(replace(view, kv_capacity_tokens=28, kv_free_tokens=28)) == "bc"
+    assert _names(replace(view, kv_capacity_tokens=27, kv_free_tokens=27)) == "b"
+
+
+def test_prefixes_opened_out_of_order_leave_room_for_their_own_consumers_to_come() -> None:
+    ledger = _ledger((NO_PREFIX, 4), longest=50)
+    held = replace(_lone(1)[0], is_ready=False)
+    view = _view([held, *_group("b", 0, 6)], ledger)
+    assert _names(replace(view, kv_capacity_tokens=54, kv_free_tokens=54)) == "b"
+    assert _names(replace(view, kv_capacity_tokens=53, kv_free_tokens=53)) == ""
+
+
+def test_in_plan_order_a_prefix_is_opened_wherever_its_leader_fits() -> None:
+    view = _view(_group("b", 0, 6), _ledger((NO_PREFIX, 4), longest=50))
+    assert _names(replace(view, kv_capacity_tokens=7, kv_free_tokens=7)) == "b"
+
+
+def test_a_request_without_a_missing_prefix_may_overtake_whatever_is_open() -> None:
+    held = replace(_lone(900)[0], is_ready=False)
+    assert _names(_view([held, *_group("b", NO_PREFIX, 500)])) == "b"
+
+
+def test_deciding_twice_gives_the_same_and_changes_nothing() -> None:
+    ledger = _ledger((NO_PREFIX, 4), (0, 6), (NO_PREFIX, 3))
+    _open(ledger, 0)
+    requests = [*_group("ab", 1, 8), *_group("cd", 2, 6), *_lone(4)]
+    view = replace(_view(requests, ledger), num_step_tokens=15)
+    before = copy.deepcopy(view)
+    policy = PlannedPolicy()
+    decision = policy.decide(view)
+    assert policy.decide(view) == decision == PlannedPolicy().decide(before)
+    assert view.waiting == before.waiting
+    assert [view.ledger.lookup(i) for i in range(3)] == [before.ledger.lookup(i) for i in range(3)]
+    assert (view.ledger.num_pinned_tokens, view.ledger.num_open_tokens) == (4, 4)
+
+
+# A tiny world
+
+_MAX_RETRACTIONS = 30
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request in the world: tokens, and how many KV slots of whom."""
+
+    position: int
+    tokens: tuple[int, ...]
+    max_new_len: int
+    num_new_tokens: int  # what it will generate before it stops by itself
+    prefix_id: int
+    is_ready: bool
+    num_generated: int = 0
+    kv_len: int = 0  # tokens with KV, its own or read
+    shared_len: int = 0  # of them those that belong to planned prefixes
+    is_admitted: bool = False
+    led: list[int] = field(default_factory=list)
+
+    @property
+    def prefill_len(self) -> int:
+        return len(self.tokens) + self.num_generated
+
+    @property
+    def total_len(self) -> int:
+        return len(self.tokens) + self.max_new_len
+
+    def num_private(self, page_size: int) -> int:
+        return page_ceil(self.kv_len, page_size) - self.shared_len
+
+    def growth(self, page_size: int) -> int:
+        return page_ceil(self.total_len, page_size) - page_ceil(self.kv_len, page_size)
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """Chance per step that something happens to one request; 0 is a quiet world."""
+
+    abort: float = 0.0
+    retract: float = 0.0
+    not_ready: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """A workload and a machine. Capacity is that of the longest request, once, plus ``spare_pages``."""
+
+    prompts: list[list[int]]
+    max_new_lens: list[int]
+    page_size: int
+    spare_pages: int
+    step_pages: int
+    num_slots: int
+    can_chunk: bool
+    seed: int
+
+
+class _World:
+    """Runs one plan as a scheduler would, on KV that is only counted, and checks every step."""
+
+    def __init__(self, setup: _Setup, trouble: _Trouble) -> None:
+        self.random = random.Random(setup.seed)
+        self.page_size = setup.page_size
+        self.trouble = trouble
+        self.num_slots = setup.num_slots
+        self.can_chunk = setup.can_chunk
+        totals = [len(p) + new for p, new in zip(setup.prompts, setup.max_new_lens, strict=True)]
+        self.capacity = page_ceil(max(totals), self.page_size) + setup.spare_pages * self.page_size
+        self.step_tokens = setup.step_pages * self.page_size
+        if not self.can_chunk:
+            self.step_tokens = max(self.step_tokens, max(totals))
+        table = TokenTable.from_lists(setup.prompts)
+        self.plan: BatchPlan = plan_batch(table, page_size=self.page_size)
+        max_new_len = np.array(setup.max_new_lens, np.int64)
+        self.feeder = Feeder(RunCutter(self.plan, table, max_new_len), self.capacity)
+        # Alone, a request takes a step per token at most, and being held back or retracted costs some again.
+        self.max_steps = 100 + 10 * sum(totals) + _MAX_RETRACTIONS * max(totals)
+        self.ledger = PinLedger()
+        self.policy = PlannedPolicy()
+        self.path_tokens: dict[int, tuple[int, ...]] = {NO_PREFIX: ()}
+        self.resident: dict[int, tuple[int, ...]] = {}  # KV that is there: the tokens up to its end
+        self.window: list[_Request] = []
+        self.running: list[_Request] = []
+        self.chunked: _Request | None = None
+        self.finished: list[int] = []
+        self.num_computed = 0
+        self.num_retractions = 0
+
+    # Coming and going
+
+    def take_in(self, run: PlannedRun) -> None:
+        start = 0
+        for i, end_len in enumerate(run.prefix_end_len.tolist()):
+            parent_id, start_len = int(run.prefix_parent[i]), int(run.prefix_start_len[i])
+            prefix_id = run.first_prefix + i
+            self.ledger.add(
+                prefix_id,
+                parent_id=parent_id,
+                start_len=start_len,
+                end_len=end_len,
+                num_consumers=int(run.prefix_num_consumers[i]),
+                longest_consumer_len=int(run.prefix_longest_consumer_len[i]),
+            )
+            own = tuple(run.prefix_tokens[start : start + end_len - start_len].tolist())
+            self.path_tokens[prefix_id] = self.path_tokens[parent_id] + own
+            start += end_len - start_len
+        start = 0
+        for i, private_len in enumerate(run.private_len.tolist()):
+            prefix_id, max_new_len = int(run.request_prefix[i]), int(run.request_max_new_len[i])
+            private = tuple(run.private_tokens[start : start + private_len].tolist())
+            start += private_len
+            self.window.append(
+                _Request(
+                    position=run.first_position + i,
+                    tokens=self.path_tokens[prefix_id] + private,
+                    max_new_len=max_new_len,
+                    num_new_tokens=self.random.choice([max_new_len, self.random.randint(1, max_new_len)]),
+                    prefix_id=prefix_id,
+                    is_ready=self.random.random() >= self.trouble.not_ready,
+                )
+            )
+
+    def free_private(self, request: _Request) -> None:
+        """Its private KV is gone; a prefix it had not completed is for the next to compute."""
+        self.running.remove(request)
+        if self.chunked is request:
+            self.chunked = None
+        for prefix_id in request.led:
+            self.ledger.abandon(prefix_id)
+        request.led = []
+        request.kv_len = request.shared_len = 0
+        request.is_admitted = False
+
+    def finish(self, request: _Request) -> None:
+        if request.is_admitted:
+            self.free_private(request)
+        else:
+            self.window.remove(request)
+        for prefix_id in self.ledger.finish_consumer(request.prefix_id):
+            del self.resident[prefix_id]
+        self.finished.append(request.position)
+        self.feeder.finish([request.position])
+
+    def retract(self, request: _Request) -> None:
+        self.free_private(request)
+        self.num_retractions += 1
+        self.window.append(request)
+        self.window.sort(key=lambda other: other.position)
+
+    def make_trouble(self) -> None:
+        for request in self.window:
+            request.is_ready = request.is_ready or self.random.random() < 0.3
+        is_unlucky = self.random.random() < self.trouble.retract
+        if is_unlucky and self.running and self.num_retractions < _MAX_RETRACTIONS:
+            self.retract(self.random.choice(self.running))
+        unfinished = self.window + self.running
+        if unfinished and self.random.random() < self.trouble.abort:
+            self.finish(self.random.choice(unfinished))
+
+    # One step
+
+    @property
+    def num_used(self) -> int:
+        private = sum(request.num_private(self.page_size) for request in self.running)
+        return self.ledger.num_pinned_tokens + private
+
+    @property
+    def num_growth(self) -> int:
+        return sum(request.growth(self.page_size) for request in self.running)
+
+    def view(self) -> SchedulerView:
+        in_pieces = 0 if self.chunked is None else self.chunked.prefill_len - self.chunked.kv_len
+        return SchedulerView(
+            waiting=self.window,
+            ledger=self.ledger,
+            kv_capacity_tokens=self.capacity,
+            kv_free_tokens=self.capacity - self.num_used,
+            kv_growth_tokens=self.num_growth,
+            num_free_slots=self.num_slots - len(self.running),
+            num_step_tokens=self.step_tokens - in_pieces,
+            can_chunk=self.can_chunk and self.chunked is None,
+            page_size=self.page_size,
+        )
+
+    def step(self) -> None:
+        decision = self.policy.decide(self.view())
+        assert self.policy.decide(self.view()) == decision, "deciding twice gave another answer"
+        if not self.running and self.window and all(request.is_ready for request in self.window):
+            assert decision.admissions, "deadlock: nothing runs and nothing may start"
+        decoding = [request for request in self.running if request is not self.chunked]
+        num_left = self.step_tokens
+        computing: list[_Request] = []
+        if self.chunked is not None:
+            request = self.chunked
+            rest = request.prefill_len - request.kv_len
+            num_tokens = rest if rest <= num_left else num_left // self.page_size * self.page_size
+            num_left -= num_tokens
+            computing.append(request)
+            self.compute(request, num_tokens)
+            self.chunked = request if request.kv_len < request.prefill_len else None
+        for admission in decision.admissions:
+            num_left -= admission.num_tokens
+            computing.append(self.admit(admission))
+        assert num_left >= 0, "more prompt tokens than the step carries"
+        positions = [a.request.position for a in decision.admissions if isinstance(a.request, _Request)]
+        assert positions == sorted(positions), "not in plan order"
+        for request in decoding:
+            request.kv_len += 1
+        self.check()
+        for request in decoding + [r for r in computing if r is not self.chunked]:
+            request.num_generated += 1
+            if request.num_generated >= request.num_new_tokens:
+                self.finish(request)
+
+    def admit(self, admission: Admission) -> _Request:
+        request = admission.request
+        assert isinstance(request, _Request)
+        assert request.is_ready
+        assert not request.is_admitted
+        cached_len = admission.cached_len
+        assert cached_len % self.page_size == 0
+        assert cached_len < request.prefill_len
+        if cached_len:
+            paths = [self.resident[i] for i in self.ledger.path(request.prefix_id) if i in self.resident]
+            assert paths[0][:cached_len] == request.tokens[:cached_len], "reads what is not there"
+        self.window.remove(request)
+        self.running.append(request)
+        request.is_admitted = True
+        request.kv_len = request.shared_len = cached_len
+        for prefix_id in admission.led_prefix_ids:
+            self.ledger.start_computing(prefix_id)
+        request.led = list(admission.led_prefix_ids)
+        self.compute(request, admission.num_tokens)
+        if request.kv_len < request.prefill_len:
+            assert self.chunked is None, "two prompts in pieces"
+            self.chunked = request
+        return request
+
+    def compute(self, request: _Request, num_tokens: int) -> None:
+        """Prefill tokens; pin each prefix that it completes."""
+        num_prompt = len(request.tokens)
+        before = min(request.kv_len, num_prompt)
+        request.kv_len += num_tokens
+        assert request.kv_len <= request.prefill_len
+        self.num_computed += min(request.kv_len, num_prompt) - before
+        while request.led and self.ledger.end_len(request.led[0]) <= request.kv_len:
+            prefix_id = request.led.pop(0)
+            assert prefix_id not in self.resident, "computed twice"
+            self.ledger.mark_resident(prefix_id)
+            request.shared_len = self.ledger.end_len(prefix_id)
+            self.resident[prefix_id] = request.tokens[: request.shared_len]
+
+    def check(self) -> None:
+        self.ledger.check_integrity()
+        pinned = sum(self.ledger.num_tokens(prefix_id) for prefix_id in self.resident)
+        assert pinned == self.ledger.num_pinned_tokens
+        assert len(self.running) <= self.num_slots
+        assert self.num_used <= self.capacity, "more KV than there is"
+        assert self.num_used + self.num_growth <= self.capacity, "what runs cannot run to its end"
+        computing = [i for request in self.running for i in request.led]
+        assert len(computing) == len(set(computing)), "two requests compute one prefix"
+        assert all(self.ledger.state(i) is PrefixState.COMPUTING for i in computing)
+
+    def run(self) -> None:
+        """To the end, which must come."""
+        for _ in range(self.max_steps):
+            while (run := self.feeder.take_run()) is not None:
+                self.take_in(run)
+            self.make_trouble()
+            self.step()
+            if self.feeder.is_done:
+                return
+        raise AssertionError(f"not done after {self.max_steps} steps")
+
+
+_TAILS = st.lists(st.integers(0, 2), max_size=6)
+
+
+@st.composite
+def _prompts(draw: st.DrawFn, page_size: int) -> list[list[int]]:
+    """Prompts that begin as others do: grown from earlier ones, repeated, cut, or new."""
+    run = st.tuples(st.integers(0, 1), st.integers(1, page_size + 6)).map(lambda r: [r[0]] * r[1])
+    prompts: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 22))):
+        kind = draw(st.sampled_from(["grow", "grow", "repeat", "cut", "new"])) if prompts else "new"
+        base = list(draw(st.sampled_from(prompts))) if kind != "new" else []
+        if kind == "cut":
+            base = base[: draw(st.integers(1, len(base)))]
+        if kind in ("grow", "new"):
+            base += draw(run)
+        if kind != "repeat":
+            base += draw(_TAILS)
+        prompts.append(base)
+    return prompts
+
+
+@st.composite
+def _setups(draw: st.DrawFn) -> _Setup:
+    page_size = draw(st.sampled_from([1, 1, 4, 16]))
+    prompts = draw(_prompts(page_size))
+    max_new_len = st.integers(1, draw(st.sampled_from([1, 3, 14])))
+    return _Setup(
+        prompts=prompts,
+        max_new_lens=draw(st.lists(max_new_len, min_size=len(prompts), max_size=len(prompts))),
+        page_size=page_size,
+        spare_pages=draw(st.sampled_from([0, 0, 1, 3, 8, 20, 500])),
+        step_pages=draw(st.sampled_from([1, 2, 5, 200])),
+        num_slots=draw(st.sampled_from([1, 2, 4, 100])),
+        can_chunk=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def _run(setup: _Setup, trouble: _Trouble) -> _World:
+    world = _World(setup, trouble)
+    world.run()
+    assert sorted(world.finished) == list(range(world.plan.num_requests)), "not each finished once"
+    assert len(world.ledger) == 0
+    assert (world.ledger.num_pinned_tokens, world.ledger.num_open_tokens) == (0, 0)
+    assert world.resident == {}
+    assert world.window == world.running == []
+    return world
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_an_exact_duplicate_that_needs_the_whole_pool_runs_beside_the_prefix_it_reads(page_size: int) -> None:
+    """It reads all pages but its last and needs a copy of that one, while the pinned prefix keeps its own."""
+    stem = [0] * page_size
+    setup = _Setup(
+        prompts=[stem, stem, [*stem, 1]],
+        max_new_lens=[page_size, 2 * page_size, 1],
+        page_size=page_size,
+        spare_pages=0,
+        step_pages=200,
+        num_slots=100,
+        can_chunk=True,
+        seed=0,
+    )
+    _run(setup, _Trouble())
+
+
+@given(_setups())
+@settings(deadline=None, max_examples=250, database=None)
+def test_a_quiet_world_computes_exactly_the_optimum_and_leaves_nothing(setup: _Setup) -> None:
+    world = _run(setup, _Trouble())
+    assert world.num_computed == world.plan.optimal_prefill_tokens
+
+
+@given(_setups())
+@settings(deadline=None, max_examples=250, database=None)
+def test_aborts_retractions_and_held_back_requests_never_stop_a_plan_nor_overfill_the_pool(
+    setup: _Setup,
+) -> None:
+    _run(setup, _Trouble(abort=0.1, retract=0.15, not_ready=0.3))
+
+
+@given(_setups())
+@settings(deadline=None, max_examples=100, database=None)
+def test_a_plan_whose_requests_are_often_retracted_ends(setup: _Setup) -> None:
+    _run(setup, _Trouble(retract=0.5))
+
+
+@given(_setups())
+@settings(deadline=None, max_examples=100, database=None)
+def test_a_plan_whose_requests_are_mostly_held_back_at_first_ends(setup: _Setup) -> None:
+    _run(setup, _Trouble(not_ready=0.8))

@@ -1,0 +1,333 @@
+"""Claims about whole batches on the real runtime."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+
+from batchllm import BatchEngine, Completion
+from batchllm.errors import ConfigError
+
+pytestmark = pytest.mark.engine
+
+GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+
+
+def _ids(rng: random.Random, num_tokens: int) -> list[int]:
+    return [rng.randint(10, 1500) for _ in range(num_tokens)]
+
+
+def _irregular(seed: int) -> list[list[int]]:
+    """Prompts of a random tree of four levels: some end inside others, some are duplicates."""
+    rng = random.Random(seed)
+    prompts: list[list[int]] = []
+
+    def grow(prefix: list[int], level: int) -> None:
+        for _ in range(rng.randint(1, 3) if level else 0):
+            node = prefix + _ids(rng, rng.randint(1, 80))
+            prompts.extend(node + _ids(rng, rng.randint(0, 20)) for _ in range(rng.randint(0, 3)))
+            grow(node, level - 1)
+
+    while len(prompts) < 40:
+        grow(_ids(rng, rng.randint(0, 300)), 4)
+    prompts += rng.sample(prompts, 6)
+    rng.shuffle(prompts)
+    return prompts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_computes_exactly_the_optimum_in_a_small_pool(engine: BatchEngine, seed: int) -> None:
+    """Every shared token is computed once, counted in the scheduler, though the pool holds a fraction of the
+    batch.
+    """
+    prompts = _irregular(seed)
+    completions = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    report = engine.last_report
+    assert report is not None
+    assert report.num_prompt_tokens == sum(map(len, prompts))
+    assert report.num_computed_prompt_tokens == report.num_optimal_prompt_tokens
+    assert report.num_computed_prompt_tokens < report.num_prompt_tokens
+    assert report.num_retractions == 0
+    assert 0 < report.peak_kv_tokens <= report.kv_capacity_tokens
+    assert sum(c.prompt_tokens - c.cached_tokens for c in completions) == report.num_computed_prompt_tokens
+
+
+def test_outputs_equal_hugging_face(engine: BatchEngine) -> None:
+    """Greedy float32 output is token for token that of ``transformers``; a difference needs a near tie."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from batchllm.default_model import default_model_path
+
+    prompts = _irregular(11)
+    completions = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    model = AutoModelForCausalLM.from_pretrained(default_model_path(), dtype=torch.float32)
+    differing = 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion.output_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        top2 = logits.topk(2, dim=-1)
+        for expected, got, gap in zip(
+            top2.indices[:, 0].tolist(),
+            completion.output_ids,
+            (top2.values[:, 0] - top2.values[:, 1]).tolist(),
+            strict=True,
+        ):
+            if expected != got:
+                differing += 1
+                assert gap < 1e-3
+                break
+    assert differing <= len(prompts) // 100
+
+
+def test_completions_come_in_input_order(engine: BatchEngine) -> None:
+    """Whatever order they ran in."""
+    prompts = _irregular(3)
+    completions = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    assert [c.index for c in completions] == list(range(len(prompts)))
+    assert [c.prompt_tokens for c in completions] == [len(p) for p in prompts]
+
+
+def test_iterator_yields_every_completion_once(engine: BatchEngine) -> None:
+    """As they finish."""
+    prompts = _irregular(4)
+    seen = [c.index for c in engine.batch_generate_iter(input_ids=prompts, sampling_params=GREEDY)]
+    assert sorted(seen) == list(range(len(prompts)))
+
+
+def test_dropping_the_iterator_aborts_the_rest_and_frees_its_memory(engine: BatchEngine) -> None:
+    """The next batch finds the whole pool: the idle memory check would end the engine otherwise."""
+    prompts = _irregular(5)
+    stream = engine.batch_generate_iter(input_ids=prompts, sampling_params=GREEDY)
+    first = next(iter(stream))
+    stream.close()  # type: ignore[attr-defined]
+    again = engine.batch_generate(input_ids=[prompts[first.index]], sampling_params=GREEDY)
+    assert list(again[0].output_ids) == list(first.output_ids)
+
+
+def test_texts_and_messages_run_too(engine: BatchEngine) -> None:
+    """A text prompt is tokenized, a conversation goes through the chat template."""
+    texts = engine.batch_generate(["The sun rises in the", "The sun sets in the"], GREEDY)
+    chats = engine.batch_generate(
+        messages=[
+            [{"role": "user", "content": "Hello"}],
+            [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+        ],
+        sampling_params=GREEDY,
+    )
+    assert all(c.finish_reason == "length" and c.completion_tokens == 8 for c in texts + chats)
+    assert list(chats[0].output_ids) == list(chats[1].output_ids)
+
+
+def test_text_is_what_the_output_adds_to_the_prompt(engine: BatchEngine) -> None:
+    """Decoded in one go, it equals the tokenizer's own decoding of the output."""
+    from transformers import AutoTokenizer
+
+    from batchllm.default_model import default_model_path
+
+    tokenizer = AutoTokenizer.from_pretrained(default_model_path())
+    prompt = "One, two, three"
+    (completion,) = engine.batch_generate([prompt], {**GREEDY, "max_new_tokens": 24})
+    ids = tokenizer(prompt)["input_ids"]
+    whole = tokenizer.decode(ids + list(completion.output_ids), skip_special_tokens=True)
+    assert whole == tokenizer.decode(ids, skip_special_tokens=True) + completion.text
+
+
+def test_a_stop_string_ends_the_text_before_it(engine: BatchEngine) -> None:
+    """And is reported as what stopped it."""
+    prompt = "Once upon a time"
+    (whole,) = engine.batch_generate([prompt], {**GREEDY, "max_new_tokens": 24})
+    stop = whole.text[6:9]
+    (cut,) = engine.batch_generate([prompt], {**GREEDY, "max_new_tokens": 24, "stop": [stop]})
+    assert (cut.finish_reason, cut.matched_stop) == ("stop", stop)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+
+
+def test_a_stop_token_ends_the_output(engine: BatchEngine) -> None:
+    """It is the last output id, and not part of the text."""
+    prompt = _ids(random.Random(1), 20)
+    (whole,) = engine.batch_generate(input_ids=[prompt], sampling_params=GREEDY)
+    stop = whole.output_ids[3]
+    (cut,) = engine.batch_generate(
+        input_ids=[prompt], sampling_params={**GREEDY, "ignore_eos": False, "stop_token_ids": [stop]}
+    )
+    assert (cut.finish_reason, cut.matched_stop) == ("stop", stop)
+    assert list(cut.output_ids) == list(whole.output_ids)[: list(whole.output_ids).index(stop) + 1]
+
+
+def test_logprobs_are_those_of_the_model(engine: BatchEngine) -> None:
+    """One per generated token, alternatives most likely first, the chosen token on top when greedy."""
+    prompts = [_ids(random.Random(2), 40), _ids(random.Random(2), 40)[:30]]
+    completions = engine.batch_generate(
+        input_ids=prompts, sampling_params={**GREEDY, "logprobs": True, "top_logprobs": 3}
+    )
+    for completion in completions:
+        assert completion.logprobs is not None
+        assert [entry.token_id for entry in completion.logprobs] == list(completion.output_ids)
+        for entry in completion.logprobs:
+            assert len(entry.top) == 3
+            assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob, abs=1e-5))
+            assert [p for _, p in entry.top] == sorted((p for _, p in entry.top), reverse=True)
+
+
+def test_n_samples_share_the_whole_prompt(engine: BatchEngine) -> None:
+    """Four samples of one prompt compute it once, and one more token for each further sample."""
+    prompt = _ids(random.Random(3), 100)
+    completions = engine.batch_generate(
+        input_ids=[prompt],
+        sampling_params={"temperature": 1, "max_new_tokens": 8, "n": 4, "ignore_eos": True},
+    )
+    report = engine.last_report
+    assert report is not None
+    assert report.num_computed_prompt_tokens == 100 + 3
+    assert [(c.index, c.sample) for c in completions] == [(0, s) for s in range(4)]
+    assert len({tuple(c.output_ids) for c in completions}) == 4
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}])
+def test_a_seed_repeats_the_sample_whatever_runs_beside_it(
+    engine: BatchEngine, params: dict[str, Any]
+) -> None:
+    """Same seed, prompt and parameters: same tokens, alone or in company; another seed: others."""
+    prompt = _ids(random.Random(4), 50)
+    sampling = {"temperature": 1.0, "max_new_tokens": 12, "seed": 5, "ignore_eos": True, **params}
+    (alone,) = engine.batch_generate(input_ids=[prompt], sampling_params=sampling)
+    company = engine.batch_generate(
+        input_ids=[*_irregular(6), prompt, prompt],
+        sampling_params=[GREEDY] * len(_irregular(6)) + [sampling, {**sampling, "seed": 6}],
+    )
+    assert list(company[-2].output_ids) == list(alone.output_ids)
+    assert list(company[-1].output_ids) != list(alone.output_ids)
+
+
+def test_unseeded_samples_differ(engine: BatchEngine) -> None:
+    """Two requests for the same prompt are two draws."""
+    prompt = _ids(random.Random(5), 30)
+    sampling = {"temperature": 1.0, "max_new_tokens": 12, "ignore_eos": True}
+    first, second = engine.batch_generate(input_ids=[prompt, prompt], sampling_params=sampling)
+    assert list(first.output_ids) != list(second.output_ids)
+
+
+def test_a_regex_constrains_the_output(engine: BatchEngine) -> None:
+    """On CPU too."""
+    (completion,) = engine.batch_generate(
+        ["Give me a number:"], {"temperature": 1.0, "max_new_tokens": 16, "regex": "[0-9]{3}-[a-f]{2}"}
+    )
+    assert re.fullmatch("[0-9]{3}-[a-f]{2}", completion.text)
+
+
+def test_a_json_schema_constrains_the_output(engine: BatchEngine) -> None:
+    """What comes out parses and has the field, for every sample."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "colour": {"enum": ["red", "green"]},
+            "count": {"type": "integer", "maximum": 9, "minimum": 0},
+        },
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+    completions = engine.batch_generate(
+        ["Describe the ball."],
+        {"temperature": 1.0, "max_new_tokens": 64, "json_schema": json.dumps(schema), "n": 2},
+    )
+    for completion in completions:
+        assert json.loads(completion.text)["colour"] in ("red", "green")
+
+
+def test_a_grammar_that_does_not_compile_fails_its_own_row_only(engine: BatchEngine) -> None:
+    """The rest of the batch is answered, those that share its prefix included."""
+    prompts = ["The same beginning, then A", "The same beginning, then B", "The same beginning, then C"]
+    bad = {**GREEDY, "json_schema": json.dumps({"type": "no such type"})}
+    completions = engine.batch_generate(prompts, [GREEDY, bad, GREEDY])
+    assert [c.finish_reason for c in completions] == ["length", "abort", "length"]
+    assert completions[1].error
+
+
+def test_bad_prompts_fail_by_themselves_with_a_reason(engine: BatchEngine) -> None:
+    """Nothing is lost, the rest runs."""
+    capacity = engine.runtime.info.kv_capacity_tokens
+    prompts: list[Any] = [[], [10] * 9000, [10] * capacity, [10, 99999], [10, 11, 12]]
+    completions = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    assert [c.finish_reason for c in completions] == ["abort"] * 4 + ["length"]
+    errors = [c.error or "" for c in completions]
+    assert "empty" in errors[0]
+    assert "context" in errors[1]
+    assert "KV" in errors[2]
+    assert "99999" in errors[3]
+
+
+def test_namespaces_do_not_share(engine: BatchEngine) -> None:
+    """The same prompt in two namespaces is computed twice."""
+    from batchllm.offline.job import Job
+    from batchllm.request import Request, SamplingParams
+
+    prompt = _ids(random.Random(8), 64)
+    sampling = SamplingParams(temperature=0, max_new_tokens=4)
+    job = Job(engine.runtime)
+    job.prepare(
+        Request(row_id=str(i), index=i, sampling=sampling, input_ids=prompt, namespace=name)
+        for i, name in enumerate(["a", "b", "", "a"])
+    )
+    done: list[Completion] = [c for batch in engine.runtime.iterate(job.run()) for c in batch]
+    assert len(done) == 4
+    assert job.stats.num_computed_prompt_tokens == 64 * 3 + 1
+
+
+def test_live_requests_run_beside_a_plan(engine: BatchEngine) -> None:
+    """Requests outside the plan are answered while it runs, and both are right."""
+    import asyncio
+
+    from batchllm.offline.job import Job
+    from batchllm.request import Request, SamplingParams
+
+    prompts = _irregular(9)
+    live_prompts = [_ids(random.Random(100 + i), 30) for i in range(6)]
+    expected_live = engine.batch_generate(input_ids=live_prompts, sampling_params=GREEDY)
+    expected = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    sampling = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
+    job = Job(engine.runtime)
+    job.prepare(
+        Request(row_id=str(i), index=i, sampling=sampling, input_ids=p) for i, p in enumerate(prompts)
+    )
+
+    async def plan() -> list[Completion]:
+        return [c async for batch in job.run() for c in batch]
+
+    async def live(prompt: list[int]) -> list[int]:
+        output = await engine.runtime.sglang_engine.async_generate(input_ids=prompt, sampling_params=GREEDY)
+        return list(output["output_ids"])
+
+    async def both() -> tuple[list[Completion], list[list[int]]]:
+        done, *answers = await asyncio.gather(plan(), *map(live, live_prompts))
+        return done, answers
+
+    done, answers = engine.runtime.loop.run_until_complete(both())
+    assert answers == [list(c.output_ids) for c in expected_live]
+    assert {c.index: list(c.output_ids) for c in done} == {c.index: list(c.output_ids) for c in expected}
+    assert job.stats.num_computed_prompt_tokens <= job.stats.num_optimal_prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"no_such_flag": 1}, "--no-such-flag"),
+        ({"max_total_token": 1}, "--max-total-tokens"),
+        ({"pp_size": 2}, "pipeline"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative"),
+        ({"enable_hierarchical_cache": True}, "hierarchical"),
+        ({"disaggregation_mode": "prefill"}, "disaggregation"),
+        ({"disable_radix_cache": True}, "prefix cache"),
+        ({"radix_cache_backend": "lru"}, "--radix-cache-backend"),
+        ({"model_path": "/no/such/model"}, "/no/such/model"),
+    ],
+)
+def test_what_cannot_start_is_refused_by_name(arguments: dict[str, Any], word: str) -> None:
+    """Before any process is started."""
+    with pytest.raises(ConfigError, match=re.escape(word)):
+        BatchEngine(**arguments)
