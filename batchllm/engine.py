@@ -93,8 +93,12 @@ class BatchEngine:
         """Like `batch_generate`, but yields each completion as it finishes. Dropping the iterator aborts the
         rest.
         """
-        given = {"prompt": prompts, "input_ids": input_ids, "messages": messages}
-        given = {name: values for name, values in given.items() if values is not None}
+        fields: dict[str, Sequence[Any] | None] = {
+            "prompt": prompts,
+            "input_ids": input_ids,
+            "messages": messages,
+        }
+        given = {name: values for name, values in fields.items() if values is not None}
         if len(given) != 1:
             raise ConfigError("give exactly one of prompts, input_ids and messages")
         ((field, values),) = given.items()

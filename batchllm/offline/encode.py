@@ -42,8 +42,8 @@ def encode_requests(
             ids = _need(tokenizer).encode([text for _, text in pairs], add_special_tokens=add_special_tokens)
             for (i, _), row_ids in zip(pairs, ids, strict=True):
                 encoded[i] = row_ids
-    for i, row_ids in enumerate(encoded):
-        if not isinstance(row_ids, RowError) and len(row_ids) == 0:
+    for i, result in enumerate(encoded):
+        if not isinstance(result, RowError) and len(result) == 0:
             encoded[i] = RowError("the prompt has no tokens; give it some text", code="empty_prompt")
     return encoded
 

@@ -46,9 +46,11 @@ class Feeder:
             return None
         free_cost = self._window_cost - self._outstanding_cost
         last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right"))
-        # At least one: a request larger than the window still has to run.
-        last = min(max(last - 1, first + 1), first + _MAX_WINDOW_REQUESTS - self._num_outstanding)
-        last = min(last, self._num_requests)
+        last = min(last - 1, first + _MAX_WINDOW_REQUESTS - self._num_outstanding, self._num_requests)
+        if last == first:
+            if self._num_outstanding > 0:
+                return None
+            last = first + 1  # larger than the window by itself, and it has to run
         self._next_position = last
         self._num_outstanding += last - first
         self._outstanding_cost += int(self._cumulative_cost[last] - self._cumulative_cost[first])

@@ -151,7 +151,7 @@ class Job:
         info, sampling = self._runtime.info, request.sampling
         if request.input_ids is not None:
             check_token_ids(token_ids, info.vocab_size)
-        limits = {"context_len": info.context_len, "kv_capacity": info.kv_capacity_tokens}
+        limits = {"context_len": info.context_len, "kv_capacity": info.max_request_len}
         if request.may_lower_max_new_tokens:
             sampling = fit_max_new_tokens(sampling, len(token_ids), **limits)
         check_prompt_len(len(token_ids), sampling, **limits)

@@ -22,6 +22,7 @@ class RuntimeInfo:
         context_len: Most tokens of prompt and output together.
         vocab_size: Token ids are below this.
         kv_capacity_tokens: Slots of the KV pool.
+        max_request_len: Most tokens of prompt and output together that the KV pool has room for.
         page_size: Tokens of a KV page.
         random_seed: Base of the seeds of requests that name none.
         has_seeded_sampling: False where the sampling backend takes no seed.
@@ -32,6 +33,7 @@ class RuntimeInfo:
     context_len: int
     vocab_size: int
     kv_capacity_tokens: int
+    max_request_len: int
     page_size: int
     random_seed: int
     has_seeded_sampling: bool

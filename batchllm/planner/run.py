@@ -125,4 +125,5 @@ def _max_over_ranges(values: Int64, first: Int64, num: Int64) -> Int64:
         return np.zeros(0, np.int64)
     # reduceat takes each index up to the next; the sentinel lets a range end at the last value.
     bounds = np.stack([first, first + num], axis=1).ravel()
-    return np.maximum.reduceat(np.append(values, 0), bounds)[::2]
+    longest: Int64 = np.maximum.reduceat(np.append(values, 0), bounds)[::2]
+    return longest

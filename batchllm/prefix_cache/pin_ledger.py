@@ -121,6 +121,8 @@ class PinLedger:
             if parent_id not in self._prefixes:
                 raise ValueError(f"prefix {prefix_id}: its parent {parent_id} is not known")
             parent_end = self._prefixes[parent_id].end_len
+            if self._prefixes[parent_id].num_consumers_left < num_consumers:
+                raise ValueError(f"prefix {prefix_id}: {num_consumers} consumers, more than its parent has left")
         if start_len != parent_end or end_len <= start_len or num_consumers < 1:
             raise ValueError(
                 f"prefix {prefix_id}: [{start_len}, {end_len}) with {num_consumers} consumers "

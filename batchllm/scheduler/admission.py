@@ -26,6 +26,20 @@ def kv_need(request: WaitingRequest, cached_len: int, page_size: int) -> int:
     return page_ceil(request.total_len, page_size) - cached_len
 
 
+def footprint(total_len: int, page_size: int) -> int:
+    """Most slots that a request of ``total_len`` tokens occupies together with the prefixes that it reads.
+
+    One page more than its own: an exact duplicate of a prefix computes the last page again, while the pinned
+    prefix keeps its copy.
+    """
+    return page_ceil(total_len, page_size) + page_size
+
+
+def max_total_len(kv_capacity_tokens: int, page_size: int) -> int:
+    """The longest request, prompt and output, whose `footprint` fits the pool; at most 0 if none does."""
+    return (kv_capacity_tokens - page_size) // page_size * page_size
+
+
 @dataclass(slots=True)
 class OpenPrefixes:
     """What is pinned or about to be: the prefixes open before this step, and those that this step opens."""
@@ -49,6 +63,7 @@ class OpenPrefixes:
         ledger: PinLedger,
         longest_behind: int,
         kv_capacity_tokens: int,
+        page_size: int,
     ) -> bool:
         """May these be opened ahead of requests that come earlier in the plan?
 
@@ -60,7 +75,8 @@ class OpenPrefixes:
             prefix_ids: Prefixes to open, none of them open yet, outermost first.
             ledger: Their sizes.
             longest_behind: KV slots of the longest request left behind.
-            kv_capacity_tokens: Slots of the pool.
+            kv_capacity_tokens: Slots of the pool; at least the `footprint` of every request.
+            page_size: Tokens of a page.
         """
         num_opened = sum(ledger.num_tokens(prefix_id) for prefix_id in prefix_ids)
         # Requests still to come under a prefix are not all in the window yet: the prefix knows its longest.
@@ -69,4 +85,4 @@ class OpenPrefixes:
             self.longest_consumer_len,
             ledger.longest_consumer_len(prefix_ids[0]),
         )
-        return self.num_tokens + num_opened + longest <= kv_capacity_tokens
+        return self.num_tokens + num_opened + footprint(longest, page_size) <= kv_capacity_tokens

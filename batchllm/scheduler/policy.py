@@ -73,6 +73,7 @@ class _Step:
             self.view.ledger,
             max(self.longest_behind, request.total_len),
             self.view.kv_capacity_tokens,
+            self.view.page_size,
         )
 
     def _try_admit(self, request: WaitingRequest, found: Lookup) -> Admission | None:

@@ -38,7 +38,7 @@ class SchedulerView:
     Attributes:
         waiting: The window of planned requests, in plan order.
         ledger: Which planned prefixes are resident, and who still needs them.
-        kv_capacity_tokens: Slots of the whole KV pool.
+        kv_capacity_tokens: Slots of the whole KV pool, at least the `admission.footprint` of every request.
         kv_free_tokens: Slots that are free, or hold KV that nobody planned and nobody runs on.
         kv_growth_tokens: Slots that the requests already admitted may still ask for.
         num_free_slots: Further requests that may run at once.

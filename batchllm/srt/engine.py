@@ -23,6 +23,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from batchllm.errors import EngineDiedError, EngineError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, SamplingParams, TokenLogprob
+from batchllm.scheduler.admission import max_total_len
 from batchllm.srt import compat
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.io_struct import (
@@ -126,6 +127,9 @@ class SrtRuntime:
             context_len=manager.context_len,
             vocab_size=manager.model_config.vocab_size,
             kv_capacity_tokens=init_info["max_total_num_tokens"],
+            # The last token of an answer is never stored.
+            max_request_len=max_total_len(init_info["max_total_num_tokens"], args.page_size)
+            + (1 if args.disable_overlap_schedule else 0),
             page_size=args.page_size,
             random_seed=args.random_seed,
             has_seeded_sampling=args.sampling_backend != "flashinfer",

@@ -23,19 +23,20 @@ def activate() -> str | None:
     """
     if torch.cuda.is_available() or torch.xpu.is_available():
         return None
-    set_openmp_defaults()
+    set_environment_defaults()
     return f"{CpuPlatform.__module__}.{CpuPlatform.__qualname__}"
 
 
-def set_openmp_defaults() -> None:
-    """Let idle OpenMP threads sleep instead of spin, unless the user has chosen otherwise.
+def set_environment_defaults() -> None:
+    """What a CPU wants of the processes that compute, unless the user has chosen otherwise. They inherit it.
 
-    libgomp spins by default: beside a tokenizer and a detokenizer process on the same cores that makes two
-    threads about ten times slower than one. Must run before the process that computes starts, since libgomp
-    reads it once.
+    libgomp spins while it waits: beside a tokenizer and a detokenizer process on the same cores that makes two threads
+    about ten times slower than one. ``torch.compile`` takes half a minute and a C++ compiler for the small functions
+    that SGLang compiles (sampling, penalties).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -49,6 +50,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = "torch_native"
         # Streams are dummies on CPU: overlap buys nothing and computes one token too many per request.
         server_args.disable_overlap_schedule = True
+        if server_args.enable_torch_compile:
+            os.environ["TORCHDYNAMO_DISABLE"] = "0"
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

@@ -114,7 +114,8 @@ class BatchScheduler(Scheduler):
                 job_id=job_id,
                 position=run.first_position + i,
                 prefix_id=prefix_id,
-                total_len=len(input_ids) + max_new_len,
+                # The last token is never stored; with overlap a request that has ended runs one more step.
+                total_len=len(input_ids) + max_new_len - 1 + self.enable_overlap,
                 seed=int(message.seeds[i]),
                 input_ids=input_ids,
                 sampling_params=sampling_params,
@@ -268,6 +269,8 @@ class BatchScheduler(Scheduler):
         num_step_tokens = self.max_prefill_tokens
         if self.chunked_prefill_size is not None:
             num_step_tokens = min(num_step_tokens, self.chunked_prefill_size)
+        else:  # no prompt may be cut: the first is taken whatever its length
+            num_step_tokens = max(num_step_tokens, self.planned_window[0].prefill_len)
         if self.is_mixed_chunk:
             num_step_tokens -= len(running_batch.reqs)
         growth = sum(map(self._growth, running_batch.reqs))
@@ -297,9 +300,8 @@ class BatchScheduler(Scheduler):
         if isinstance(req, PlannedReq):
             total_len = req.total_len
         else:
-            total_len = len(req.origin_input_ids) + req.sampling_params.max_new_tokens
-        # With overlap a request that has ended still runs one more step.
-        return max(page_ceil(total_len + self.enable_overlap, self.page_size) - allocated, 0)
+            total_len = len(req.origin_input_ids) + req.sampling_params.max_new_tokens + self.enable_overlap
+        return max(page_ceil(total_len, self.page_size) - allocated, 0)
 
     def _settle(self, decision: Decision, batch: Any) -> None:
         """Tell the cache what the prefill pass has taken, and pin the prefixes that its step completes."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     _check_environment()
     radix_cache.register()
     try:
-        return ServerArgs(**(_defaults() | server_args | {"model_path": model_path}))
+        return ServerArgs(**(_defaults(model_path) | server_args | {"model_path": model_path}))
     except (OSError, ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"-m {model_path}: {error}") from error
 
@@ -88,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (every flag of `python -m sglang.launch_server --help` is taken)")
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(model_path: str) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "log_level": "error",
         "radix_cache_backend": radix_cache.BACKEND_NAME,
@@ -97,7 +99,18 @@ def _defaults() -> dict[str, Any]:
     }
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         defaults |= {"device": "cpu", "max_total_tokens": _CPU_KV_TOKENS}
+        if _is_float32(model_path):
+            # SGLang's "auto" would make it bfloat16, which a CPU computes no faster and less exactly.
+            defaults["dtype"] = "float32"
     return defaults
+
+
+def _is_float32(model_path: str) -> bool:
+    try:
+        config = json.loads(Path(model_path, "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False  # a hub name, or nothing: SGLang says so itself
+    return config.get("dtype", config.get("torch_dtype")) == "float32"
 
 
 def _check_supported(server_args: dict[str, Any]) -> None:

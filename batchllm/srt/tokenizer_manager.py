@@ -23,6 +23,7 @@ class BatchTokenizerManager(TokenizerManager):
 
     def init_running_status(self) -> None:
         super().init_running_status()
+        self._death: EngineDiedError | None = None
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
 
     def init_request_dispatcher(self) -> None:
@@ -31,8 +32,14 @@ class BatchTokenizerManager(TokenizerManager):
         self.signal_handler_class = _FailJobs
 
     def open_job(self, job_id: int) -> None:
-        """Outputs of this job may arrive from now on."""
+        """Outputs of this job may arrive from now on.
+
+        Raises:
+            EngineDiedError: A runtime process has ended; none will come.
+        """
         self.auto_create_handle_loop()
+        if self._death is not None:
+            raise self._death
         self._planned_outputs[job_id] = asyncio.Queue()
 
     def close_job(self, job_id: int) -> None:
@@ -55,7 +62,8 @@ class BatchTokenizerManager(TokenizerManager):
         return output
 
     def fail_jobs(self, error: EngineDiedError) -> None:
-        """Wake every job with ``error``."""
+        """Wake every job, those to come too, with ``error``."""
+        self._death = error
         for queue in self._planned_outputs.values():
             queue.put_nowait(error)
 

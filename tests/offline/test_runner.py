@@ -29,6 +29,7 @@ INFO = RuntimeInfo(
     context_len=64,
     vocab_size=128,
     kv_capacity_tokens=64,
+    max_request_len=64,
     page_size=1,
     random_seed=7,
     has_seeded_sampling=True,

@@ -107,15 +107,15 @@ def test_opening_nothing_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("already", "prefix_ids", "longest_behind", "needed"),
     [
-        pytest.param(OpenPrefixes(0, 0), (0, 1), 12, 15 + 30, id="its own longest consumer"),
-        pytest.param(OpenPrefixes(0, 0), (1,), 12, 5 + 20, id="only what is missing of its path"),
-        pytest.param(OpenPrefixes(0, 0), (0,), 70, 10 + 70, id="the longest left behind"),
-        pytest.param(OpenPrefixes(7, 90), (0,), 70, 17 + 90, id="a consumer of what is open already"),
+        pytest.param(OpenPrefixes(0, 0), (0, 1), 12, 16 + 30, id="its own longest consumer"),
+        pytest.param(OpenPrefixes(0, 0), (1,), 12, 6 + 20, id="only what is missing of its path"),
+        pytest.param(OpenPrefixes(0, 0), (0,), 70, 11 + 70, id="the longest left behind"),
+        pytest.param(OpenPrefixes(7, 90), (0,), 70, 18 + 90, id="a consumer of what is open already"),
     ],
 )
 def test_a_prefix_may_be_opened_early_if_the_longest_request_still_fits_beside_all_that_is_open(
     already: OpenPrefixes, prefix_ids: tuple[int, ...], longest_behind: int, needed: int
 ) -> None:
     ledger = _ledger()
-    assert already.may_add(prefix_ids, ledger, longest_behind, needed)
-    assert not already.may_add(prefix_ids, ledger, longest_behind, needed - 1)
+    assert already.may_add(prefix_ids, ledger, longest_behind, needed, 1)
+    assert not already.may_add(prefix_ids, ledger, longest_behind, needed - 1, 1)

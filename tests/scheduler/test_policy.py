@@ -18,7 +18,7 @@ from batchllm.planner.run import PlannedRun, RunCutter
 from batchllm.prefix_cache import PinLedger, PrefixState
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler import Admission, PlannedPolicy, SchedulerView
-from batchllm.scheduler.admission import page_ceil
+from batchllm.scheduler.admission import footprint, page_ceil
 from batchllm.tokens import TokenTable
 
 # Exact decisions
@@ -194,13 +194,6 @@ def test_nothing_is_cut_where_cutting_is_off_or_a_prompt_is_in_pieces_already() 
     assert _names(view) == "a"
 
 
-def test_a_prompt_longer_than_any_step_is_taken_whole_where_cutting_is_off_and_nothing_else_runs() -> None:
-    """As SGLang and `PlannedPrefillAdder` do; it would wait for ever otherwise."""
-    requests = _lone(8, 1)
-    view = replace(_view(requests), num_step_tokens=7, can_chunk=False)
-    assert _decide(view)[:1] == [Admission(requests[0], 0, 8)]
-
-
 def test_a_led_prompt_that_is_cut_claims_its_prefix_all_the_same() -> None:
     group = _group("ab", 0, 6)
     view = replace(_view(group, _ledger((NO_PREFIX, 4))), num_step_tokens=3)
@@ -261,24 +254,24 @@ def test_a_prefix_opened_out_of_order_leaves_room_for_the_longest_request_behind
     ledger = _ledger((NO_PREFIX, 4))
     held = replace(_lone(19)[0], is_ready=False)  # 20 slots once it may start
     view = _view([held, *_group("b", 0, 6)], ledger)
-    assert _names(replace(view, kv_capacity_tokens=24, kv_free_tokens=24)) == "b"
-    assert _names(replace(view, kv_capacity_tokens=23, kv_free_tokens=23)) == ""
+    assert _names(replace(view, kv_capacity_tokens=25, kv_free_tokens=25)) == "b"
+    assert _names(replace(view, kv_capacity_tokens=24, kv_free_tokens=24)) == ""
 
 
 def test_prefixes_opened_in_the_same_step_are_counted_for_those_behind() -> None:
     ledger = _ledger((NO_PREFIX, 4), (NO_PREFIX, 4))
     held = replace(_lone(19)[0], is_ready=False)
     view = _view([held, *_group("b", 0, 6), *_group("c", 1, 6)], ledger)
-    assert _names(replace(view, kv_capacity_tokens=28, kv_free_tokens=28)) == "bc"
-    assert _names(replace(view, kv_capacity_tokens=27, kv_free_tokens=27)) == "b"
+    assert _names(replace(view, kv_capacity_tokens=29, kv_free_tokens=29)) == "bc"
+    assert _names(replace(view, kv_capacity_tokens=28, kv_free_tokens=28)) == "b"
 
 
 def test_prefixes_opened_out_of_order_leave_room_for_their_own_consumers_to_come() -> None:
     ledger = _ledger((NO_PREFIX, 4), longest=50)
     held = replace(_lone(1)[0], is_ready=False)
     view = _view([held, *_group("b", 0, 6)], ledger)
-    assert _names(replace(view, kv_capacity_tokens=54, kv_free_tokens=54)) == "b"
-    assert _names(replace(view, kv_capacity_tokens=53, kv_free_tokens=53)) == ""
+    assert _names(replace(view, kv_capacity_tokens=55, kv_free_tokens=55)) == "b"
+    assert _names(replace(view, kv_capacity_tokens=54, kv_free_tokens=54)) == ""
 
 
 def test_in_plan_order_a_prefix_is_opened_wherever_its_leader_fits() -> None:
@@ -374,7 +367,7 @@ class _World:
         self.num_slots = setup.num_slots
         self.can_chunk = setup.can_chunk
         totals = [len(p) + new for p, new in zip(setup.prompts, setup.max_new_lens, strict=True)]
-        self.capacity = page_ceil(max(totals), self.page_size) + setup.spare_pages * self.page_size
+        self.capacity = footprint(max(totals), self.page_size) + setup.spare_pages * self.page_size
         self.step_tokens = setup.step_pages * self.page_size
         if not self.can_chunk:
             self.step_tokens = max(self.step_tokens, max(totals))
@@ -632,7 +625,7 @@ def _run(setup: _Setup, trouble: _Trouble) -> _World:
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_an_exact_duplicate_that_needs_the_whole_pool_runs_beside_the_prefix_it_reads(page_size: int) -> None:
+def test_an_exact_duplicate_whose_footprint_is_the_whole_pool_runs_beside_the_prefix_it_reads(page_size: int) -> None:
     """It reads all pages but its last and needs a copy of that one, while the pinned prefix keeps its own."""
     stem = [0] * page_size
     setup = _Setup(
