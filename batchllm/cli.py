@@ -71,9 +71,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="force the progress bar on or off (default: on a terminal only)",
     )
     run.set_defaults(command=_run)
-    plan = commands.add_parser(
-        "plan", help="say what would be shared and saved, without running", allow_abbrev=False
-    )
+    plan = commands.add_parser("plan", help="say what would be shared and saved, without running", allow_abbrev=False)
     _add_input_flags(plan)
     plan.add_argument("--page-size", type=int, default=1, help="tokens of a KV page (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="for machines")
@@ -89,9 +87,7 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         metavar="IN.jsonl",
         help="OpenAI batch rows, or rows with id and prompt, input_ids or messages",
     )
-    parser.add_argument(
-        "-m", "--model", help="Hugging Face model, a directory or a hub name (default: embedded)"
-    )
+    parser.add_argument("-m", "--model", help="Hugging Face model, a directory or a hub name (default: embedded)")
 
 
 def _run(args: argparse.Namespace, server_flags: list[str]) -> int:

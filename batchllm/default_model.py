@@ -324,9 +324,7 @@ def _train_tokenizer(vocab_size: int) -> str:
     )
     tokenizer.train_from_iterator(_training_text(), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ConfigError(
-            f"vocab_size {vocab_size}: the built-in text gives {tokenizer.get_vocab_size()} tokens"
-        )
+        raise ConfigError(f"vocab_size {vocab_size}: the built-in text gives {tokenizer.get_vocab_size()} tokens")
     return str(tokenizer.to_str(pretty=True))
 
 

@@ -77,9 +77,7 @@ class BatchEngine:
             ConfigError: The arguments contradict each other.
             EngineDiedError: The runtime is gone.
         """
-        completions = list(
-            self.batch_generate_iter(prompts, sampling_params, input_ids=input_ids, messages=messages)
-        )
+        completions = list(self.batch_generate_iter(prompts, sampling_params, input_ids=input_ids, messages=messages))
         return sorted(completions, key=lambda c: (c.index, c.sample))
 
     def batch_generate_iter(
@@ -107,9 +105,7 @@ class BatchEngine:
         per_prompt = _spread(sampling_params, len(values))
         return self._generate(field, values, per_prompt)
 
-    def _generate(
-        self, field: str, values: Sequence[Any], sampling: Sequence[Sampling]
-    ) -> Iterator[Completion]:
+    def _generate(self, field: str, values: Sequence[Any], sampling: Sequence[Sampling]) -> Iterator[Completion]:
         started = time.perf_counter()
         job = Job(self.runtime)
         requests, rejected = _make_requests(field, values, sampling)

@@ -93,9 +93,7 @@ class TokenTable:
                     f"not {array.dtype} of shape {array.shape}"
                 )
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            raise WorkloadError(
-                f"TokenTable.offsets must run from 0 to the {len(self.tokens)} tokens there are"
-            )
+            raise WorkloadError(f"TokenTable.offsets must run from 0 to the {len(self.tokens)} tokens there are")
         shrinks = np.flatnonzero(self.offsets[1:] < self.offsets[:-1])
         if len(shrinks):
             raise WorkloadError(f"TokenTable.offsets decrease after row {shrinks[0]}")

@@ -79,9 +79,7 @@ class Answers:
 
 def load_model(path: str, attention: str = "sdpa") -> Any:
     """The model in float32 with one of transformers' attention implementations."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation=attention, dtype=torch.float32
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval()
 
 
 def measure_sensitivity(

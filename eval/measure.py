@@ -90,15 +90,10 @@ def _parse() -> argparse.Namespace:
 
 
 def _sampling(workload: Workload) -> list[dict[str, Any]]:
-    return [
-        {"temperature": 0, "max_new_tokens": output_len, "ignore_eos": True}
-        for output_len in workload.output_lens
-    ]
+    return [{"temperature": 0, "max_new_tokens": output_len, "ignore_eos": True} for output_len in workload.output_lens]
 
 
-def _ours(
-    model: str, policy: str, server_args: dict[str, Any]
-) -> tuple[Callable[..., Any], Callable[[], None]]:
+def _ours(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
     from batchllm import BatchEngine
 
     engine = BatchEngine(model, **server_args)
@@ -117,9 +112,7 @@ def _ours(
     return run, engine.shutdown
 
 
-def _stock(
-    model: str, policy: str, server_args: dict[str, Any]
-) -> tuple[Callable[..., Any], Callable[[], None]]:
+def _stock(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
     import torch
     from sglang import Engine
 

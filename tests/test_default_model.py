@@ -127,8 +127,7 @@ def test_the_chat_template_renders_roles_and_opens_the_answer(tokenizer: Any) ->
         {"role": "assistant", "content": None},
     ]
     asked = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n"
-        "<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
     )
     assert tokenizer.apply_chat_template(messages, tokenize=False) == asked
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -146,9 +145,7 @@ def test_the_second_call_writes_nothing(cache: Path) -> None:
     assert [entry for entry in path.parent.iterdir() if entry.is_dir()] == [path]
 
 
-def test_a_relative_cache_folder_is_ignored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_cache_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Path(cached_model_path(WIDTH_64)).is_relative_to(tmp_path / ".cache")
@@ -159,9 +156,7 @@ def test_shapes_and_seeds_have_folders_of_their_own(cache: Path) -> None:
     assert len(paths) == 2
 
 
-@pytest.mark.parametrize(
-    "damage", ["flip", "truncate", "delete", "no marker", "cut marker", "other marker", "a file"]
-)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "no marker", "cut marker", "other marker", "a file"])
 def test_a_damaged_model_is_built_again(cache: Path, damage: str) -> None:
     path = Path(cached_model_path(WIDTH_64))
     good = _files(path)
@@ -198,9 +193,7 @@ def test_a_build_that_was_killed_is_cleared_away(cache: Path) -> None:
     assert not (path / "stray").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
@@ -235,9 +228,7 @@ def test_answers_depend_on_every_token_and_do_not_end_early(folder: Path) -> Non
     prompts = torch.from_numpy(source.integers(3, DEFAULT.vocab_size, (20, 128)))
     changed = 0
     with torch.inference_mode():
-        answers = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=16
-        )
+        answers = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=16)
         assert answers.shape == (20, 144)  # none ended, so none needed padding
         assert not (answers[:, 128:] == model.config.eos_token_id).any()
         assert all(len(set(answer[128:].tolist())) > 4 for answer in answers)

@@ -204,8 +204,7 @@ def _why_not_json(data: bytes, error: orjson.JSONDecodeError) -> RowError:
         data.decode()
     except UnicodeDecodeError as wrong:
         return RowError(
-            f"byte {wrong.start + 1} of the line (0x{data[wrong.start]:02x}) is not UTF-8; "
-            "write the file as UTF-8",
+            f"byte {wrong.start + 1} of the line (0x{data[wrong.start]:02x}) is not UTF-8; write the file as UTF-8",
             code="invalid_utf8",
         )
     where = f"invalid JSON at column {error.colno}: {error.msg}"

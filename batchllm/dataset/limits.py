@@ -28,9 +28,7 @@ def fit_max_new_tokens(
     return dataclasses.replace(sampling, max_new_tokens=room)
 
 
-def check_prompt_len(
-    prompt_len: int, sampling: SamplingParams, *, context_len: int, kv_capacity: int
-) -> None:
+def check_prompt_len(prompt_len: int, sampling: SamplingParams, *, context_len: int, kv_capacity: int) -> None:
     """Refuses a prompt that can never be answered in full.
 
     Args:

@@ -66,9 +66,7 @@ UNSUPPORTED = frozenset(
 """OpenAI's names that would change the answer; accepted only where they ask for nothing."""
 
 
-def parse_openai(
-    record: dict[str, Any], *, given_id: str | int, index: int, line: int, sampling: ReadSampling
-) -> Row:
+def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, line: int, sampling: ReadSampling) -> Row:
     """Reads one OpenAI batch row of the kind its url names.
 
     Args:

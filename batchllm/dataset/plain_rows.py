@@ -22,9 +22,7 @@ ReadSampling = Callable[[object], tuple[SamplingParams, bool]]
 """Gives the sampling of a row and whether the row set ``max_new_tokens`` itself."""
 
 
-def parse_plain(
-    record: dict[str, Any], *, given_id: str | int, index: int, line: int, sampling: ReadSampling
-) -> Row:
+def parse_plain(record: dict[str, Any], *, given_id: str | int, index: int, line: int, sampling: ReadSampling) -> Row:
     """Reads one plain row.
 
     Raises:

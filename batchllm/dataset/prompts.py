@@ -15,9 +15,7 @@ from batchllm.dataset.field_checks import closest, show, token_ids
 from batchllm.errors import RowError
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-MESSAGE_KEYS = frozenset(
-    {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "refusal"}
-)
+MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "refusal"})
 
 
 def check_text(name: str, value: object) -> str:

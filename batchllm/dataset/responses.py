@@ -154,9 +154,7 @@ def _counts(samples: Sequence[Completion]) -> tuple[int, int, int]:
     )
 
 
-def _openai_line(
-    given_id: str | int | None, digest: str, status_code: int, body: dict[str, Any]
-) -> dict[str, Any]:
+def _openai_line(given_id: str | int | None, digest: str, status_code: int, body: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": f"batch_req_{digest}",
         "custom_id": given_id,

@@ -12,9 +12,7 @@ from batchllm.request import Request
 from batchllm.tokenizer import Tokenizer
 
 
-def encode_requests(
-    requests: Sequence[Request], tokenizer: Tokenizer | None
-) -> list[Sequence[int] | RowError]:
+def encode_requests(requests: Sequence[Request], tokenizer: Tokenizer | None) -> list[Sequence[int] | RowError]:
     """Token ids of each request, or why there are none.
 
     Args:

@@ -192,9 +192,7 @@ class Job:
         for position, completion in zip(finished.positions, finished.completions, strict=True):
             row = int(self._plan.order[position])
             self.stats.num_output_tokens += completion.completion_tokens
-            completions.append(
-                replace(completion, index=samples.request_index[row], sample=samples.sample[row])
-            )
+            completions.append(replace(completion, index=samples.request_index[row], sample=samples.sample[row]))
         self.stats.num_computed_prompt_tokens = finished.num_computed_prompt_tokens
         self.stats.num_retractions = finished.num_retractions
         self.stats.peak_kv_tokens = finished.peak_kv_tokens
@@ -211,8 +209,7 @@ def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:
     has_grammar = sampling.json_schema is not None or sampling.regex is not None
     if has_grammar and not info.has_grammar:
         raise RowError(
-            "structured output (json_schema, regex) is switched off; start the engine without "
-            "--grammar-backend none",
+            "structured output (json_schema, regex) is switched off; start the engine without --grammar-backend none",
             code="grammar_not_supported",
             param="json_schema" if sampling.json_schema is not None else "regex",
         )

@@ -109,9 +109,7 @@ class RunReport:
         ]
         name_width = max(len(name) for name, _, _ in rows)
         value_width = max(len(value) for _, value, _ in rows)
-        return "\n".join(
-            f"{name:<{name_width}}  {value:>{value_width}}  {note}".rstrip() for name, value, note in rows
-        )
+        return "\n".join(f"{name:<{name_width}}  {value:>{value_width}}  {note}".rstrip() for name, value, note in rows)
 
     def _outcome(self) -> str:
         return f"{self.num_succeeded:,} succeeded, {self.num_failed:,} failed"

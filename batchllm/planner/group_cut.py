@@ -118,9 +118,7 @@ def _merge_heaps(keys: Int64Array, left: Int64Array, right: Int64Array, a: int, 
 
 
 @njit(cache=True)
-def _choice_limits(
-    parent: Int32Array, end_len: Int32Array, num_direct: Int64Array, cost: Int64Array
-) -> Int64Array:
+def _choice_limits(parent: Int32Array, end_len: Int32Array, num_direct: Int64Array, cost: Int64Array) -> Int64Array:
     """For each prefix, how many tokens must be had from above before choosing it stops paying.
 
     ``line[u]`` and the breakpoints in the heaps of ``u`` are ``g(u, .)``: at ``a`` tokens from
@@ -221,9 +219,7 @@ def _flatten(
 
 
 @njit(cache=True)
-def _promote(
-    parent: Int32Array, start_len: Int32Array, end_len: Int32Array, num_direct: Int64Array
-) -> Int32Array:
+def _promote(parent: Int32Array, start_len: Int32Array, end_len: Int32Array, num_direct: Int64Array) -> Int32Array:
     """Where the paper's promotions leave each prefix: the group of its direct prompts, or -1."""
     m = len(parent)
     num_branches, num_prompts = num_direct.copy(), num_direct.copy()

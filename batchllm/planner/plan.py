@@ -298,9 +298,7 @@ def _check_namespaces(plan: BatchPlan, namespaces: Int64Array) -> None:
 
 
 @njit(cache=True)
-def deepest_prefix(
-    parent: Int32Array, first: Int64Array, num_consumers: Int64Array, num_requests: int
-) -> Int32Array:
+def deepest_prefix(parent: Int32Array, first: Int64Array, num_consumers: Int64Array, num_requests: int) -> Int32Array:
     """Deepest prefix over each position, or -1; prefixes are nested and in preorder.
 
     Args:
@@ -335,9 +333,7 @@ def _read_prefix(request_prefix: Int32Array, parent: Int32Array, first: Int64Arr
 
 
 @njit(cache=True, nogil=True)
-def _first_mismatch(
-    tokens: Int32Array, offsets: Int64Array, order: Int64Array, shared_lens: Int32Array
-) -> int:
+def _first_mismatch(tokens: Int32Array, offsets: Int64Array, order: Int64Array, shared_lens: Int32Array) -> int:
     """First position that lacks ``shared_lens`` tokens of the one before it, or -1."""
     for i in range(1, len(order)):
         need = np.int64(shared_lens[i])

@@ -110,9 +110,7 @@ def _sort_prompts(table: TokenTable, namespaces: Int64Array | None) -> tuple[Int
     starts = np.zeros(min(n, 1), dtype=np.int64)
     if namespaces is not None:
         if namespaces.shape != (n,) or not np.issubdtype(namespaces.dtype, np.integer):
-            raise WorkloadError(
-                f"namespaces must be {n} integers, not {namespaces.dtype} of shape {namespaces.shape}"
-            )
+            raise WorkloadError(f"namespaces must be {n} integers, not {namespaces.dtype} of shape {namespaces.shape}")
         order = np.argsort(namespaces, kind="stable").astype(np.int64, copy=False)
         ranked = namespaces[order]
         starts = np.flatnonzero(np.append(np.ones(min(n, 1), bool), ranked[1:] != ranked[:-1]))

@@ -116,7 +116,8 @@ def _gather(tokens: Int32, starts: Int64, lens: npt.NDArray[np.integer]) -> Int3
     ends = np.cumsum(lens)
     total = int(ends[-1]) if len(ends) else 0
     index = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lens), lens)
-    return tokens[index]
+    gathered: Int32 = tokens[index]
+    return gathered
 
 
 def _max_over_ranges(values: Int64, first: Int64, num: Int64) -> Int64:

@@ -246,9 +246,7 @@ class PinLedger:
                 f"prefix {prefix_id} has more consumers than its parent"
             )
             if prefix.state is PrefixState.RESIDENT:
-                assert parent.state is PrefixState.RESIDENT, (
-                    f"prefix {prefix_id} is resident, its parent is not"
-                )
+                assert parent.state is PrefixState.RESIDENT, f"prefix {prefix_id} is resident, its parent is not"
         assert pinned == self._num_pinned_tokens, f"{self._num_pinned_tokens} pinned, not {pinned}"
         is_open = {i for i, p in self._prefixes.items() if p.state is not PrefixState.PLANNED}
         assert is_open == set(self._open), f"open prefixes {set(self._open)}, not {is_open}"

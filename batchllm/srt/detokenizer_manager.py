@@ -23,9 +23,7 @@ class BatchDetokenizerManager(DetokenizerManager):
     def handle_planned_output(self, output: PlannedBatchOutput) -> PlannedBatchOutput:
         """Fill in the texts: what the output adds to the end of the prompt, without what stopped it."""
         contexts, spans = [], []
-        for context, ids, reason in zip(
-            output.context_ids, output.output_ids, output.finish_reasons, strict=True
-        ):
+        for context, ids, reason in zip(output.context_ids, output.output_ids, output.finish_reasons, strict=True):
             context = list(context)
             contexts.append(context)
             spans.append(context + self.trim_matched_stop(list(ids), reason, no_stop_trim=False))

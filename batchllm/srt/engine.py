@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import count
 from typing import Any, TypeVar
@@ -20,7 +22,7 @@ import psutil
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from batchllm.errors import EngineDiedError, EngineError
+from batchllm.errors import EngineError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, SamplingParams, TokenLogprob
 from batchllm.scheduler.admission import max_total_len
@@ -51,7 +53,12 @@ class _PlannedEngine(Engine):
     def __init__(self, server_args: ServerArgs) -> None:
         self.socket_dir: str | None = None
         self._children_before = {child.pid for child in psutil.Process().children()}
-        super().__init__(server_args=server_args)
+        self.tokenizer_manager: Any = None
+        try:
+            super().__init__(server_args=server_args)
+        except BaseException:
+            self.shutdown()
+            raise
 
     def _launch_subprocesses(self, server_args: ServerArgs, **kwargs: Any) -> Any:
         # Upstream makes socket files in the temporary directory and never removes them.
@@ -114,6 +121,7 @@ class SrtRuntime:
     def __init__(self, model_path: str, **server_args: Any) -> None:
         compat.check()
         args = make_server_args(model_path, **server_args)
+        args.override("batchllm", custom_sigquit_handler=_child_failed)
         with _launch_errors():
             self.sglang_engine = _PlannedEngine(args)
         manager = self.sglang_engine.tokenizer_manager
@@ -213,19 +221,30 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _child_failed(signum: int, frame: Any) -> None:
+    """A child that fails while the engine starts sends SIGQUIT; upstream's handler would kill this process."""
+    raise EngineError("a runtime process failed to start; its log is above")
+
+
 @contextlib.contextmanager
 def _launch_errors() -> Iterator[None]:
-    """Say what failed instead of killing this process, which is what a failing child makes upstream do."""
+    """Say what failed, and put the signal handler back."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGQUIT)
+    upstream_log = logging.getLogger("sglang.srt.entrypoints.engine")
+    upstream_log.addFilter(_is_not_about_our_handler)
     try:
         yield
-    except EngineDiedError:
-        raise
     except (RuntimeError, EOFError) as error:
         raise EngineError(f"the runtime did not start: {error}") from error
     finally:
-        # Upstream's launch handler kills the process tree; the running phase installs another.
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+        upstream_log.removeFilter(_is_not_about_our_handler)
+        if is_main:
+            signal.signal(signal.SIGQUIT, before)
+
+
+def _is_not_about_our_handler(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Using custom SIGQUIT handler")
 
 
 def _sampling_kwargs(params: SamplingParams) -> dict[str, Any]:

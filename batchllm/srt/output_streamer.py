@@ -78,6 +78,4 @@ def _logprobs(req: PlannedReq) -> list[tuple[float, Any, Any]] | None:
     values = req.logprob.output_token_logprobs_val[:num_tokens]
     if req.logprob.top_logprobs_num == 0:
         return [(value, (), ()) for value in values]
-    return list(
-        zip(values, req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx, strict=False)
-    )
+    return list(zip(values, req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx, strict=False))

@@ -129,9 +129,7 @@ class PlannedRadixCache(RadixCache):
                 indices[protected_len : result.prefix_len], start_pos=protected_len
             )
             indices = super().match_prefix(MatchPrefixParams(key=key)).device_indices
-            self.req_to_token_pool.write(
-                (req.req_pool_idx, slice(protected_len, end_len)), indices[protected_len:]
-            )
+            self.req_to_token_pool.write((req.req_pool_idx, slice(protected_len, end_len)), indices[protected_len:])
         self.inc_lock_ref(result.last_device_node)
         self._pins[prefix_id] = _Pin(result.last_device_node, indices)
         req.cache_protected_len = max(protected_len, end_len)
@@ -153,9 +151,7 @@ class PlannedRadixCache(RadixCache):
         if not isinstance(req, PlannedReq):
             super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
             return
-        private = self.req_to_token_pool.req_to_token[
-            req.req_pool_idx, req.cache_protected_len : kv_len_to_handle
-        ]
+        private = self.req_to_token_pool.req_to_token[req.req_pool_idx, req.cache_protected_len : kv_len_to_handle]
         # The row is reused by the next request while a free group may still hold this.
         self.token_to_kv_pool_allocator.free_segment(
             private.to(dtype=torch.int64, copy=True), start_pos=req.cache_protected_len

@@ -27,9 +27,10 @@ def install() -> None:
     upstream.register_sampler_backend(_SEEDED_BACKEND, SeededSampler)
     SamplingBatchInfo.adjusted_from_schedule_batch = _set_seeds
     if not torch.cuda.is_available():
-        from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+        from sglang.srt.constrained import xgrammar_backend
 
-        XGrammarGrammar.apply_vocab_mask = _apply_vocab_mask
+        xgrammar_backend._allocate_token_bitmask = _allocate_token_bitmask
+        xgrammar_backend.XGrammarGrammar.apply_vocab_mask = _apply_vocab_mask
 
 
 class SeededSampler(Sampler):
@@ -109,6 +110,13 @@ def _seed(req: Any) -> int:
         return int(req.sampling_params.sampling_seed)
     # The id of a live request is random, and the same on every rank.
     return xxhash.xxh64_intdigest(req.rid.encode()) >> 1
+
+
+def _allocate_token_bitmask(vocab_size: int, batch_size: int) -> torch.Tensor:
+    """On CPU SGLang asks for pinned memory here, which needs a GPU driver."""
+    import xgrammar
+
+    return xgrammar.allocate_token_bitmask(batch_size, vocab_size)
 
 
 def _apply_vocab_mask(self: Any, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:

@@ -31,7 +31,5 @@ class PlannedPrefillAdder(PrefillAdder):
         self._req_inc_lock_ref(req)
         self.can_run_list.append(req)
         self._update_prefill_budget(cached_len, num_tokens, 0, req.retracted_stain)
-        is_full = self.rem_input_tokens <= 0 or (
-            self.rem_chunk_tokens is not None and self.rem_chunk_tokens <= 0
-        )
+        is_full = self.rem_input_tokens <= 0 or (self.rem_chunk_tokens is not None and self.rem_chunk_tokens <= 0)
         return AddReqResult.OTHER if is_full else AddReqResult.CONTINUE

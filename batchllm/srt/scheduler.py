@@ -13,7 +13,7 @@ import copy
 import gc
 import os
 from array import array
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sglang.srt.managers.scheduler as upstream
@@ -255,11 +255,7 @@ class BatchScheduler(Scheduler):
 
     def _decide(self, running_batch: Any) -> Decision:
         # A live request that found no room goes first when some is free again.
-        if (
-            not self.planned_window
-            or self._is_settled
-            or (self.waiting_queue and running_batch.batch_is_full)
-        ):
+        if not self.planned_window or self._is_settled or (self.waiting_queue and running_batch.batch_is_full):
             return Decision()
         decision = self.planned_policy.decide(self._view(running_batch))
         self._is_settled = not decision.admissions
@@ -307,7 +303,7 @@ class BatchScheduler(Scheduler):
         """Tell the cache what the prefill pass has taken, and pin the prefixes that its step completes."""
         is_any_admitted = False
         for admission in decision.admissions:
-            req = admission.request
+            req = cast(PlannedReq, admission.request)
             if req.req_pool_idx is not None:  # else there was no room left in this step
                 is_any_admitted = True
                 self.tree_cache.lead(req, admission.led_prefix_ids)

@@ -59,6 +59,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
             hint = f"; did you mean {_flag(close[0])}?" if close else ""
             raise ConfigError(f"{_flag(name)}: SGLang has no such server argument{hint}")
     _check_supported(server_args)
+    _check_page_size(server_args.get("page_size"))
     _check_environment()
     radix_cache.register()
     try:
@@ -116,12 +117,15 @@ def _is_float32(model_path: str) -> bool:
 def _check_supported(server_args: dict[str, Any]) -> None:
     for name, fine, what in _UNSUPPORTED:
         if name in server_args and server_args[name] != fine:
-            raise ConfigError(
-                f"{_flag(name)} {server_args[name]}: {what} is not supported with plans; drop the flag"
-            )
+            raise ConfigError(f"{_flag(name)} {server_args[name]}: {what} is not supported with plans; drop the flag")
     backend = server_args.get("radix_cache_backend", radix_cache.BACKEND_NAME)
     if backend != radix_cache.BACKEND_NAME:
         raise ConfigError(f"--radix-cache-backend {backend}: plans need {radix_cache.BACKEND_NAME}")
+
+
+def _check_page_size(page_size: int | None) -> None:
+    if page_size not in (None, 1) and not torch.cuda.is_available():
+        raise ConfigError(f"--page-size {page_size}: on CPU only --page-size 1 is supported; drop the flag")
 
 
 def _check_environment() -> None:

@@ -79,9 +79,7 @@ class _FailJobs(SignalHandler):
     """
 
     def running_phase_sigquit_handler(self, signum: Any = None, frame: Any = None) -> None:
-        self.tokenizer_manager.fail_jobs(
-            EngineDiedError("a runtime process ended unexpectedly; its log is above")
-        )
+        self.tokenizer_manager.fail_jobs(EngineDiedError("a runtime process ended unexpectedly; its log is above"))
 
 
 def init_tokenizer_manager(server_args: Any, port_args: Any) -> Any:

@@ -145,9 +145,7 @@ def test_max_completion_tokens_is_the_new_name_of_max_tokens() -> None:
         ([[1, 2]], None, [1, 2]),
     ],
 )
-def test_prompt_is_text_or_ids_or_a_list_of_one(
-    prompt: object, text: str | None, ids: list[int] | None
-) -> None:
+def test_prompt_is_text_or_ids_or_a_list_of_one(prompt: object, text: str | None, ids: list[int] | None) -> None:
     request = good(completion(prompt=prompt)).request
     assert request.prompt == text
     assert (None if request.input_ids is None else list(request.input_ids)) == ids

@@ -25,9 +25,7 @@ from batchllm.errors import RowError
 from batchllm.request import Completion, SamplingParams, TokenLogprob
 
 PIECES: dict[int, bytes] = {1: b"Hel", 2: b"lo", 3: "é".encode()[:1], 4: "é".encode()[1:], 5: b"!"}
-LOGPROBS = tuple(
-    TokenLogprob(token_id=i, logprob=-0.5 * i, top=((i, -0.5 * i), (5, -3.0))) for i in (1, 2, 3, 4)
-)
+LOGPROBS = tuple(TokenLogprob(token_id=i, logprob=-0.5 * i, top=((i, -0.5 * i), (5, -3.0))) for i in (1, 2, 3, 4))
 
 
 def read_one(record: dict[str, Any]) -> Row:

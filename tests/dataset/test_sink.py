@@ -98,9 +98,7 @@ def test_a_partial_file_of_an_earlier_run_is_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl.partial.2").read_text() == "first\n"
 
 
-def test_disk_that_fails_while_ordering_keeps_everything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_that_fails_while_ordering_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

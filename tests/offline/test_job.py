@@ -184,9 +184,7 @@ _PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_siz
 
 @given(_PROMPTS, st.data())
 @settings(deadline=None, max_examples=60, database=None)
-def test_every_sample_comes_back_once_to_the_request_that_asked(
-    prompts: list[list[int]], data: st.DataObject
-) -> None:
+def test_every_sample_comes_back_once_to_the_request_that_asked(prompts: list[list[int]], data: st.DataObject) -> None:
     runtime = ShufflingRuntime(order_seed=data.draw(st.integers(0, 2**16)))
     requests = [_request(3 * i, ids, n=data.draw(st.integers(1, 3))) for i, ids in enumerate(prompts)]
     job, completions = _run(runtime, requests)
@@ -231,9 +229,7 @@ def test_requests_of_other_namespaces_share_nothing() -> None:
         pytest.param(_request(0, [1, 127]), None, id="last of the vocabulary"),
         pytest.param(_request(0, []), "empty_prompt", id="no token ids"),
         pytest.param(_request(0, None, prompt="~"), "empty_prompt", id="text without tokens"),
-        pytest.param(
-            _request(0, None, messages=[{"role": "tool", "content": "x"}]), "chat_template", id="template"
-        ),
+        pytest.param(_request(0, None, messages=[{"role": "tool", "content": "x"}]), "chat_template", id="template"),
     ],
 )
 def test_a_request_that_can_never_run_is_rejected_by_name(request_: Request, code: str | None) -> None:

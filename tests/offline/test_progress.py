@@ -24,9 +24,7 @@ def test_summary_has_speed_reuse_failures_and_time_left() -> None:
     clock = Clock()
     progress = Progress(100, show=False, clock=clock)
     clock.now += 10
-    progress.update(
-        num_rows=20, num_prompt_tokens=8000, num_computed=2000, num_output_tokens=2000, num_failed=1
-    )
+    progress.update(num_rows=20, num_prompt_tokens=8000, num_computed=2000, num_output_tokens=2000, num_failed=1)
     assert progress.summary() == "1,000 tok/s, reuse 75.0%, 1 failed, 0:40 left"
 
 

@@ -162,10 +162,7 @@ def _large_plans() -> Iterator[BatchPlan]:
     random = np.random.default_rng(3)
     for scale in (1, 2, 5):
         runs = [[t] * int(random.integers(1, 4 * scale)) for t in range(3)]
-        rows = [
-            [token for r in random.integers(0, 3, random.integers(1, 9)) for token in runs[r]]
-            for _ in range(400)
-        ]
+        rows = [[token for r in random.integers(0, 3, random.integers(1, 9)) for token in runs[r]] for _ in range(400)]
         plan = _plan(rows)
         assert plan.num_prefixes > 100
         yield plan

@@ -97,9 +97,7 @@ def test_a_plan_that_contradicts_itself_is_refused(corrupt: Callable[[], BatchPl
 def test_a_prompt_without_the_tokens_of_its_prefix_is_refused() -> None:
     prompts = [list(tokens) for tokens in PROMPTS]
     prompts[0][5] = 7
-    with pytest.raises(
-        PlanError, match="position 1: row 0 does not start with the 6 tokens of prefix 1, as row 2"
-    ):
+    with pytest.raises(PlanError, match="position 1: row 0 does not start with the 6 tokens of prefix 1, as row 2"):
         _plan().validate(TokenTable.from_lists(prompts))
 
 

@@ -145,9 +145,7 @@ def test_the_planned_prefixes_are_those_of_the_contract(workload: Workload, page
 
 @untimed
 @given(workloads, page_sizes, st.randoms())
-def test_the_order_of_the_input_does_not_change_the_optimum(
-    workload: Workload, page_size: int, random: Random
-) -> None:
+def test_the_order_of_the_input_does_not_change_the_optimum(workload: Workload, page_size: int, random: Random) -> None:
     shuffled = list(workload)
     random.shuffle(shuffled)
     one, other = _plan(workload, page_size), _plan(shuffled, page_size)

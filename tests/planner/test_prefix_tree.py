@@ -50,8 +50,7 @@ def test_prompts_are_sorted_by_namespace_then_tokens_then_input_row(
     expected = sorted(range(len(prompts)), key=lambda i: (namespaces[i], prompts[i], i))
     assert tree.order.tolist() == expected
     assert tree.lcp.tolist() == [0] + [
-        _shared(prompts[a], prompts[b]) if namespaces[a] == namespaces[b] else 0
-        for a, b in pairwise(expected)
+        _shared(prompts[a], prompts[b]) if namespaces[a] == namespaces[b] else 0 for a, b in pairwise(expected)
     ]
 
 
@@ -73,9 +72,7 @@ def test_there_is_one_node_for_every_longest_common_prefix_of_two_prompts(
         nodes.append((namespaces[leader], tuple(prompts[leader][: tree.depth[v]])))
         covered = tree.order[tree.first[v] : tree.first[v] + tree.num_prompts[v]].tolist()
         assert sorted(covered) == [
-            i
-            for i, (p, s) in enumerate(workload)
-            if s == nodes[v][0] and tuple(p[: tree.depth[v]]) == nodes[v][1]
+            i for i, (p, s) in enumerate(workload) if s == nodes[v][0] and tuple(p[: tree.depth[v]]) == nodes[v][1]
         ]
     assert len(nodes) == len(expected)
     assert set(nodes) == expected

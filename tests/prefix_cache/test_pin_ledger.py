@@ -404,7 +404,5 @@ class LedgerMachine(RuleBasedStateMachine):
             )
 
 
-LedgerMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, database=None
-)
+LedgerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None, database=None)
 TestLedgerMachine = LedgerMachine.TestCase

@@ -89,8 +89,7 @@ def _names(view: SchedulerView) -> str:
 def _lone(*prefill_lens: int, max_new_len: int = 1) -> list[_Waiting]:
     """Requests a, b, c, ... that share nothing."""
     return [
-        _Waiting(chr(ord("a") + i), NO_PREFIX, prefill_len, max_new_len)
-        for i, prefill_len in enumerate(prefill_lens)
+        _Waiting(chr(ord("a") + i), NO_PREFIX, prefill_len, max_new_len) for i, prefill_len in enumerate(prefill_lens)
     ]
 
 
@@ -625,7 +624,9 @@ def _run(setup: _Setup, trouble: _Trouble) -> _World:
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_an_exact_duplicate_whose_footprint_is_the_whole_pool_runs_beside_the_prefix_it_reads(page_size: int) -> None:
+def test_an_exact_duplicate_whose_footprint_is_the_whole_pool_runs_beside_the_prefix_it_reads(
+    page_size: int,
+) -> None:
     """It reads all pages but its last and needs a copy of that one, while the pinned prefix keeps its own."""
     stem = [0] * page_size
     setup = _Setup(

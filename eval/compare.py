@@ -1,0 +1,53 @@
+"""Runs ``measure.py`` in processes of its own, one engine after the other in turn, and makes tables of the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_MEASURE = Path(__file__).with_name("measure.py")
+Result = dict[str, Any]
+
+
+def measure(engine: str, workload: str, *flags: str) -> list[Result]:
+    """Results of one process, one per repetition.
+
+    Raises:
+        RuntimeError: The process failed; its last words are in the message.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(_MEASURE), engine, workload, *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not results:
+        raise RuntimeError(f"{engine} {workload} {flags}: {done.stderr[-2000:]}")
+    return results
+
+
+def median(results: list[Result], field: str) -> float:
+    return statistics.median(result[field] for result in results)
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """As Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write(path: str | None, title: str, text: str, results: list[Result]) -> None:
+    """Print the tables; with a path, write them there, and every single result beside them as JSON lines."""
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    print(text)
+    if path is not None:
+        Path(path).write_text(f"# {title}\n\n{machine}.\n\n{text}\n")
+        Path(path).with_suffix(".jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))

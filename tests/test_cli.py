@@ -1,0 +1,138 @@
+"""Claims about the ``batchllm`` command, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+CHAT = {"method": "POST", "url": "/v1/chat/completions"}
+
+
+def _batchllm(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, "-m", "batchllm", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment | {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"},
+    )
+
+
+def _write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.engine
+def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -> None:
+    """Rows of all kinds in one file, good and bad: exit status 1, nothing lost, the report counts them."""
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletion
+
+    shared = "A long beginning that several rows have in common, word for word. " * 4
+    rows: list[Any] = [
+        {"id": "plain", "prompt": shared + "One", "sampling_params": GREEDY},
+        "{broken",
+        {
+            "custom_id": "chat",
+            **CHAT,
+            "body": {"model": "m", "messages": [{"role": "user", "content": shared}], "max_tokens": 4},
+        },
+        {"id": "ids", "input_ids": [10, 11, 12], "sampling_params": {**GREEDY, "n": 2}},
+        {"id": "plain", "prompt": "again", "sampling_params": GREEDY},
+        {
+            "custom_id": "text",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "m", "prompt": shared, "logprobs": 1},
+        },
+        {"id": "long", "prompt": "word " * 20_000, "sampling_params": GREEDY},
+        {"id": "huge", "prompt": shared, "sampling_params": {**GREEDY, "max_new_tokens": 4000}},
+        {"id": "out", "input_ids": [10, 10**6], "sampling_params": GREEDY},
+        {"id": "last", "prompt": shared + "Two", "sampling_params": GREEDY},
+    ]
+    source, out, err, report = (tmp_path / n for n in ("in.jsonl", "out.jsonl", "err.jsonl", "r.json"))
+    done = _batchllm(
+        *("run", "-i", _write(source, rows), "-o", out, "--errors", err, "--report", report),
+        *("--max-total-tokens", "2048", "--random-seed", "3"),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    answers, errors = _read(out), _read(err)
+    assert [row.get("id") if "custom_id" not in row else row["custom_id"] for row in answers] == [
+        "plain", "chat", "ids", "text", "last"
+    ]  # fmt: skip
+    assert ChatCompletion.model_validate(answers[1]["response"]["body"]).choices[0].message.role == "assistant"
+    assert Completion.model_validate(answers[3]["response"]["body"]).choices[0].logprobs is not None
+    assert [len(choice["output_ids"]) for choice in answers[2]["choices"]] == [4, 4]
+    assert answers[-1]["usage"]["cached_tokens"] > 0
+    codes = [(row["error"] if "error" in row else row["response"]["body"]["error"])["code"] for row in errors]
+    assert codes == [
+        "invalid_json",
+        "duplicate_id",
+        "prompt_too_long",
+        "never_fits_kv_pool",
+        "token_id_out_of_range",
+    ]
+    numbers = json.loads(report.read_text())
+    assert (numbers["num_requests"], numbers["num_succeeded"], numbers["num_failed"]) == (10, 5, 5)
+    assert numbers["num_computed_prompt_tokens"] == numbers["num_optimal_prompt_tokens"]
+    assert "reuse" in done.stderr
+    assert "line 2" in done.stderr
+
+
+def test_a_file_of_bad_rows_fails_without_starting_an_engine(tmp_path: Path) -> None:
+    """Exit status 1, every row explained."""
+    source = _write(tmp_path / "in.jsonl", ["{", {"id": "a"}])
+    done = _batchllm("run", "-i", source, "-o", tmp_path / "out.jsonl", timeout=30)
+    assert done.returncode == 1
+    assert len(_read(tmp_path / "out.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["-i", "no/such/file.jsonl", "-o", "{tmp}/o"], "no/such/file.jsonl"),
+        (["-i", "{empty}", "-o", "{tmp}/o"], "empty"),
+        (["-i", "{good}", "-o", "/no/such/dir/o"], "/no/such/dir"),
+        (["-i", "{good}", "-o", "{good}"], "input"),
+        (["-i", "{good}", "-o", "{tmp}/o", "--report", "/no/such/dir/r"], "--report"),
+        (["-i", "{good}", "-o", "{tmp}/o", "-m", "/no/such/model"], "/no/such/model"),
+        (["-i", "{good}", "-o", "{tmp}/o", "--max-total-token", "5"], "--max-total-token"),
+        (["-i", "{good}", "-o", "{tmp}/o", "--pp-size", "2"], "pipeline"),
+        (["-i", "{good}", "-o", "{tmp}/o", "--page-size", "16"], "page-size"),
+    ],
+)
+def test_a_job_that_cannot_run_says_why_and_exits_with_2(tmp_path: Path, flags: list[str], word: str) -> None:
+    """One line, no traceback, no output file."""
+    good = _write(tmp_path / "good.jsonl", [{"id": "a", "prompt": "x", "sampling_params": GREEDY}])
+    empty = _write(tmp_path / "empty.jsonl", [])
+    done = _batchllm("run", *[f.format(tmp=tmp_path, good=good, empty=empty) for f in flags], timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_plan_says_what_will_be_shared(tmp_path: Path) -> None:
+    """In words, and as JSON whose numbers add up."""
+    shared = "The same words at the beginning of every prompt. " * 5
+    source = _write(tmp_path / "in.jsonl", [{"id": str(i), "prompt": shared + str(i)} for i in range(20)])
+    words = _batchllm("plan", "-i", source)
+    assert words.returncode == 0, words.stderr
+    assert "20" in words.stdout
+    numbers = json.loads(_batchllm("plan", "-i", source, "--json").stdout)
+    assert numbers["num_requests"] == 20
+    assert 0 < numbers["optimal_prefill_tokens"] < numbers["num_prompt_tokens"]
