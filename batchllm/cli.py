@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,15 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = _make_parser()
     args, server_flags = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
     command: Callable[[argparse.Namespace, list[str]], int] = args.command
     try:
         return command(args, server_flags)
     except BatchLLMError as error:
         print("\n".join([f"batchllm: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return EXIT_CANNOT_RUN
+    except BrokenPipeError:  # e.g. `batchllm plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CANNOT_RUN
     except KeyboardInterrupt as interrupt:
         print("\n".join(["batchllm: interrupted", *getattr(interrupt, "__notes__", ())]), file=sys.stderr)
         return EXIT_CANNOT_RUN
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """SIGTERM ends the job as Ctrl-C does: what has been answered is kept, and the engine is ended."""
+    raise KeyboardInterrupt
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ def main() -> None:
     results: dict[str, list[compare.Result]] = {"stock": [], "ours": []}
     for _ in range(args.launches):
         for engine, found in results.items():
-            found += compare.measure(engine, workload, *flags)
+            found += compare.measure(engine, [workload], *flags)
     rates = {engine: compare.median(found, "requests_per_s") for engine, found in results.items()}
     ratios = [
         ours["requests_per_s"] / stock["requests_per_s"]

@@ -14,6 +14,7 @@ import compare
 import workloads
 
 _WORKLOADS = ["one_level(0)", "two_level(0)", "irregular(0)", "irregular(1)"]
+_POOLS = (200_000, 8192)
 _STOCK_POLICIES = ["fcfs", "lpm", "dfs-weight"]
 
 
@@ -22,26 +23,23 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--workloads", nargs="*", default=_WORKLOADS)
     args = parser.parse_args()
-    results, rows = [], []
-    for expression in args.workloads:
-        workload = eval(expression, vars(workloads))
-        twice = 2 * workload.longest_len
-        for pool in (200_000, 8192, twice):
-            (ours,) = compare.measure("ours", expression, "--pool", str(pool), "--chunk", "2048")
-            results.append(ours)
-            row = [
-                workload.name,
-                f"{ours['num_prompt_tokens']:,}",
-                f"{pool:,}",
-                f"{ours['num_optimal_prompt_tokens']:,}",
-            ]
-            row.append(_cell(ours))
-            for policy in _STOCK_POLICIES if pool == 8192 else []:
-                (stock,) = compare.measure("stock", expression, "--pool", str(pool), "--policy", policy)
-                results.append(stock)
-                row.append(_cell(stock))
-            rows.append(row + [""] * (5 + len(_STOCK_POLICIES) - len(row)))
-            print(rows[-1], flush=True)
+    expressions: list[str] = args.workloads
+    made = {e: eval(e, vars(workloads)) for e in expressions}
+    results: list[compare.Result] = []
+    for pool in _POOLS:
+        results += compare.measure("ours", expressions, "--pool", str(pool))
+    for expression, workload in made.items():
+        results += compare.measure("ours", [expression], "--pool", str(2 * workload.longest_len))
+    for policy in _STOCK_POLICIES:
+        results += compare.measure("stock", expressions, "--pool", "8192", "--policy", policy)
+    rows = []
+    for expression, workload in made.items():
+        of_it = [r for r in results if r["workload"] == expression]
+        for ours in (r for r in of_it if r["engine"] == "ours"):
+            row = [workload.name, f"{ours['num_prompt_tokens']:,}", f"{ours['pool']:,}"]
+            row += [f"{ours['num_optimal_prompt_tokens']:,}", _cell(ours)]
+            stock = {r["policy"]: _cell(r) for r in of_it if r["engine"] == "stock" and r["pool"] == ours["pool"]}
+            rows.append(row + [stock.get(policy, "") for policy in _STOCK_POLICIES])
     header = [
         "workload",
         "prompt tokens",

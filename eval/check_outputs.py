@@ -50,7 +50,7 @@ def main() -> None:
 def _engine_outputs(engine: str, expression: str, pool: int) -> list[list[int]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outputs.json")
-        compare.measure(engine, expression, "--pool", str(pool), "--outputs", str(path))
+        compare.measure(engine, [expression], "--pool", str(pool), "--outputs", str(path))
         outputs: list[list[int]] = json.loads(path.read_text())
         return outputs
 

@@ -15,22 +15,22 @@ _MEASURE = Path(__file__).with_name("measure.py")
 Result = dict[str, Any]
 
 
-def measure(engine: str, workload: str, *flags: str) -> list[Result]:
-    """Results of one process, one per repetition.
+def measure(engine: str, workloads: list[str], *flags: str) -> list[Result]:
+    """Results of one process, one per workload and repetition.
 
     Raises:
         RuntimeError: The process failed; its last words are in the message.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(_MEASURE), engine, workload, *flags],
+        [sys.executable, "-W", "ignore", str(_MEASURE), engine, *workloads, *flags],
         capture_output=True,
         text=True,
         env=environment,
     )
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not results:
-        raise RuntimeError(f"{engine} {workload} {flags}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{engine} {workloads} {flags}: {done.stderr[-2000:]}")
     return results
 
 

@@ -1,4 +1,4 @@
-"""One engine, one workload, in a process of its own: prints a JSON line per repetition.
+"""One engine in a process of its own: prints a JSON line per workload and repetition.
 
     python eval/measure.py ours  "one_level(0)" --pool 8192
     python eval/measure.py stock "one_level(0)" --pool 8192 --policy dfs-weight
@@ -29,7 +29,6 @@ def main() -> None:
     args = _parse()
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    workload: Workload = eval(args.workload, vars(workloads))  # an expression over this folder's generators
     model = args.model
     if model is None or model.isidentifier():
         from batchllm import default_model
@@ -48,36 +47,44 @@ def main() -> None:
     run, stop = start(model, args.policy, server_args)
     try:
         run(workloads.unshared(99, 4, 32, 2))  # warm-up
-        for repetition in range(args.repetitions):
-            cpu = _cpu_s()
-            started = time.perf_counter()
-            outputs, result = run(workload)
-            elapsed = time.perf_counter() - started
-            result |= {
-                "engine": args.engine,
-                "policy": args.policy,
-                "workload": args.workload,
-                "pool": args.pool,
-                "repetition": repetition,
-                "num_requests": len(workload.prompts),
-                "num_prompt_tokens": sum(map(len, workload.prompts)),
-                "num_output_tokens": sum(map(len, outputs)),
-                "seconds": round(elapsed, 3),
-                "driver_cpu_s": round(_cpu_s() - cpu, 3),
-                "requests_per_s": round(len(workload.prompts) / elapsed, 1),
-            }
-            print("RESULT " + json.dumps(result), flush=True)
-            if args.outputs:
-                with open(args.outputs, "w") as file:
-                    json.dump([list(ids) for ids in outputs], file)
+        for expression in args.workloads:
+            # An expression over this folder's generators.
+            workload: Workload = eval(expression, vars(workloads))
+            for repetition in range(args.repetitions):
+                outputs, result = _timed(run, workload)
+                result |= {
+                    "engine": args.engine,
+                    "policy": args.policy,
+                    "workload": expression,
+                    "pool": args.pool,
+                    "repetition": repetition,
+                }
+                print("RESULT " + json.dumps(result), flush=True)
+                if args.outputs:
+                    with open(args.outputs, "w") as file:
+                        json.dump([list(ids) for ids in outputs], file)
     finally:
         stop()
+
+
+def _timed(run: Callable[[Workload], tuple[list[Any], Result]], workload: Workload) -> tuple[list[Any], Result]:
+    cpu, started = _cpu_s(), time.perf_counter()
+    outputs, result = run(workload)
+    elapsed = time.perf_counter() - started
+    return outputs, result | {
+        "num_requests": len(workload.prompts),
+        "num_prompt_tokens": sum(map(len, workload.prompts)),
+        "num_output_tokens": sum(map(len, outputs)),
+        "seconds": round(elapsed, 3),
+        "driver_cpu_s": round(_cpu_s() - cpu, 3),
+        "requests_per_s": round(len(workload.prompts) / elapsed, 1),
+    }
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("engine", choices=["ours", "stock"])
-    parser.add_argument("workload", help="e.g. 'one_level(0)', see eval/workloads.py")
+    parser.add_argument("workloads", nargs="+", help="e.g. 'one_level(0)', see eval/workloads.py")
     parser.add_argument("--model", help="a path, or a shape of batchllm.default_model")
     parser.add_argument("--pool", type=int, default=8192, help="KV tokens")
     parser.add_argument("--chunk", type=int, default=2048, help="chunked_prefill_size")
@@ -85,7 +92,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="OMP_NUM_THREADS; 0 leaves it")
     parser.add_argument("--server-args", default="{}", help="further server arguments, as JSON")
-    parser.add_argument("--outputs", help="write the output ids here")
+    parser.add_argument("--outputs", help="write the output ids of the last run here")
     return parser.parse_args()
 
 

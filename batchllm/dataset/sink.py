@@ -221,6 +221,9 @@ class _OrderedLines:
             raise BatchLLMError(f"{self._path}: {error}; {self._kept()}") from error
 
     def _kept(self) -> str:
+        if self._num_lines == 0:
+            self._partial.unlink(missing_ok=True)
+            return f"no row had finished, and nothing is left at {self._path}"
         # What is not flushed may not be there; claim no more than what is.
         num_safe = self._num_lines - self._num_unflushed
         return f"{num_safe} finished rows are kept in {self._partial}, in finishing order"

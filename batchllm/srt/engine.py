@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.io_struct import ShutdownReq
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from batchllm.errors import EngineError
@@ -39,6 +40,7 @@ from batchllm.srt.server_args import make_server_args
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
 from batchllm.tokenizer import Tokenizer
 
+_GRACE_S = 5
 _STOP_TIMEOUT_S = 30
 T = TypeVar("T")
 
@@ -52,8 +54,8 @@ class _PlannedEngine(Engine):
 
     def __init__(self, server_args: ServerArgs) -> None:
         self.socket_dir: str | None = None
-        self._children_before = {child.pid for child in psutil.Process().children()}
         self.tokenizer_manager: Any = None
+        self._children: list[psutil.Process] = []
         try:
             super().__init__(server_args=server_args)
         except BaseException:
@@ -69,39 +71,49 @@ class _PlannedEngine(Engine):
         finally:
             tempfile.tempdir = before
         self.port_args = port_args
-        # A kernel library makes a temporary directory in every process at import; ours are killed, not
-        # closed.
-        with _environment(CUDA_TILE_TEMP_DIR=self.socket_dir):
-            return super()._launch_subprocesses(server_args=server_args, port_args=port_args, **kwargs)
+        before_us = {child.pid for child in psutil.Process().children()}
+        try:
+            # A kernel library makes a temporary directory in every process at import and leaves it there.
+            with _environment(CUDA_TILE_TEMP_DIR=self.socket_dir):
+                return super()._launch_subprocesses(server_args=server_args, port_args=port_args, **kwargs)
+        finally:
+            # Not the resource tracker of multiprocessing, which serves this whole process.
+            self._children = [
+                child
+                for child in psutil.Process().children()
+                if child.pid not in before_us and "resource_tracker" not in _command(child)
+            ]
 
     def shutdown(self) -> None:
-        """End the processes that this engine started, and remove its sockets. Upstream ends *all*
-        children.
+        """End the processes that this engine started and remove its sockets. Upstream ends *all* children.
+
+        The scheduler is asked first: a process that ends by itself takes its semaphores along.
         """
         if self.socket_dir is None:
             return
         manager = self.tokenizer_manager
-        if manager is not None and manager._subprocess_watchdog is not None:
-            manager._subprocess_watchdog.stop()
-        children = [
-            child
-            for child in psutil.Process().children()
-            if child.pid not in self._children_before and "sglang" in _name(child)
-        ]
-        for child in children:
+        if manager is not None:
+            if manager._subprocess_watchdog is not None:
+                manager._subprocess_watchdog.stop()
+            if not manager.is_dead:
+                self.loop.run_until_complete(manager.send_and_wait(ShutdownReq()))
+                schedulers = [child for child in self._children if "scheduler" in _command(child)]
+                psutil.wait_procs(schedulers, timeout=_GRACE_S)
+        for child in self._children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        psutil.wait_procs(children, timeout=_STOP_TIMEOUT_S)
+        psutil.wait_procs(self._children, timeout=_STOP_TIMEOUT_S)
         if manager is not None:
-            manager.send_to_scheduler.close(linger=0)
-            manager.recv_from_detokenizer.close(linger=0)
+            for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer, self.send_to_rpc):
+                socket.close(linger=0)
         shutil.rmtree(self.socket_dir, ignore_errors=True)
         self.socket_dir = None
 
 
-def _name(process: psutil.Process) -> str:
+def _command(process: psutil.Process) -> str:
+    """Command line; empty for a process that is gone."""
     try:
-        return " ".join([process.name(), *process.cmdline()])
+        return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return ""
 
@@ -201,9 +213,14 @@ class SrtRuntime:
 
     def shutdown(self) -> None:
         """End all processes of this runtime. Doing it twice does nothing."""
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
+        if self.loop.is_closed():
+            return
         self.sglang_engine.shutdown()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ bulk and are handed to the job that asked.
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
@@ -60,6 +62,25 @@ class BatchTokenizerManager(TokenizerManager):
         if isinstance(output, EngineDiedError):
             raise output
         return output
+
+    async def send_and_wait(self, message: Any) -> None:
+        """To the scheduler; returns when the message has left."""
+        await self._async_dispatch_to_scheduler(message)
+
+    @property
+    def is_dead(self) -> bool:
+        """A runtime process has ended."""
+        return self._death is not None
+
+    def auto_create_handle_loop(self) -> None:
+        """Start to receive, once. SIGTERM stays whose it was: upstream would kill this whole process."""
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGTERM)
+        is_first = self.event_loop is None
+        super().auto_create_handle_loop()
+        if is_first and is_main:
+            self.event_loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before)
 
     def fail_jobs(self, error: EngineDiedError) -> None:
         """Wake every job, those to come too, with ``error``."""

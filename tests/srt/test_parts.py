@@ -1,0 +1,120 @@
+"""Claims about the parts that we put into SGLang, without a running engine."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from batchllm.errors import ConfigError, SeamError
+from batchllm.srt import compat, plugin, radix_cache, sampling
+from batchllm.srt.allocator import CpuTokenAllocator
+from batchllm.srt.platform_cpu import CpuPlatform, activate
+from batchllm.srt.server_args import parse_server_flags
+
+
+def _allocator(size: int, page_size: int = 1) -> CpuTokenAllocator:
+    kwargs: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "kvcache": None, "need_sort": False}
+    return CpuTokenAllocator(size, page_size=page_size, **kwargs)
+
+
+def test_a_slot_is_never_given_out_twice() -> None:
+    """Random takes and returns, in and out of free groups, against a set."""
+    rng, allocator, held = random.Random(0), _allocator(200), []
+    for _ in range(500):
+        wanted = rng.randint(1, 40)
+        slots = allocator.alloc(wanted)
+        assert (slots is None) == (wanted > allocator.size - sum(map(len, held)))
+        if slots is not None:
+            held.append(slots)
+        if held and rng.random() < 0.6:
+            allocator.free_group_begin()
+            allocator.free(held.pop(rng.randrange(len(held))))
+            allocator.free_group_end()
+        everything = torch.cat([*held, allocator.free_pages])
+        assert sorted(everything.tolist()) == list(range(1, 201))
+        assert allocator.available_size() == 200 - sum(map(len, held))
+
+
+def test_freeing_more_than_there_is_raises() -> None:
+    """Slots freed twice would be given out twice."""
+    allocator = _allocator(4)
+    slots = allocator.alloc(2)
+    assert slots is not None
+    allocator.free(slots)
+    with pytest.raises(RuntimeError, match="freed twice"):
+        allocator.free(slots)
+
+
+def test_clearing_makes_all_slots_free() -> None:
+    """As flushing the cache does."""
+    allocator = _allocator(8)
+    allocator.alloc(5)
+    allocator.clear()
+    assert allocator.available_size() == 8
+
+
+def test_on_cpu_a_page_is_one_token() -> None:
+    """Larger pages need Triton kernels."""
+    with pytest.raises(ConfigError, match="--page-size 16"):
+        _allocator(64, page_size=16)
+
+
+def test_the_upstream_functions_are_the_ones_that_were_read() -> None:
+    """Every pinned source is unchanged in what is installed."""
+    compat.check()
+
+
+def test_a_changed_upstream_function_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade or a local edit does not go unnoticed."""
+    name = "sglang.srt.managers.scheduler:Scheduler.run_batch"
+    monkeypatch.setitem(compat.PINNED, name, "0" * 12)
+    with pytest.raises(SeamError, match="run_batch"):
+        compat.check()
+
+
+def test_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both versions named."""
+    monkeypatch.setattr(compat, "SGLANG_VERSION", "9.9.9")
+    with pytest.raises(SeamError, match=r"0\.5\.17.*9\.9\.9"):
+        compat.check()
+
+
+def test_the_plugin_registers_the_cache_by_name_and_may_run_twice() -> None:
+    """So that stock SGLang takes --radix-cache-backend batchllm too."""
+    from sglang.srt.mem_cache.registry import registered_radix_cache_backends
+
+    plugin.register()
+    plugin.register()
+    assert registered_radix_cache_backends().count(radix_cache.BACKEND_NAME) == 1
+
+
+def test_the_cpu_platform_is_active_only_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would take a GPU machine's GPU away."""
+    assert activate() == f"{CpuPlatform.__module__}.CpuPlatform"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert activate() is None
+
+
+def test_seeded_draws_follow_the_probabilities() -> None:
+    """Over many seeds the Gumbel-max draws of one row have its distribution."""
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05]).repeat(20_000, 1)
+    seeds, positions = torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)
+    hashes = sampling._murmur_hash32(seeds, positions, torch.arange(4))
+    assert int(hashes.min()) >= 0
+    assert int(hashes.max()) < 2**32
+    noise = -torch.log(-torch.log((hashes.to(torch.float64) + 0.5) / 2**32))
+    drawn = (probs.log() + noise).argmax(-1)
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert torch.allclose(shares, probs[0], atol=0.012)
+
+
+def test_server_flags_are_read_as_sglang_reads_them() -> None:
+    """Only those given, under the names of its arguments."""
+    flags = ["--max-total-tokens", "8192", "--tp-size", "2", "--enable-metrics", "--dtype", "bfloat16"]
+    expected = {"max_total_tokens": 8192, "tp_size": 2, "enable_metrics": True, "dtype": "bfloat16"}
+    assert parse_server_flags(flags) == expected
+    with pytest.raises(ConfigError, match="--no-such-flag"):
+        parse_server_flags(["--no-such-flag", "1"])
