@@ -39,7 +39,7 @@ class PlannedReq(Req):
         extra_key: str | None,
     ) -> None:
         super().__init__(
-            rid=f"{job_id}:{position}",
+            rid=f"batchllm:{job_id}:{position}",  # SGLang aborts by the beginning of an id
             origin_input_text="",
             origin_input_ids=input_ids,
             sampling_params=sampling_params,

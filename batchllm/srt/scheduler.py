@@ -53,8 +53,8 @@ class BatchScheduler(Scheduler):
         self.planned_policy = PlannedPolicy()
         self.planned_counters: dict[int, JobCounters] = {}
         self.unfinished_planned: dict[tuple[int, int], PlannedReq] = {}
-        # Nothing that a decision depends on has changed since the last one admitted nothing.
-        self._is_settled = False
+        # Requests running when the last decision admitted nothing; None when something has changed since.
+        self._settled_at: int | None = None
         self._any_finished = False
         self._prefix_tokens: dict[int, array[int]] = {}
 
@@ -102,7 +102,7 @@ class BatchScheduler(Scheduler):
         ends = np.cumsum(run.private_len).tolist()
         start = 0
         for i, end in enumerate(ends):
-            prefix_id = self._prefix_id(job_id, int(run.request_prefix[i]))
+            prefix_id = _prefix_id(job_id, int(run.request_prefix[i]))
             input_ids = array("q", self._prefix_tokens.get(prefix_id, b""))
             input_ids.frombytes(private[start:end].tobytes())
             start = end
@@ -126,14 +126,14 @@ class BatchScheduler(Scheduler):
             )
             req.tokenizer = self.tokenizer
             self._take_in(req)
-        self._is_settled = False
+        self._settled_at = None
 
     def _add_prefixes(self, job_id: int, run: Any) -> None:
         tokens = run.prefix_tokens.astype(np.int64)
         start = 0
         for i, end_len in enumerate(run.prefix_end_len.tolist()):
-            prefix_id = self._prefix_id(job_id, run.first_prefix + i)
-            parent_id = self._prefix_id(job_id, int(run.prefix_parent[i]))
+            prefix_id = _prefix_id(job_id, run.first_prefix + i)
+            parent_id = _prefix_id(job_id, int(run.prefix_parent[i]))
             start_len = int(run.prefix_start_len[i])
             self.tree_cache.ledger.add(
                 prefix_id,
@@ -148,10 +148,6 @@ class BatchScheduler(Scheduler):
             path.frombytes(tokens[start:end].tobytes())
             self._prefix_tokens[prefix_id] = path
             start = end
-
-    @staticmethod
-    def _prefix_id(job_id: int, plan_prefix: int) -> int:
-        return NO_PREFIX if plan_prefix < 0 else (job_id << _PREFIX_BITS) + plan_prefix
 
     def _sampling_params(self, kwargs: dict[str, Any]) -> SamplingParams:
         params = SamplingParams(**kwargs)
@@ -222,7 +218,7 @@ class BatchScheduler(Scheduler):
         if not isinstance(req, PlannedReq):
             super()._add_request_to_queue(req, is_retracted)
             return
-        self._is_settled = False
+        self._settled_at = None
         if is_retracted:
             self._counters(req).num_retractions += 1
             self._put_in_window(req)
@@ -242,12 +238,19 @@ class BatchScheduler(Scheduler):
             # SGLang drops the finished ones after this; a decision must not count their memory.
             self._any_finished = False
             running_batch.filter_batch()
+            running_batch.batch_is_full = False
         decision = self._decide(running_batch)
         if not decision.admissions and not self.waiting_queue and self.chunked_req is None:
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-        if decision.admissions:
+        planned = [admission.request for admission in decision.admissions]
+        if running_batch.reqs:
+            self.waiting_queue = self.waiting_queue + planned
+        else:
+            # A live request may have to wait until pins are released, and SGLang stops at the first that does not
+            # fit. With nothing running the plan goes first, or neither would ever.
+            self.waiting_queue = planned + self.waiting_queue
+        if planned:
             running_batch.batch_is_full = False
-        self.waiting_queue = self.waiting_queue + [a.request for a in decision.admissions]
         plan = super().get_new_batch_prefill(running_batch)
         self.waiting_queue = [req for req in self.waiting_queue if not isinstance(req, PlannedReq)]
         self._settle(decision, plan.batch_to_run)
@@ -255,10 +258,12 @@ class BatchScheduler(Scheduler):
 
     def _decide(self, running_batch: Any) -> Decision:
         # A live request that found no room goes first when some is free again.
-        if not self.planned_window or self._is_settled or (self.waiting_queue and running_batch.batch_is_full):
+        num_running = len(running_batch.reqs)
+        live_has_no_room = self.waiting_queue and running_batch.batch_is_full and num_running
+        if not self.planned_window or self._settled_at == num_running or live_has_no_room:
             return Decision()
         decision = self.planned_policy.decide(self._view(running_batch))
-        self._is_settled = not decision.admissions
+        self._settled_at = None if decision.admissions else num_running
         return decision
 
     def _view(self, running_batch: Any) -> SchedulerView:
@@ -312,7 +317,7 @@ class BatchScheduler(Scheduler):
         for req in batch.reqs if batch is not None else ():
             if isinstance(req, PlannedReq) and req.led_prefix_ids:
                 self.tree_cache.insert_led_prefixes(req)
-                self._is_settled = False
+                self._settled_at = None
 
     def update_running_batch(self, batch: Any) -> Any:
         before = batch.reqs
@@ -345,7 +350,7 @@ class BatchScheduler(Scheduler):
 
     def _finish_planned(self, req: PlannedReq) -> JobCounters:
         del self.unfinished_planned[req.job_id, req.position]
-        self._is_settled = False
+        self._settled_at = None
         self._any_finished = True
         return self._counters(req)
 
@@ -354,7 +359,12 @@ class BatchScheduler(Scheduler):
         return self.planned_counters.get(req.job_id) or JobCounters()
 
     def is_fully_idle(self, for_health_check: bool = False) -> bool:
-        return not self.unfinished_planned and super().is_fully_idle(for_health_check)
+        # An open job has a claim on its pins even while none of its requests is here.
+        return not self.planned_counters and super().is_fully_idle(for_health_check)
+
+
+def _prefix_id(job_id: int, plan_prefix: int) -> int:
+    return NO_PREFIX if plan_prefix < 0 else (job_id << _PREFIX_BITS) + plan_prefix
 
 
 def _with_max_new_tokens(params: SamplingParams, max_new_tokens: int) -> SamplingParams:
