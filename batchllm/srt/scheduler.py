@@ -9,21 +9,16 @@ afterwards.
 from __future__ import annotations
 
 import bisect
-import copy
 import gc
 import os
-from array import array
 from typing import Any, cast
 
-import numpy as np
 import sglang.srt.managers.scheduler as upstream
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.utils import TypeBasedDispatcher
 
-from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler import Decision, PlannedPolicy, SchedulerView
 from batchllm.scheduler.admission import page_ceil
 from batchllm.srt import compat, radix_cache, sampling
@@ -34,12 +29,10 @@ from batchllm.srt.io_struct import (
     PlannedRunReqInput,
 )
 from batchllm.srt.output_streamer import BatchOutputStreamer
+from batchllm.srt.planned_run import RunReader
 from batchllm.srt.radix_cache import PlannedRadixCache
 from batchllm.srt.schedule_batch import PlannedReq
 from batchllm.srt.schedule_policy import PlannedPrefillAdder
-
-# Ledger numbers are the job's in the upper and the plan's in the lower bits: unique without a table.
-_PREFIX_BITS = 40
 
 
 class BatchScheduler(Scheduler):
@@ -56,7 +49,10 @@ class BatchScheduler(Scheduler):
         # Requests running when the last decision admitted nothing; None when something has changed since.
         self._settled_at: int | None = None
         self._any_finished = False
-        self._prefix_tokens: dict[int, array[int]] = {}
+        # With overlap a request that has ended runs one more step.
+        self.planned_runs = RunReader(
+            self.tree_cache.ledger, self.tokenizer, self.model_config, num_extra_slots=int(self.enable_overlap)
+        )
 
     def run_event_loop(self) -> None:
         # A collection would walk a million objects that torch and SGLang made at import.
@@ -92,68 +88,10 @@ class BatchScheduler(Scheduler):
 
     def handle_planned_run(self, message: PlannedRunReqInput) -> None:
         """Take the next requests of a job into the window."""
-        job_id, run = message.job_id, message.run
-        self.planned_counters.setdefault(job_id, JobCounters())
-        ledger = self.tree_cache.ledger
-        self._prefix_tokens = {i: ids for i, ids in self._prefix_tokens.items() if i in ledger}
-        self._add_prefixes(job_id, run)
-        params = [self._sampling_params(kwargs) for kwargs in message.sampling]
-        private = run.private_tokens.astype(np.int64)
-        ends = np.cumsum(run.private_len).tolist()
-        start = 0
-        for i, end in enumerate(ends):
-            prefix_id = _prefix_id(job_id, int(run.request_prefix[i]))
-            input_ids = array("q", self._prefix_tokens.get(prefix_id, b""))
-            input_ids.frombytes(private[start:end].tobytes())
-            start = end
-            max_new_len = int(run.request_max_new_len[i])
-            sampling_params = params[message.sampling_index[i]]
-            if sampling_params.max_new_tokens != max_new_len:
-                sampling_params = _with_max_new_tokens(sampling_params, max_new_len)
-            req = PlannedReq(
-                job_id=job_id,
-                position=run.first_position + i,
-                prefix_id=prefix_id,
-                # The last token is never stored; with overlap a request that has ended runs one more step.
-                total_len=len(input_ids) + max_new_len - 1 + self.enable_overlap,
-                seed=int(message.seeds[i]),
-                input_ids=input_ids,
-                sampling_params=sampling_params,
-                num_logprobs=int(message.num_logprobs[i]),
-                eos_token_ids=self.model_config.hf_eos_token_id,
-                vocab_size=self.model_config.vocab_size,
-                extra_key=None if message.extra_keys is None else message.extra_keys[i],
-            )
-            req.tokenizer = self.tokenizer
+        self.planned_counters.setdefault(message.job_id, JobCounters())
+        for req in self.planned_runs.read(message):
             self._take_in(req)
         self._settled_at = None
-
-    def _add_prefixes(self, job_id: int, run: Any) -> None:
-        tokens = run.prefix_tokens.astype(np.int64)
-        start = 0
-        for i, end_len in enumerate(run.prefix_end_len.tolist()):
-            prefix_id = _prefix_id(job_id, run.first_prefix + i)
-            parent_id = _prefix_id(job_id, int(run.prefix_parent[i]))
-            start_len = int(run.prefix_start_len[i])
-            self.tree_cache.ledger.add(
-                prefix_id,
-                parent_id=parent_id,
-                start_len=start_len,
-                end_len=end_len,
-                num_consumers=int(run.prefix_num_consumers[i]),
-                longest_consumer_len=int(run.prefix_longest_consumer_len[i]),
-            )
-            end = start + end_len - start_len
-            path = array("q", self._prefix_tokens.get(parent_id, b""))
-            path.frombytes(tokens[start:end].tobytes())
-            self._prefix_tokens[prefix_id] = path
-            start = end
-
-    def _sampling_params(self, kwargs: dict[str, Any]) -> SamplingParams:
-        params = SamplingParams(**kwargs)
-        params.normalize(self.tokenizer)
-        params.verify(self.model_config.vocab_size)
-        return params
 
     def _take_in(self, req: PlannedReq) -> None:
         self.unfinished_planned[req.job_id, req.position] = req
@@ -361,17 +299,6 @@ class BatchScheduler(Scheduler):
     def is_fully_idle(self, for_health_check: bool = False) -> bool:
         # An open job has a claim on its pins even while none of its requests is here.
         return not self.planned_counters and super().is_fully_idle(for_health_check)
-
-
-def _prefix_id(job_id: int, plan_prefix: int) -> int:
-    return NO_PREFIX if plan_prefix < 0 else (job_id << _PREFIX_BITS) + plan_prefix
-
-
-def _with_max_new_tokens(params: SamplingParams, max_new_tokens: int) -> SamplingParams:
-    params = copy.copy(params)
-    params.max_new_tokens = max_new_tokens
-    params.min_new_tokens = min(params.min_new_tokens, max_new_tokens)
-    return params
 
 
 class OfflineBatchScheduler(BatchScheduler):

@@ -85,8 +85,15 @@ def test_a_failure_keeps_the_partial_file_and_says_where(tmp_path: Path) -> None
 
 def test_a_failure_names_both_partial_files(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "out.jsonl", errors_path=tmp_path / "bad.jsonl")
+    sink.write(0, {"id": 0})
+    sink.write_error(1, {"id": 1})
     kept = sink.abandon()
     assert "out.jsonl.partial" in kept and "bad.jsonl.partial" in kept
+
+
+def test_a_failure_before_any_row_leaves_nothing_behind(tmp_path: Path) -> None:
+    JsonlSink(tmp_path / "out.jsonl", errors_path=tmp_path / "bad.jsonl").abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_partial_file_of_an_earlier_run_is_set_aside(tmp_path: Path) -> None:
