@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--out")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(default_model_path(), dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # the engines ignore it too
     results, rows = [], []
     for expression in _WORKLOADS:
         workload = eval(expression, vars(workloads))
@@ -64,8 +65,6 @@ def _hugging_face_outputs(model: Any, workload: workloads.Workload) -> list[list
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=output_len,
-            min_new_tokens=output_len,
-            eos_token_id=-1,
             do_sample=False,
         )
         outputs.append(done[0, len(prompt) :].tolist())

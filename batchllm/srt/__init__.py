@@ -4,3 +4,8 @@ File names mirror ``sglang/srt``, so that whoever knows SGLang knows where to lo
 from ``batchllm.scheduler`` and ``batchllm.prefix_cache``; these modules only show them the live state and
 carry out the answer.
 """
+
+import warnings
+
+# On a machine without a GPU, SGLang says at import which kernels it does not have.
+warnings.filterwarnings("ignore", category=UserWarning, module="sglang")

@@ -74,7 +74,8 @@ class _PlannedEngine(Engine):
         before_us = {child.pid for child in psutil.Process().children()}
         try:
             # A kernel library makes a temporary directory in every process at import and leaves it there.
-            with _environment(CUDA_TILE_TEMP_DIR=self.socket_dir):
+            quiet = os.environ.get("PYTHONWARNINGS", "ignore::UserWarning")
+            with _environment(CUDA_TILE_TEMP_DIR=self.socket_dir, PYTHONWARNINGS=quiet):
                 return super()._launch_subprocesses(server_args=server_args, port_args=port_args, **kwargs)
         finally:
             # Not the resource tracker of multiprocessing, which serves this whole process.
