@@ -1,0 +1,55 @@
+"""Claims about the end of an engine, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+_SCRIPT = """
+import psutil
+from batchllm import BatchEngine
+from batchllm.errors import EngineDiedError
+
+if __name__ == "__main__":
+    engine = BatchEngine(max_total_tokens=2000)
+    prompts = [[10 + i % 7, 20 + i, 30] for i in range(400)]
+    stream = engine.batch_generate_iter(input_ids=prompts, sampling_params={"max_new_tokens": 64, "ignore_eos": True})
+    next(stream)
+    (scheduler,) = [c for c in psutil.Process().children() if "scheduler" in " ".join(c.cmdline())]
+    scheduler.kill()
+    for attempt in ("the batch that ran", "the next one"):
+        try:
+            list(stream)
+        except EngineDiedError:
+            print("died:", attempt)
+        stream = engine.batch_generate_iter(["another"])
+    engine.shutdown()
+    engine.shutdown()
+    names = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    print("left:", [name for name in names if "sglang" in name])
+"""
+
+
+def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> None:
+    """SIGKILL in mid-batch: the batch and every later one raise, and no process or socket stays behind."""
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment | {"TMPDIR": str(temporary)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["died: the batch that ran", "died: the next one", "left: []"]
+    assert list(temporary.glob("batchllm-*")) == []
