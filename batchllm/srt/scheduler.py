@@ -189,7 +189,12 @@ class BatchScheduler(Scheduler):
             self.waiting_queue = planned + self.waiting_queue
         if planned:
             running_batch.batch_is_full = False
+        chunk = self.chunked_prefill_size
+        if self.is_mixed_chunk and self.chunked_req is not None:
+            # SGLang takes the decoding rows off the chunk; a prompt in pieces must go on where they fill it.
+            self.chunked_prefill_size = max(chunk, len(running_batch.reqs) + self.page_size)
         plan = super().get_new_batch_prefill(running_batch)
+        self.chunked_prefill_size = chunk
         self.waiting_queue = [req for req in self.waiting_queue if not isinstance(req, PlannedReq)]
         self._settle(decision, plan.batch_to_run)
         return plan
