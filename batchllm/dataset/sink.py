@@ -150,6 +150,7 @@ class _OrderedLines:
         self._num_lines = 0
         self._num_unflushed = 0
         self._guarded(self._set_aside_partial)
+        # Open for the life of the sink, whose own `with` closes it.
         self._file = self._guarded(lambda: open(self._partial, "xb", buffering=1 << 18))  # noqa: SIM115
 
     def append(self, index: int, record: dict[str, Any]) -> None:

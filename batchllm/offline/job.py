@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -93,7 +93,7 @@ class Job:
         self.stats.tokenize_s = tokenized - started
         self.stats.plan_s = time.perf_counter() - tokenized
 
-    async def run(self) -> AsyncIterator[list[Completion]]:
+    async def run(self) -> AsyncGenerator[list[Completion], None]:
         """Run the prepared batch.
 
         Yields:

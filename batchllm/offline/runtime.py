@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -101,8 +101,8 @@ class Runtime(Protocol):
             EngineDiedError: None will come.
         """
 
-    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
-        """An asynchronous stream as an ordinary iterator, driven on the runtime's event loop."""
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
+        """An asynchronous generator as an ordinary iterator, driven on the runtime's event loop."""
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
         """End a job; one that is not complete is aborted."""

@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
@@ -201,7 +201,7 @@ class SrtRuntime:
             self._manager.send(PlannedAbortReqInput(job_id=job_id))
         self._manager.send(PlannedCloseReqInput(job_id=job_id))
 
-    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         try:
             while True:
                 try:
@@ -210,7 +210,7 @@ class SrtRuntime:
                     return
         finally:
             if not self.loop.is_closed():
-                self.loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
+                self.loop.run_until_complete(stream.aclose())
 
     def shutdown(self) -> None:
         """End all processes of this runtime. Doing it twice does nothing."""

@@ -34,15 +34,9 @@ class PlannedRunReqInput(BaseReq):
 
 
 class PlannedAbortReqInput(BaseReq):
-    """Driver to scheduler: drop what is left of a job.
-
-    Attributes:
-        job_id: The job.
-        positions: Plan positions to drop; None means all. Each is answered as aborted.
-    """
+    """Driver to scheduler: drop what is left of a job. Each of its requests is answered as aborted."""
 
     job_id: int
-    positions: list[int] | None = None
 
 
 class PlannedCloseReqInput(BaseReq):

@@ -109,15 +109,10 @@ class BatchScheduler(Scheduler):
             bisect.insort(window, req, key=lambda other: other.plan_order)
 
     def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
-        """Drop what is left of a job, or some positions of it."""
-        positions = None if message.positions is None else set(message.positions)
-        reqs = [
-            req
-            for (job_id, position), req in self.unfinished_planned.items()
-            if job_id == message.job_id and (positions is None or position in positions)
-        ]
-        for req in reqs:
-            self._abort_planned(req)
+        """Drop what is left of a job."""
+        for req in list(self.unfinished_planned.values()):
+            if req.job_id == message.job_id:
+                self._abort_planned(req)
 
     def handle_planned_close(self, message: PlannedCloseReqInput) -> None:
         """Forget a job; every request of it has been answered."""
@@ -155,6 +150,8 @@ class BatchScheduler(Scheduler):
         """Every request enters a queue here: new, with its grammar compiled, or retracted."""
         if not isinstance(req, PlannedReq):
             super()._add_request_to_queue(req, is_retracted)
+            return
+        if req.finished():  # aborted while its grammar was being compiled
             return
         self._settled_at = None
         if is_retracted:

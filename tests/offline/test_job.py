@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -136,7 +136,7 @@ class ShufflingRuntime:
             error="out of luck" if is_aborted else None,
         )
 
-    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         loop = asyncio.new_event_loop()
         try:
             while True:
@@ -145,7 +145,7 @@ class ShufflingRuntime:
                 except StopAsyncIteration:
                     return
         finally:
-            loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
+            loop.run_until_complete(stream.aclose())
             loop.close()
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,7 +103,7 @@ class LeisurelyRuntime:
             error="out of luck" if is_aborted else None,
         )
 
-    def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         loop = asyncio.new_event_loop()
         try:
             while True:
@@ -112,7 +112,7 @@ class LeisurelyRuntime:
                 except StopAsyncIteration:
                     return
         finally:
-            loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
+            loop.run_until_complete(stream.aclose())
             loop.close()
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:

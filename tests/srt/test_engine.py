@@ -239,6 +239,18 @@ def test_a_grammar_that_does_not_compile_fails_its_own_row_only(engine: BatchEng
     assert completions[1].error
 
 
+def test_dropping_a_batch_whose_grammar_is_still_compiled_leaves_the_engine_alive(engine: BatchEngine) -> None:
+    """Whether the grammar then turns out good or not."""
+    bad = {**GREEDY, "json_schema": json.dumps({"type": "nor such a type"})}
+    stream = engine.batch_generate_iter(["One", "Two", "Three"], [GREEDY, bad, bad])
+    stream.close()  # type: ignore[attr-defined]  # an iterator to the caller, a generator here
+    stream = engine.batch_generate_iter(["One", "Two", "Three"], [{**GREEDY, "max_new_tokens": 1}, bad, bad])
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]  # an iterator to the caller, a generator here
+    (again,) = engine.batch_generate(["One"], GREEDY)
+    assert again.finish_reason == "length"
+
+
 def test_bad_prompts_fail_by_themselves_with_a_reason(engine: BatchEngine) -> None:
     """Nothing is lost, the rest runs."""
     capacity = engine.runtime.info.kv_capacity_tokens
