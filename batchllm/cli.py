@@ -1,7 +1,8 @@
 """The ``batchllm`` command.
 
-    batchllm run   answer every row of a file
-    batchllm plan  say what would be shared and saved, without running
+    batchllm run     answer every row of a file
+    batchllm plan    say what would be shared and saved, without running
+    batchllm report  say what a run looked like, from its trace
 
 Exit status: 0 every row was answered, 1 some rows failed, 2 the job could not run.
 """
@@ -28,6 +29,7 @@ from batchllm.dataset import (
 from batchllm.errors import BatchLLMError, ConfigError, RowError
 from batchllm.offline.progress import Progress
 from batchllm.offline.runner import Runner
+from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GROUP_ORDERS
 from batchllm.request import SamplingParams
 
 EXIT_OK, EXIT_ROWS_FAILED, EXIT_CANNOT_RUN = 0, 1, 2
@@ -68,7 +70,10 @@ def _make_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="answer every row of a file",
-        epilog="Any flag of `python -m sglang.launch_server` may follow, e.g. --max-total-tokens 8192.",
+        epilog="Any flag of `python -m sglang.launch_server` may follow, e.g. --max-total-tokens 8192, and ours: "
+        "--kv-limit TOKENS (KV tokens that may be in use at once; default: the whole pool), --output-lengths "
+        "learned|bounded (what a row of unknown length is expected to generate; default: learned from the rows that "
+        "have finished).",
         allow_abbrev=False,
     )
     _add_input_flags(run)
@@ -81,13 +86,29 @@ def _make_parser() -> argparse.ArgumentParser:
         default=None,
         help="force the progress bar on or off (default: on a terminal only)",
     )
+    run.add_argument("--trace", metavar="T.json", help="what each forward step was like (see `batchllm report`)")
+    _add_group_order(run)
     run.set_defaults(command=_run)
     plan = commands.add_parser("plan", help="say what would be shared and saved, without running", allow_abbrev=False)
     _add_input_flags(plan)
     plan.add_argument("--page-size", type=int, default=1, help="tokens of a KV page (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="for machines")
     plan.set_defaults(command=_plan)
+    report = commands.add_parser("report", help="say what a run looked like, from its trace", allow_abbrev=False)
+    report.add_argument("trace", metavar="T.json", help="from `batchllm run --trace`")
+    report.add_argument("--html", metavar="PAGE.html", help="draw the timelines in one self-contained page")
+    report.add_argument("--json", action="store_true", help="for machines")
+    report.set_defaults(command=_report)
     return parser
+
+
+def _add_group_order(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group-order",
+        choices=GROUP_ORDERS,
+        default=DEFAULT_GROUP_ORDER,
+        help="which of the groups that share a prefix runs first (default: %(default)s)",
+    )
 
 
 def _add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +124,9 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, server_flags: list[str]) -> int:
     started = time.perf_counter()
-    if args.report is not None:
-        check_writable(args.report, "--report", input_path=args.input)
+    for flag, path in (("--report", args.report), ("--trace", args.trace)):
+        if path is not None:
+            check_writable(path, flag, input_path=args.input)
     rows = list(read_rows(args.input, defaults=SamplingParams()))
     good = [row for row in rows if isinstance(row, Row)]
     bad = [row for row in rows if isinstance(row, BadRow)]
@@ -123,6 +145,8 @@ def _run(args: argparse.Namespace, server_flags: list[str]) -> int:
     )
     if args.report is not None:
         report.write_json(args.report)
+    if args.trace is not None:
+        runner.job.trace(f"run {args.input}").write(args.trace)
     _say(runner.failed)
     print(report.render(), file=sys.stderr)
     return EXIT_ROWS_FAILED if runner.failed else EXIT_OK
@@ -144,11 +168,28 @@ def _answer(
         BatchEngine(model, **server_args) as engine,
         Progress(len(good) + len(bad), show=args.progress) as progress,
     ):
-        runner = Runner(engine.runtime, sink, progress)
+        runner = Runner(engine.runtime, sink, progress, group_order=args.group_order, keep_steps=args.trace is not None)
         for row in bad:
             runner.fail(row)
         runner.run(good)
     return runner
+
+
+def _report(args: argparse.Namespace, server_flags: list[str]) -> int:
+    _refuse(server_flags, "report")
+    from batchllm.trace import StepTrace, write_html
+
+    trace = StepTrace.read(args.trace)
+    if args.html is not None:
+        check_writable(args.html, "--html", input_path=args.trace)
+        write_html(trace, args.html)
+    print(json.dumps(trace.summary(), indent=2) if args.json else trace.render())
+    return EXIT_OK
+
+
+def _refuse(server_flags: list[str], command: str) -> None:
+    if server_flags:
+        raise ConfigError(f"{server_flags[0]}: `batchllm {command}` has no such flag")
 
 
 def _say(bad: list[BadRow], most: int = 5) -> None:
@@ -160,8 +201,7 @@ def _say(bad: list[BadRow], most: int = 5) -> None:
 
 
 def _plan(args: argparse.Namespace, server_flags: list[str]) -> int:
-    if server_flags:
-        raise ConfigError(f"{server_flags[0]}: `batchllm plan` has no such flag")
+    _refuse(server_flags, "plan")
     if args.page_size < 1:
         raise ConfigError(f"--page-size {args.page_size}: must be at least 1")
     from batchllm.default_model import default_model_path

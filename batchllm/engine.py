@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from batchllm.dataset.field_checks import token_ids
+from batchllm.dataset.field_checks import task_name, token_ids
 from batchllm.dataset.prompts import check_messages, check_text
-from batchllm.dataset.sampling import parse_sampling
+from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.job import Job
 from batchllm.offline.report import RunReport
+from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
 from batchllm.request import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
     from batchllm.srt.engine import SrtRuntime
 
 Sampling = SamplingParams | Mapping[str, Any]
+T = TypeVar("T")
 
 
 class BatchEngine:
@@ -32,7 +36,10 @@ class BatchEngine:
 
     Args:
         model_path: A Hugging Face model, a directory or a hub name; the embedded model when None.
-        **server_args: Any of SGLang's server arguments, e.g. ``max_total_tokens=8192``.
+        group_order: Order of sibling groups, one of `batchllm.planner.GROUP_ORDERS`.
+        trace_path: Write what each forward step of the last batch was like to this file.
+        **server_args: Any of SGLang's server arguments, e.g. ``max_total_tokens=8192``, and ours: ``kv_limit``,
+            ``output_lengths``.
 
     Attributes:
         runtime: What the jobs run on.
@@ -47,9 +54,18 @@ class BatchEngine:
         ...     completions = engine.batch_generate(["a b", "a c"], {"max_new_tokens": 8})
     """
 
-    def __init__(self, model_path: str | None = None, **server_args: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | None = None,
+        *,
+        group_order: GroupOrder = DEFAULT_GROUP_ORDER,
+        trace_path: str | os.PathLike[str] | None = None,
+        **server_args: Any,
+    ) -> None:
         from batchllm.srt.engine import SrtRuntime  # SGLang takes seconds to import
 
+        self._trace_path = trace_path
+        self._job_options: dict[str, Any] = {"group_order": group_order, "keep_steps": trace_path is not None}
         self.runtime: SrtRuntime = SrtRuntime(model_path or default_model_path(), **server_args)
         self.last_report: RunReport | None = None
 
@@ -60,6 +76,8 @@ class BatchEngine:
         *,
         input_ids: Sequence[Sequence[int]] | None = None,
         messages: Sequence[Sequence[dict[str, Any]]] | None = None,
+        expected_new_tokens: Sequence[int | None] | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> list[Completion]:
         """Answer every prompt.
 
@@ -68,6 +86,8 @@ class BatchEngine:
             sampling_params: One for all, or one per prompt; a dict takes SGLang's names.
             input_ids: Token ids.
             messages: Conversations, through the model's chat template.
+            expected_new_tokens: Tokens that each answer will have, where known. Only scheduling depends on it.
+            tasks: Name of the task of each prompt; answers of one task are expected to be of like length.
 
         Returns:
             Completions in input order, the ``n`` samples of a prompt side by side. A prompt that cannot run
@@ -77,7 +97,16 @@ class BatchEngine:
             ConfigError: The arguments contradict each other.
             EngineDiedError: The runtime is gone.
         """
-        completions = list(self.batch_generate_iter(prompts, sampling_params, input_ids=input_ids, messages=messages))
+        completions = list(
+            self.batch_generate_iter(
+                prompts,
+                sampling_params,
+                input_ids=input_ids,
+                messages=messages,
+                expected_new_tokens=expected_new_tokens,
+                tasks=tasks,
+            )
+        )
         return sorted(completions, key=lambda c: (c.index, c.sample))
 
     def batch_generate_iter(
@@ -87,6 +116,8 @@ class BatchEngine:
         *,
         input_ids: Sequence[Sequence[int]] | None = None,
         messages: Sequence[Sequence[dict[str, Any]]] | None = None,
+        expected_new_tokens: Sequence[int | None] | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> Iterator[Completion]:
         """Like `batch_generate`, but yields each completion as it finishes. Dropping the iterator aborts the
         rest.
@@ -102,13 +133,19 @@ class BatchEngine:
         ((field, values),) = given.items()
         if isinstance(values, str):
             raise ConfigError("prompts must be a list of texts, not one text")
-        per_prompt = _spread(sampling_params, len(values))
-        return self._generate(field, values, per_prompt)
+        inputs = _Inputs(
+            field=field,
+            values=values,
+            sampling=_spread(sampling_params, len(values)),
+            expected=_per_prompt("expected_new_tokens", expected_new_tokens, len(values), None),
+            tasks=_per_prompt("tasks", tasks, len(values), ""),
+        )
+        return self._generate(inputs)
 
-    def _generate(self, field: str, values: Sequence[Any], sampling: Sequence[Sampling]) -> Iterator[Completion]:
+    def _generate(self, inputs: _Inputs) -> Iterator[Completion]:
         started = time.perf_counter()
-        job = Job(self.runtime)
-        requests, rejected = _make_requests(field, values, sampling)
+        job = Job(self.runtime, **self._job_options)
+        requests, rejected = _make_requests(inputs)
         job.prepare(requests)
         rejected += [(request.index, error) for request, error in job.rejected]
         for index, error in rejected:
@@ -118,10 +155,12 @@ class BatchEngine:
             failed |= {c.index for c in completions if c.finish_reason == "abort"}
             yield from completions
         self.last_report = job.report(
-            num_requests=len(values),
+            num_requests=len(inputs.values),
             num_failed=len(failed),
             elapsed_s=time.perf_counter() - started,
         )
+        if self._trace_path is not None:
+            job.trace("batch_generate").write(self._trace_path)
 
     def shutdown(self) -> None:
         """End all processes of the engine. Doing it twice does nothing."""
@@ -155,6 +194,25 @@ def batch_generate(
         return engine.batch_generate(prompts, sampling_params, input_ids=input_ids, messages=messages)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """What was given, an item per prompt each."""
+
+    field: str
+    values: Sequence[Any]
+    sampling: Sequence[Sampling]
+    expected: Sequence[int | None]
+    tasks: Sequence[str]
+
+
+def _per_prompt(name: str, values: Sequence[T] | None, num_prompts: int, default: T) -> Sequence[T]:
+    if values is None:
+        return [default] * num_prompts
+    if isinstance(values, str) or len(values) != num_prompts:
+        raise ConfigError(f"{name} must have an item for each of the {num_prompts} prompts")
+    return values
+
+
 def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) -> Sequence[Sampling]:
     if sampling is None:
         return [SamplingParams()] * num_prompts
@@ -165,19 +223,25 @@ def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) ->
     return sampling
 
 
-def _make_requests(
-    field: str, values: Iterable[Any], sampling: Sequence[Sampling]
-) -> tuple[list[Request], list[tuple[int, RowError]]]:
+def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowError]]]:
     requests, rejected = [], []
     parsed: dict[int, SamplingParams] = {}  # one dict is often given for all
-    for index, (value, params) in enumerate(zip(values, sampling, strict=True)):
+    columns = zip(inputs.values, inputs.sampling, inputs.expected, inputs.tasks, strict=True)
+    for index, (value, params, expected, task) in enumerate(columns):
         try:
             if not isinstance(params, SamplingParams):
                 if id(params) not in parsed:
                     parsed[id(params)] = parse_sampling(params, defaults=SamplingParams())
                 params = parsed[id(params)]
-            value = _CHECKS[field](field, value)
-            requests.append(Request(row_id=str(index), index=index, sampling=params, **{field: value}))
+            request = Request(
+                row_id=str(index),
+                index=index,
+                sampling=params,
+                expected_new_tokens=expected_len(expected),
+                task=task_name(task),
+                **{inputs.field: _CHECKS[inputs.field](inputs.field, value)},
+            )
+            requests.append(request)
         except RowError as error:
             rejected.append((index, error))
     return requests, rejected

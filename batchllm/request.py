@@ -47,6 +47,12 @@ class SamplingParams:
     """Regular expression that the output must match."""
     skip_special_tokens: bool = True
 
+    @property
+    def has_known_len(self) -> bool:
+        """True where nothing can end the answer before ``max_new_tokens``."""
+        may_stop = self.stop or self.stop_token_ids or self.json_schema is not None or self.regex is not None
+        return self.ignore_eos and not may_stop
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -56,6 +62,9 @@ class Request:
         row_id: The caller's identifier, unique in the job.
         index: Position in the input, from 0.
         namespace: Prompts of different namespaces never share KV ("" is the default one).
+        expected_new_tokens: How many tokens the answer will have, where the caller knows; None where not. Only
+            scheduling depends on it.
+        task: Requests of one task are expected to have answers of like length ("": as those that share its prefix).
         may_lower_max_new_tokens: The output limit is a default, not the caller's wish: lower it to what the
             context leaves instead of refusing the prompt.
     """
@@ -67,6 +76,8 @@ class Request:
     input_ids: Sequence[int] | None = None
     messages: Sequence[dict[str, Any]] | None = None
     namespace: str = ""
+    expected_new_tokens: int | None = None
+    task: str = ""
     may_lower_max_new_tokens: bool = False
 
 

@@ -183,3 +183,14 @@ def _bad_schema(name: str, what: str) -> RowError:
 
 def _bad_ids(name: str, message: str) -> RowError:
     return RowError(message, code="invalid_input_ids", param=name)
+
+
+def task_name(value: object) -> str:
+    """The task that a row names; "" where it names none.
+
+    Raises:
+        RowError: It is not a string.
+    """
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"task must be a string, not {show(value)}", code="invalid_task", param="task")
+    return value or ""

@@ -66,6 +66,22 @@ def check_prompt_len(prompt_len: int, sampling: SamplingParams, *, context_len: 
         )
 
 
+def check_expected_len(expected_new_tokens: int | None, prompt_len: int, context_len: int) -> None:
+    """Refuses a hint that no answer can come true to.
+
+    Raises:
+        RowError: ``expected_new_tokens_out_of_range``.
+    """
+    room = context_len - prompt_len
+    if expected_new_tokens is not None and not 1 <= expected_new_tokens <= room:
+        raise RowError(
+            f"expected_new_tokens is {expected_new_tokens}, and behind a prompt of {prompt_len} tokens the context of "
+            f"{context_len} leaves 1 to {room}; correct it or leave it out",
+            code="expected_new_tokens_out_of_range",
+            param="expected_new_tokens",
+        )
+
+
 def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Refuses token ids that the model's vocabulary does not have.
 

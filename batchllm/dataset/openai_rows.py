@@ -24,6 +24,7 @@ from batchllm.dataset.sampling import (
     SHARED_FIELDS,
     SamplingField,
     apply_settings,
+    expected_len,
     put_setting,
     read_settings,
 )
@@ -82,6 +83,9 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     user = body.get("user")
     if user is not None and not isinstance(user, str):
         raise checks.wrong_type("user", "a string", user)
+    metadata = body.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise checks.wrong_type("metadata", "an object", metadata)
     params, given = sampling(sampling_fields(body, kind))
     name = PROMPT_FIELD[kind]
     if body.get(name) is None:
@@ -94,9 +98,23 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
         prompt=prompt if isinstance(prompt, str) else None,
         input_ids=prompt if isinstance(prompt, array) else None,
         messages=check_messages(body[name]) if kind == "chat" else None,
+        task=_task(metadata or {}),
+        expected_new_tokens=_expected_len(metadata or {}),
         may_lower_max_new_tokens=not given,
     )
     return Row(request=request, kind=kind, given_id=given_id, line=line, model=model)
+
+
+def _task(metadata: Mapping[str, Any]) -> str:
+    """``metadata.task``: OpenAI gives metadata no meaning, so the same file still runs there."""
+    task = metadata.get("task")
+    return task if isinstance(task, str) else ""
+
+
+def _expected_len(metadata: Mapping[str, Any]) -> int | None:
+    """``metadata.expected_new_tokens``; OpenAI's metadata holds strings."""
+    value = metadata.get("expected_new_tokens")
+    return expected_len(int(value) if isinstance(value, str) and value.isdecimal() else value)
 
 
 def check_envelope(record: dict[str, Any]) -> tuple[RowKind, dict[str, Any]]:

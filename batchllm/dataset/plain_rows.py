@@ -1,4 +1,5 @@
-"""Plain rows: ``{"id", "prompt" | "input_ids" | "messages", "sampling_params", "namespace"}``.
+"""Plain rows: ``{"id", "prompt" | "input_ids" | "messages", "sampling_params", "namespace", "task",
+"expected_new_tokens"}``.
 
 Knows the fields of this row kind; not files, lines' neighbours or duplicate ids.
 """
@@ -8,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from batchllm.dataset.field_checks import closest, show, token_ids
+from batchllm.dataset.field_checks import closest, show, task_name, token_ids
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.records import Row
-from batchllm.dataset.sampling import SGLANG_FIELDS
+from batchllm.dataset.sampling import SGLANG_FIELDS, expected_len
 from batchllm.errors import RowError
 from batchllm.request import Request, SamplingParams
 
 PROMPT_FIELDS = ("prompt", "input_ids", "messages")
-ROW_FIELDS = frozenset({"id", "sampling_params", "namespace", *PROMPT_FIELDS})
+ROW_FIELDS = frozenset({"id", "sampling_params", "namespace", "task", "expected_new_tokens", *PROMPT_FIELDS})
 
 ReadSampling = Callable[[object], tuple[SamplingParams, bool]]
 """Gives the sampling of a row and whether the row set ``max_new_tokens`` itself."""
@@ -33,13 +34,6 @@ def parse_plain(record: dict[str, Any], *, given_id: str | int, index: int, line
     prompt, input_ids, messages = map(record.get, PROMPT_FIELDS)
     if (prompt is None) + (input_ids is None) + (messages is None) != 2:
         raise _not_one_prompt(record)
-    namespace = record.get("namespace")
-    if namespace is not None and not isinstance(namespace, str):
-        raise RowError(
-            f"namespace must be a string, not {show(namespace)}",
-            code="invalid_namespace",
-            param="namespace",
-        )
     params, given = sampling(record.get("sampling_params"))
     request = Request(
         row_id=str(given_id),
@@ -48,10 +42,18 @@ def parse_plain(record: dict[str, Any], *, given_id: str | int, index: int, line
         prompt=None if prompt is None else check_text("prompt", prompt),
         input_ids=None if input_ids is None else token_ids("input_ids", input_ids),
         messages=None if messages is None else check_messages(messages),
-        namespace=namespace or "",
+        namespace=_namespace(record.get("namespace")),
+        task=task_name(record.get("task")),
+        expected_new_tokens=expected_len(record.get("expected_new_tokens")),
         may_lower_max_new_tokens=not given,
     )
     return Row(request=request, kind="plain", given_id=given_id, line=line)
+
+
+def _namespace(value: object) -> str:
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"namespace must be a string, not {show(value)}", code="invalid_namespace", param="namespace")
+    return value or ""
 
 
 def _unknown_field(record: dict[str, Any]) -> RowError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from batchllm.dataset import field_checks as checks
 from batchllm.errors import RowError
@@ -63,6 +63,17 @@ SGLANG_FIELDS: Mapping[str, SamplingField] = {
     "logprobs": SamplingField("logprobs", checks.boolean),
     "top_logprobs": SamplingField("top_logprobs", NUM_ALTERNATIVES),
 }
+
+
+def expected_len(value: object) -> int | None:
+    """Checks ``expected_new_tokens``, what a row says of the length of its answer; None where it says nothing.
+
+    Raises:
+        RowError: It is not an integer from 1.
+    """
+    if value is not None:
+        LIMIT("expected_new_tokens", value)
+    return cast("int | None", value)
 
 
 def parse_sampling(mapping: Mapping[str, Any], *, defaults: SamplingParams) -> SamplingParams:

@@ -12,7 +12,7 @@ from batchllm.planner.run import PlannedRun, RunCutter
 
 # KV pools' worth of requests on their way. One is what runs; the other is what may start when it ends.
 _WINDOW_POOLS = 2
-_MAX_WINDOW_REQUESTS = 8192
+_MAX_WINDOW_REQUESTS = MAX_RUN_REQUESTS = 8192
 # Refill only when this share of the window is free, so that runs are long and messages few.
 _REFILL_SHARE = 0.25
 
@@ -23,10 +23,12 @@ class Feeder:
     Args:
         cutter: Of the plan to walk.
         kv_capacity_tokens: Slots of the KV pool.
+        max_run_requests: Most requests of one run.
     """
 
-    def __init__(self, cutter: RunCutter, kv_capacity_tokens: int) -> None:
+    def __init__(self, cutter: RunCutter, kv_capacity_tokens: int, max_run_requests: int = MAX_RUN_REQUESTS) -> None:
         self._cutter = cutter
+        self._max_run_requests = max_run_requests
         self._cumulative_cost = np.concatenate([[0], np.cumsum(cutter.kv_cost)])
         self._num_requests = len(cutter.kv_cost)
         self._window_cost = _WINDOW_POOLS * kv_capacity_tokens
@@ -46,7 +48,8 @@ class Feeder:
             return None
         free_cost = self._window_cost - self._outstanding_cost
         last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right"))
-        last = min(last - 1, first + _MAX_WINDOW_REQUESTS - self._num_outstanding, self._num_requests)
+        num_more = min(self._max_run_requests, _MAX_WINDOW_REQUESTS - self._num_outstanding)
+        last = min(last - 1, first + num_more, self._num_requests)
         if last == first:
             if self._num_outstanding > 0:
                 return None

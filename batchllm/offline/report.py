@@ -34,6 +34,14 @@ class RunReport:
     """Times a running request lost its KV and had to begin again."""
     peak_kv_tokens: int
     kv_capacity_tokens: int
+    num_predicted: int
+    """Requests whose output length had to be learned, and that have finished."""
+    num_predicted_tokens: int
+    """Output tokens expected of them when they started, in all."""
+    num_predicted_actual_tokens: int
+    """Output tokens that they generated."""
+    sum_prediction_error_tokens: int
+    """Sum over them of the distance between the two."""
     tokenize_s: float
     plan_s: float
     run_s: float
@@ -48,6 +56,11 @@ class RunReport:
     def optimal_reuse(self) -> float:
         """The most that `reuse` could have been for these prompts."""
         return _saved(self.num_optimal_prompt_tokens, self.num_prompt_tokens)
+
+    @property
+    def mean_prediction_error(self) -> float:
+        """Mean distance between expected and generated tokens, over the mean generated; 0 where nothing was learned."""
+        return _ratio(self.sum_prediction_error_tokens, self.num_predicted_actual_tokens)
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -77,6 +90,11 @@ class RunReport:
             "num_retractions": self.num_retractions,
             "peak_kv_tokens": self.peak_kv_tokens,
             "kv_capacity_tokens": self.kv_capacity_tokens,
+            "num_predicted": self.num_predicted,
+            "num_predicted_tokens": self.num_predicted_tokens,
+            "num_predicted_actual_tokens": self.num_predicted_actual_tokens,
+            "sum_prediction_error_tokens": self.sum_prediction_error_tokens,
+            "mean_prediction_error": self.mean_prediction_error,
             "tokenize_s": self.tokenize_s,
             "plan_s": self.plan_s,
             "run_s": self.run_s,
@@ -103,6 +121,7 @@ class RunReport:
             ("output tokens", f"{self.num_output_tokens:,}", ""),
             ("peak KV tokens", f"{self.peak_kv_tokens:,}", f"of {self.kv_capacity_tokens:,}"),
             ("retractions", f"{self.num_retractions:,}", ""),
+            ("lengths learned", f"{self.num_predicted:,}", self._prediction()),
             ("elapsed", f"{self.elapsed_s:,.2f} s", self._phases()),
             ("prompt tokens/s", f"{self.prompt_tokens_per_s:,.1f}", ""),
             ("output tokens/s", f"{self.output_tokens_per_s:,.1f}", ""),
@@ -113,6 +132,14 @@ class RunReport:
 
     def _outcome(self) -> str:
         return f"{self.num_succeeded:,} succeeded, {self.num_failed:,} failed"
+
+    def _prediction(self) -> str:
+        if self.num_predicted == 0:
+            return ""
+        return (
+            f"expected {self.num_predicted_tokens:,} tokens, generated {self.num_predicted_actual_tokens:,}, "
+            f"mean error {self.mean_prediction_error:.0%}"
+        )
 
     def _phases(self) -> str:
         return f"tokenize {self.tokenize_s:.2f}, plan {self.plan_s:.2f}, run {self.run_s:.2f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from batchllm.dataset import (
     BadRow,
@@ -28,20 +29,21 @@ class Runner:
         runtime: What answers.
         sink: Where the lines go.
         progress: Told of every row.
+        job_options: Keyword arguments of `Job`.
 
     Attributes:
         failed: Rows without an answer so far.
         job: The job, for its report.
     """
 
-    def __init__(self, runtime: Runtime, sink: JsonlSink, progress: Progress) -> None:
+    def __init__(self, runtime: Runtime, sink: JsonlSink, progress: Progress, **job_options: Any) -> None:
         self._runtime = runtime
         self._sink = sink
         self._progress = progress
         self._samples: dict[int, list[Completion]] = {}
         self._created = int(time.time())
         self.failed: list[BadRow] = []
-        self.job = Job(runtime)
+        self.job = Job(runtime, **job_options)
 
     def run(self, rows: Sequence[Row]) -> None:
         """Answer these rows.

@@ -8,7 +8,10 @@ from typing import Protocol, TypeVar
 
 from batchllm.planner.run import PlannedRun
 from batchllm.request import Completion, SamplingParams
+from batchllm.scheduler.admission import max_total_len
+from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
+from batchllm.trace.steps import StepArray
 
 T = TypeVar("T")
 
@@ -22,7 +25,8 @@ class RuntimeInfo:
         context_len: Most tokens of prompt and output together.
         vocab_size: Token ids are below this.
         kv_capacity_tokens: Slots of the KV pool.
-        max_request_len: Most tokens of prompt and output together that the KV pool has room for.
+        kv_limit_tokens: Slots of it that may be in use at once.
+        num_unstored_tokens: Last tokens of an answer that need no slot.
         page_size: Tokens of a KV page.
         random_seed: Base of the seeds of requests that name none.
         has_seeded_sampling: False where the sampling backend takes no seed.
@@ -33,11 +37,16 @@ class RuntimeInfo:
     context_len: int
     vocab_size: int
     kv_capacity_tokens: int
-    max_request_len: int
+    kv_limit_tokens: int
+    num_unstored_tokens: int
     page_size: int
     random_seed: int
     has_seeded_sampling: bool
     has_grammar: bool
+
+    def max_request_len(self, kv_tokens: int) -> int:
+        """Most tokens of prompt and output together that so many slots have room for."""
+        return max_total_len(kv_tokens, self.page_size) + self.num_unstored_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +78,8 @@ class FinishedRequests:
         num_computed_prompt_tokens: Prompt tokens of the job computed so far, counted in the scheduler.
         num_retractions: Of the job so far.
         peak_kv_tokens: Most slots in use at once so far.
+        prediction: How far off expected output lengths were so far.
+        steps: Forward steps since the last of these, ``start_s`` on the monotonic clock. `STEP_DTYPE` ``[num_steps]``.
     """
 
     positions: list[int]
@@ -76,6 +87,8 @@ class FinishedRequests:
     num_computed_prompt_tokens: int
     num_retractions: int
     peak_kv_tokens: int
+    prediction: PredictionError
+    steps: StepArray
 
 
 class Runtime(Protocol):

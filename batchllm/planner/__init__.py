@@ -6,16 +6,21 @@ Invariant: a plan is exact, validated and deterministic, and attains the optimum
 
 from batchllm.planner.explain import PlanSummary, PrefixSummary, explain
 from batchllm.planner.group_cut import GroupCut, exact_cut, greedy_cut
+from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GROUP_ORDERS, GroupOrder, order_groups
 from batchllm.planner.plan import BatchPlan
 from batchllm.planner.planner import plan_batch
 
 __all__ = [
+    "DEFAULT_GROUP_ORDER",
+    "GROUP_ORDERS",
     "BatchPlan",
     "GroupCut",
+    "GroupOrder",
     "PlanSummary",
     "PrefixSummary",
     "exact_cut",
     "explain",
     "greedy_cut",
+    "order_groups",
     "plan_batch",
 ]

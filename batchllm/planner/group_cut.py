@@ -39,7 +39,7 @@ class GroupCut:
 def exact_cut(plan: BatchPlan) -> GroupCut:
     """The one-level cut that saves most; of equally good ones, the one with fewest prefixes.
 
-    Solves the tree recurrence of PAPER.md 1b: below a chosen prefix of ``a`` tokens, node ``u``
+    Solves the tree recurrence: below a chosen prefix of ``a`` tokens, node ``u``
     with ``n`` direct prompts saves ``g(u, a) = max(n * a + sum g(c, a), n * d + sum g(c, d) -
     cost(u))``, ``d = end_len(u)``. ``g(u, .)`` is convex and piecewise linear, so it is kept as its
     breakpoints in mergeable heaps: O(m log m) for m prefixes, whatever their height.
@@ -51,7 +51,7 @@ def exact_cut(plan: BatchPlan) -> GroupCut:
 
 
 def greedy_cut(plan: BatchPlan) -> GroupCut:
-    """The paper's rule (Algorithm 1, PAPER.md 1b), with the free merge of its reference code.
+    """The paper's rule (BatchLLM, Algorithm 1), with the free merge of its reference code.
 
     Bottom-up, a grandchild ``g`` of node ``D`` by child ``c`` moves up beside ``c`` if
     ``(prompts(g) - 1) * tokens(g) > tokens(c)``; a child left with one branch merges with it. What

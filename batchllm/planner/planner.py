@@ -1,7 +1,7 @@
 """From prompts to plan: the pipeline of this room.
 
 Knows: the steps and their order. Must not know: how each works, or what happens at run time.
-Invariant: the same prompts, page size and namespaces give the same plan, byte for byte.
+Invariant: the same prompts and the same arguments give the same plan, byte for byte.
 """
 
 from __future__ import annotations
@@ -10,12 +10,20 @@ import numpy as np
 from numba import njit
 
 from batchllm.errors import WorkloadError
+from batchllm.planner.group_order import GroupOrder, order_groups
 from batchllm.planner.plan import BatchPlan, deepest_prefix
 from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree
 from batchllm.tokens import Int32Array, Int64Array, TokenTable
 
 
-def plan_batch(table: TokenTable, *, page_size: int = 1, namespaces: Int64Array | None = None) -> BatchPlan:
+def plan_batch(
+    table: TokenTable,
+    *,
+    page_size: int = 1,
+    namespaces: Int64Array | None = None,
+    decode_lens: Int64Array | None = None,
+    group_order: GroupOrder = "lexicographic",
+) -> BatchPlan:
     """Plan a whole job: order the prompts and name every prefix worth keeping. Validated.
 
     Linear in the tokens of the table (plus sorting the prompts' first differences), on all cores.
@@ -24,16 +32,21 @@ def plan_batch(table: TokenTable, *, page_size: int = 1, namespaces: Int64Array 
         table: The prompts; none may be empty. No rows give an empty plan.
         page_size: Tokens of a KV page; only whole pages are shared.
         namespaces: int[num_prompts]; prompts of different namespaces never share.
+        decode_lens: Tokens each row is expected to generate, at least 1, int64[num_prompts]. None: 1
+            each. They only matter to some group orders.
+        group_order: Which of the groups that start at one prefix runs first. Does not change what is
+            shared.
 
     Raises:
-        WorkloadError: A prompt is empty (the message names its row), ``page_size`` is below 1, or
-            ``namespaces`` does not fit the table.
+        WorkloadError: A prompt is empty (the message names its row), ``page_size`` is below 1,
+            ``namespaces`` or ``decode_lens`` does not fit the table, a row is expected to generate
+            nothing, or there is no such ``group_order``.
     """
     if page_size < 1:
         raise WorkloadError(f"page_size must be at least 1, not {page_size}")
-    tree = build_prefix_tree(table, namespaces)
-    # The order of sibling subtrees is free: a `group_order` step belongs here, tree in, tree out.
-    # It must keep prompts that end at a node ahead of the rest, for they compute it.
+    if decode_lens is None:
+        decode_lens = np.ones(len(table), np.int64)
+    tree = order_groups(build_prefix_tree(table, namespaces), table.lengths, decode_lens, group_order)
     plan = _whole_pages(tree, table.lengths[tree.order].astype(np.int32), page_size)
     plan.validate(namespaces=namespaces)
     return plan
@@ -81,8 +94,9 @@ def _floor_nodes(
     for v in range(len(depth)):
         above = stand_in[parent[v]] if parent[v] >= 0 else np.int32(-1)
         start = end_len[above] if above >= 0 else np.int32(0)
-        # Sorted, the last prompt of a node is longer than the node if any is. If none is, all are
-        # duplicates, and nobody can read the last token, which each must compute.
+        # Prompts that end at a node come first in it, in every group order, so the last is longer
+        # than the node if any is. If none is, all are duplicates, and nobody can read the last
+        # token, which each must compute.
         longest = prompt_lens[first[v] + num_prompts[v] - 1]
         usable = depth[v] if longest > depth[v] else depth[v] - 1
         end = usable - usable % page_size

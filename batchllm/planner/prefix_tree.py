@@ -8,7 +8,7 @@ Sorting is a most-significant-first radix quicksort (Bentley and Sedgewick 1997)
 first skips, in growing windows, the tokens all its prompts agree on, and then sorts by the next two
 tokens held as one integer beside the row number. Every token is so compared a constant number of
 times while its prompt is not alone, and neighbours' common prefix lengths fall out of the splits.
-The method is PAPER.md 1a made linear; ECOSYSTEM.md 7 has the alternatives that were measured.
+The tree is that of BatchLLM section 4.2 (arXiv 2412.03594), built in linear time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _INSERTION_SIZE = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PrefixTree:
-    """Prompts in lexicographic order and the inner nodes of their tree, parents before children.
+    """Prompts in depth-first order (lexicographic as built) and the inner nodes of their tree, parents before children.
 
     Node ``v`` covers the positions ``first[v] .. first[v] + num_prompts[v] - 1`` of ``order``.
     Prompts that end at a node come first among those it covers. The root (no tokens) is not a node.

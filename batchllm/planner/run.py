@@ -31,9 +31,12 @@ class PlannedRun:
         prefix_end_len: Tokens up to each prefix's end. Shape ``[num_prefixes]``.
         prefix_num_consumers: Requests of the whole plan that read it. Shape ``[num_prefixes]``.
         prefix_longest_consumer_len: Most KV slots one of them occupies. Shape ``[num_prefixes]``.
+        prefix_end_position: Plan position right behind the last of them. Shape ``[num_prefixes]``.
         prefix_tokens: Tokens ``[start_len, end_len)`` of each prefix, one after the other.
         request_prefix: Deepest prefix of each request, -1 without one. Shape ``[num_requests]``.
         request_max_new_len: Most tokens each may generate. Shape ``[num_requests]``.
+        request_known_len: Tokens each will generate, 0 where that is not known. Shape ``[num_requests]``.
+        request_task: Number of the task that each names, -1 for none. Shape ``[num_requests]``.
         request_row: Row of each request in the job's token table. Shape ``[num_requests]``.
         private_len: Tokens of each request after its deepest prefix. Shape ``[num_requests]``.
         private_tokens: Those tokens, one request after the other.
@@ -46,9 +49,12 @@ class PlannedRun:
     prefix_end_len: Int32
     prefix_num_consumers: Int64
     prefix_longest_consumer_len: Int64
+    prefix_end_position: Int64
     prefix_tokens: Int32
     request_prefix: Int32
     request_max_new_len: Int64
+    request_known_len: Int64
+    request_task: Int32
     request_row: Int64
     private_len: Int64
     private_tokens: Int32
@@ -64,17 +70,29 @@ class RunCutter:
         plan: The plan.
         table: The prompts that it was made for.
         max_new_len: Most tokens that each row may generate. Shape ``[num_requests]``, by row.
+        known_len: Tokens that each row will generate, 0 where not known. None: nowhere. Same shape.
+        task: Number of the task that each row names, -1 for none. None: none does. Same shape.
     """
 
-    def __init__(self, plan: BatchPlan, table: TokenTable, max_new_len: Int64) -> None:
+    def __init__(
+        self,
+        plan: BatchPlan,
+        table: TokenTable,
+        max_new_len: Int64,
+        known_len: Int64 | None = None,
+        task: Int32 | None = None,
+    ) -> None:
         self.plan = plan
         self.table = table
         self.max_new_len = max_new_len[plan.order]
+        self.known_len = np.zeros_like(self.max_new_len) if known_len is None else known_len[plan.order]
+        self.task = np.full(len(plan.order), -1, np.int32) if task is None else task[plan.order]
         self.prompt_len = plan.prompt_lens.astype(np.int64)
         total_len = self.prompt_len + self.max_new_len
         self.longest_consumer_len = _max_over_ranges(total_len, plan.first, plan.num_consumers)
-        self.kv_cost = plan.computed_lens() + self.max_new_len
-        """KV slots that each position adds to the pool, shared prefixes counted at their leader."""
+        # An output that may end anywhere counts little: a window too long costs nothing, too short a one an idle pool.
+        self.kv_cost = plan.computed_lens() + np.maximum(self.known_len, 1)
+        """KV slots that each position is sure to add to the pool, shared prefixes counted at their leader."""
 
     def cut(self, first: int, last: int) -> PlannedRun:
         """The run of positions ``[first, last)``."""
@@ -97,6 +115,7 @@ class RunCutter:
             prefix_end_len=plan.end_len[prefixes],
             prefix_num_consumers=plan.num_consumers[prefixes],
             prefix_longest_consumer_len=self.longest_consumer_len[prefixes],
+            prefix_end_position=plan.first[prefixes] + plan.num_consumers[prefixes],
             prefix_tokens=_gather(
                 tokens,
                 leader_offset + plan.start_len[prefixes],
@@ -104,6 +123,8 @@ class RunCutter:
             ),
             request_prefix=request_prefix,
             request_max_new_len=self.max_new_len[first:last],
+            request_known_len=self.known_len[first:last],
+            request_task=self.task[first:last],
             request_row=rows,
             private_len=private_len,
             private_tokens=_gather(tokens, offsets[rows] + shared_len, private_len),

@@ -34,6 +34,7 @@ class _Prefix:
     end_len: int
     num_consumers_left: int
     longest_consumer_len: int
+    end_order: tuple[int, int]
     state: PrefixState
 
 
@@ -87,6 +88,11 @@ class PinLedger:
         return self._num_open_tokens
 
     @property
+    def num_open(self) -> int:
+        """Prefixes that are computing or resident."""
+        return len(self._open)
+
+    @property
     def longest_open_consumer_len(self) -> int:
         """KV slots of the longest consumer of any prefix that is computing or resident, 0 without one."""
         return max((prefix.longest_consumer_len for prefix in self._open.values()), default=0)
@@ -100,6 +106,7 @@ class PinLedger:
         end_len: int,
         num_consumers: int,
         longest_consumer_len: int,
+        end_order: tuple[int, int],
     ) -> None:
         """Make a planned prefix known. Its parent must be known already.
 
@@ -110,6 +117,7 @@ class PinLedger:
             end_len: Length in tokens from the start of the prompt.
             num_consumers: Requests that will read it.
             longest_consumer_len: Most KV slots that one of them occupies, prompt and output.
+            end_order: Place in the plan right behind the last of them (their job, its position).
 
         Raises:
             ValueError: The arguments contradict each other or what is known.
@@ -129,7 +137,7 @@ class PinLedger:
                 f"does not continue a parent of {parent_end} tokens"
             )
         self._prefixes[prefix_id] = _Prefix(
-            parent_id, start_len, end_len, num_consumers, longest_consumer_len, PrefixState.PLANNED
+            parent_id, start_len, end_len, num_consumers, longest_consumer_len, end_order, PrefixState.PLANNED
         )
 
     def state(self, prefix_id: int) -> PrefixState:
@@ -148,6 +156,14 @@ class PinLedger:
     def longest_consumer_len(self, prefix_id: int) -> int:
         """Most KV slots that one consumer of this prefix occupies, prompt and output."""
         return self._prefixes[prefix_id].longest_consumer_len
+
+    def end_order(self, prefix_id: int) -> tuple[int, int]:
+        """Place in the plan right behind the last consumer of this prefix."""
+        return self._prefixes[prefix_id].end_order
+
+    def is_computing(self, prefix_id: int) -> bool:
+        """True from the admission of its leader until its KV is there."""
+        return self._prefixes[prefix_id].state is PrefixState.COMPUTING
 
     def num_consumers_left(self, prefix_id: int) -> int:
         """Requests that have not finished with this prefix."""

@@ -8,10 +8,19 @@ ends.)
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from operator import attrgetter
+
 from batchllm.prefix_cache.pin_ledger import Lookup
-from batchllm.scheduler.admission import OpenPrefixes, kv_need, reusable_len
+from batchllm.scheduler.admission import KvProjection, OpenPrefixes, footprint, reusable_len
 from batchllm.scheduler.decision import Admission, Decision
+from batchllm.scheduler.token_batching import is_worth_a_pass
 from batchllm.scheduler.view import SchedulerView, WaitingRequest
+
+_plan_order = attrgetter("plan_order")
+
+_MAX_GROUPS_PASSED_OVER = 64
+"""A step looks no further down the plan than past so many groups that have to wait."""
 
 
 class PlannedPolicy:
@@ -22,9 +31,23 @@ class PlannedPolicy:
 
         Stops at the first request that is ready but does not fit, so that memory drains towards the head of
         the plan instead of being taken by later, smaller requests. A request whose prefix is still being
-        computed is passed over.
+        computed is passed over, and all who wait for the same prefix with it.
+
+        Where prefill makes decoding rows wait, a few requests wait for more to start with them.
         """
-        return Decision(tuple(_Step(view).admit()))
+        step = _Step(view)
+        admissions = step.admit()
+        if admissions and _should_wait(view, admissions, is_full=step.is_full):
+            return Decision()
+        return Decision(tuple(admissions))
+
+
+def _should_wait(view: SchedulerView, admissions: list[Admission], *, is_full: bool) -> bool:
+    if view.is_mixed or is_full or not len(view.running) or len(admissions) == len(view.waiting):
+        return False
+    if any(admission.led_prefix_ids for admission in admissions):
+        return False  # others wait for these
+    return not is_worth_a_pass(len(admissions), len(view.running), float(view.running.remaining_len.mean()))
 
 
 class _Step:
@@ -32,67 +55,103 @@ class _Step:
 
     def __init__(self, view: SchedulerView) -> None:
         self.view = view
-        self.free = view.kv_free_tokens - view.kv_growth_tokens
+        self.projection = KvProjection(view.running, view.kv_shared_tokens, view.page_size)
         self.num_tokens_left = view.num_step_tokens
         self.num_slots_left = view.num_free_slots
         self.open = OpenPrefixes.of(view.ledger)
         self.claimed: set[int] = set()  # prefixes computed by a request admitted in this very step
         self.any_behind = False  # some earlier request was passed over
-        self.longest_behind = 0
+        self.longest_beside = view.running.longest_total_len  # of what runs or was passed over
+
+    @property
+    def is_full(self) -> bool:
+        """No room left for another token or request."""
+        return self.num_tokens_left <= 0 or self.num_slots_left <= 0
 
     def admit(self) -> list[Admission]:
+        waiting = self.view.waiting
         admissions: list[Admission] = []
-        blocked_prefix_id: int | None = None
-        for request in self.view.waiting:
-            if self.num_tokens_left <= 0 or self.num_slots_left <= 0:
-                break
-            if request.prefix_id == blocked_prefix_id:  # a sibling of the one passed over just before
-                self.longest_behind = max(self.longest_behind, request.total_len)
-                continue
+        num_groups_passed_over = 0
+        index = 0
+        while index < len(waiting) and not self.is_full:
+            request = waiting[index]
             found = self.view.ledger.lookup(request.prefix_id)
-            if self._prefix_must_wait(request, found):
-                blocked_prefix_id = request.prefix_id
-            elif request.is_ready:
+            blocked_by = self._prefix_to_wait_for(found)
+            if blocked_by is not None:
+                num_groups_passed_over += 1
+                if num_groups_passed_over > _MAX_GROUPS_PASSED_OVER:
+                    break
+                self._pass_over(self.view.ledger.longest_consumer_len(blocked_by))
+                index = bisect_left(waiting, self.view.ledger.end_order(blocked_by), index + 1, key=_plan_order)
+                continue
+            if request.is_ready:
                 admission = self._try_admit(request, found)
                 if admission is None:
                     break
                 admissions.append(admission)
-                continue
-            self.any_behind = True
-            self.longest_behind = max(self.longest_behind, request.total_len)
+            else:
+                self._pass_over(request.total_len)
+            index += 1
         return admissions
 
-    def _prefix_must_wait(self, request: WaitingRequest, found: Lookup) -> bool:
-        """True while ``request`` can neither read its prefix nor compute what is missing of it."""
+    def _pass_over(self, total_len: int) -> None:
+        self.any_behind = True
+        self.longest_beside = max(self.longest_beside, total_len)
+
+    def _prefix_to_wait_for(self, found: Lookup) -> int | None:
+        """The prefix that its consumers can now neither read nor compute, if there is one."""
         if not found.missing_ids:
-            return False
-        if found.is_computing or not self.claimed.isdisjoint(found.missing_ids):
-            return True
-        return self.any_behind and not self.open.may_add(
+            return None
+        for prefix_id in found.missing_ids:
+            if prefix_id in self.claimed or (found.is_computing and self.view.ledger.is_computing(prefix_id)):
+                return prefix_id
+        may_open = self.open.may_add(
             found.missing_ids,
             self.view.ledger,
-            max(self.longest_behind, request.total_len),
-            self.view.kv_capacity_tokens,
-            self.view.page_size,
+            longest_beside=self.longest_beside,
+            any_behind=self.any_behind,
+            kv_limit_tokens=self.view.kv_limit_tokens,
+            page_size=self.view.page_size,
         )
+        return None if may_open else found.missing_ids[0]
 
     def _try_admit(self, request: WaitingRequest, found: Lookup) -> Admission | None:
         """Take what ``request`` needs; None means that it does not fit now."""
-        page_size = self.view.page_size
+        view, page_size = self.view, self.view.page_size
         cached_len = reusable_len(found.resident_len, request.prefill_len, page_size)
-        need = kv_need(request, cached_len, page_size)
-        if need > self.free:
+        led_tokens = sum(map(view.ledger.num_tokens, found.missing_ids))
+        estimate, num_generated = request.output, request.num_generated
+        expected_len = int(view.lengths.expected_lens([estimate], [num_generated])[0])
+        # The first token comes of the prefill itself, and the last one is never stored.
+        remaining_len = min(expected_len - num_generated - 1, request.total_len - request.prefill_len)
+        is_guess = expected_len < estimate.max_new_len and not estimate.known_len
+        private_len = request.prefill_len - cached_len - led_tokens
+        if not self._fits_alone(request, found, led_tokens):
+            return None
+        if self.projection.num_requests and not self.projection.fits(
+            private_len, remaining_len, is_guess, led_tokens, view.kv_limit_tokens
+        ):
             return None
         num_tokens = request.prefill_len - cached_len
         if num_tokens > self.num_tokens_left:
             num_tokens = self.num_tokens_left // page_size * page_size
-            if num_tokens == 0 or not self.view.can_chunk:
+            if num_tokens == 0 or not view.can_chunk:
                 return None
             self.num_tokens_left = 0  # one prompt at a time may be in pieces
         else:
             self.num_tokens_left -= num_tokens
-        self.free -= need
+        self.projection.add(private_len, remaining_len, is_guess, led_tokens)
+        self.longest_beside = max(self.longest_beside, request.total_len)
         self.num_slots_left -= 1
         self.claimed.update(found.missing_ids)
-        self.open.add(found.missing_ids, self.view.ledger)
+        self.open.add(found.missing_ids, view.ledger)
         return Admission(request, cached_len, num_tokens, found.missing_ids)
+
+    def _fits_alone(self, request: WaitingRequest, found: Lookup, led_tokens: int) -> bool:
+        """Could ``request`` run to its longest output if all that stays were the prefixes that are open?
+
+        Whatever was expected of the others, they may have to give up their KV for it; not their prefixes.
+        """
+        own_prefix_tokens = found.resident_len + led_tokens
+        others = self.open.num_tokens + led_tokens - own_prefix_tokens
+        return others + footprint(request.total_len, self.view.page_size) <= self.view.kv_limit_tokens

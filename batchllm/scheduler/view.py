@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from batchllm.prefix_cache import PinLedger
+from batchllm.scheduler.admission import RunningKv
+from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
 
 
 class WaitingRequest(Protocol):
     """A planned request that has no KV of its own yet (or lost it by retraction)."""
+
+    @property
+    def plan_order(self) -> tuple[int, int]:
+        """Its job and its position in the job's plan."""
 
     @property
     def prefix_id(self) -> int:
@@ -18,9 +24,15 @@ class WaitingRequest(Protocol):
 
     @property
     def prefill_len(self) -> int:
-        """Tokens it must have KV for before it decodes: its prompt, plus what a retracted one had
-        generated.
-        """
+        """Tokens it must have KV for before it decodes: its prompt, plus what a retracted one had generated."""
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that it had generated before it was retracted, 0 for a new one."""
+
+    @property
+    def output(self) -> OutputEstimate:
+        """What is known of its output length."""
 
     @property
     def total_len(self) -> int:
@@ -38,21 +50,26 @@ class SchedulerView:
     Attributes:
         waiting: The window of planned requests, in plan order.
         ledger: Which planned prefixes are resident, and who still needs them.
-        kv_capacity_tokens: Slots of the whole KV pool, at least the `admission.footprint` of every request.
-        kv_free_tokens: Slots that are free, or hold KV that nobody planned and nobody runs on.
-        kv_growth_tokens: Slots that the requests already admitted may still ask for.
+        lengths: What outputs are expected.
+        running: KV of everything that has been admitted and has not finished.
+        kv_limit_tokens: Slots that may be in use at once, at least the `admission.footprint` of every request.
+        kv_shared_tokens: Slots in use beside what ``running`` owns: pinned prefixes, those being computed, and what
+            requests outside the plan hold on to.
         num_free_slots: Further requests that may run at once.
         num_step_tokens: Prefill tokens that this step may still carry.
         can_chunk: True when a prompt may be cut at the end of the step (one at a time may be in pieces).
+        is_mixed: True when a step carries decoding rows beside prefill; else prefill makes them wait a step.
         page_size: KV is shared and allocated in pages of this many tokens.
     """
 
-    waiting: Iterable[WaitingRequest]
+    waiting: Sequence[WaitingRequest]
     ledger: PinLedger
-    kv_capacity_tokens: int
-    kv_free_tokens: int
-    kv_growth_tokens: int
+    lengths: OutputLengths
+    running: RunningKv
+    kv_limit_tokens: int
+    kv_shared_tokens: int
     num_free_slots: int
     num_step_tokens: int
     can_chunk: bool
+    is_mixed: bool
     page_size: int = 1

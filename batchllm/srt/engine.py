@@ -26,7 +26,6 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from batchllm.errors import EngineError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, SamplingParams, TokenLogprob
-from batchllm.scheduler.admission import max_total_len
 from batchllm.srt import compat
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.io_struct import (
@@ -36,7 +35,7 @@ from batchllm.srt.io_struct import (
     PlannedRunReqInput,
 )
 from batchllm.srt.scheduler import run_scheduler_process
-from batchllm.srt.server_args import make_server_args
+from batchllm.srt.server_args import kv_limit_tokens, make_server_args
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
 from batchllm.tokenizer import Tokenizer
 
@@ -148,9 +147,9 @@ class SrtRuntime:
             context_len=manager.context_len,
             vocab_size=manager.model_config.vocab_size,
             kv_capacity_tokens=init_info["max_total_num_tokens"],
+            kv_limit_tokens=kv_limit_tokens(args, init_info["max_total_num_tokens"]),
             # The last token of an answer is never stored.
-            max_request_len=max_total_len(init_info["max_total_num_tokens"], args.page_size)
-            + (1 if args.disable_overlap_schedule else 0),
+            num_unstored_tokens=1 if args.disable_overlap_schedule else 0,
             page_size=args.page_size,
             random_seed=args.random_seed,
             has_seeded_sampling=args.sampling_backend != "flashinfer",
@@ -193,6 +192,8 @@ class SrtRuntime:
             num_computed_prompt_tokens=output.counters.num_computed_prompt_tokens,
             num_retractions=output.counters.num_retractions,
             peak_kv_tokens=output.counters.peak_kv_tokens,
+            prediction=output.counters.prediction,
+            steps=output.steps,
         )
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:

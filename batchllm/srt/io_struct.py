@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from sglang.srt.managers.io_struct import BaseReq
+
+from batchllm.scheduler.output_length import PredictionError
 
 
 class PlannedRunReqInput(BaseReq):
@@ -52,11 +55,13 @@ class JobCounters(BaseReq):
         num_computed_prompt_tokens: Prompt tokens that went through a forward pass.
         num_retractions: Requests that lost their KV and had to start again.
         peak_kv_tokens: Most KV slots in use at the start of any step.
+        prediction: How far off expected output lengths were, where they had to be learned.
     """
 
     num_computed_prompt_tokens: int = 0
     num_retractions: int = 0
     peak_kv_tokens: int = 0
+    prediction: PredictionError = msgspec.field(default_factory=PredictionError)
 
 
 class PlannedBatchOutput(BaseReq):
@@ -73,6 +78,7 @@ class PlannedBatchOutput(BaseReq):
         skip_special_tokens: Of each.
         logprobs: None, or per request ``(logprob, top_logprobs, top_ids)`` of every generated token.
         counters: The job's counters after these.
+        steps: `batchllm.trace.STEP_DTYPE` of the steps since the last message, ``start_s`` on the monotonic clock.
         texts: Filled in by the detokenizer.
     """
 
@@ -86,4 +92,5 @@ class PlannedBatchOutput(BaseReq):
     skip_special_tokens: list[bool]
     logprobs: list[Any]
     counters: JobCounters
+    steps: Any
     texts: list[str] | None = None

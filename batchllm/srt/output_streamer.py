@@ -29,6 +29,8 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
 
     finish_planned: Callable[[PlannedReq], JobCounters]
     """Told of each finished request once; returns its job's counters."""
+    take_steps: Callable[[], Any]
+    """The steps run since the last call."""
 
     def stream_output(self, reqs: list[Any], return_logprob: bool, skip_req: Any = None) -> None:
         finished = [
@@ -66,6 +68,7 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     skip_special_tokens=[req.sampling_params.skip_special_tokens for req in job_reqs],
                     logprobs=[_logprobs(req) for req in job_reqs],
                     counters=counters,
+                    steps=self.take_steps(),
                 )
             )
 

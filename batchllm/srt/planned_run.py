@@ -11,11 +11,16 @@ import numpy as np
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
+from batchllm.scheduler.output_length import MIN_FINISHED, OutputEstimate, OutputLengths
 from batchllm.srt.io_struct import PlannedRunReqInput
 from batchllm.srt.schedule_batch import PlannedReq
 
 # Ledger numbers are the job's in the upper and the plan's in the lower bits: unique without a table.
 _PREFIX_BITS = 40
+
+_MAX_KIND_DEPTH = 2
+"""Prefixes this deep in the tree may stand for a kind of request of their own: a system prompt, a task under it."""
+_MIN_KIND_CONSUMERS = 4 * MIN_FINISHED
 
 
 class RunReader:
@@ -23,23 +28,39 @@ class RunReader:
 
     Args:
         ledger: Told of every prefix.
+        lengths: Told what kind of output each request will have.
         tokenizer: For stop strings; None without one.
         model_config: SGLang's, of the model that runs.
         num_extra_slots: Slots that a request may need beyond its tokens.
+        learns_lengths: Where False, a request whose output length is not known is expected to reach its limit.
     """
 
-    def __init__(self, ledger: PinLedger, tokenizer: Any, model_config: Any, num_extra_slots: int) -> None:
+    def __init__(
+        self,
+        ledger: PinLedger,
+        lengths: OutputLengths,
+        tokenizer: Any,
+        model_config: Any,
+        *,
+        num_extra_slots: int,
+        learns_lengths: bool,
+    ) -> None:
         self._ledger = ledger
+        self._lengths = lengths
+        self._learns_lengths = learns_lengths
         self._tokenizer = tokenizer
         self._model_config = model_config
         self._num_extra_slots = num_extra_slots
         self._prefix_tokens: dict[int, array[int]] = {}
+        # Per prefix its depth in the tree and the kind of what is under it.
+        self._prefix_kind: dict[int, tuple[int, int]] = {}
 
     def read(self, message: PlannedRunReqInput) -> Iterator[PlannedReq]:
         """The requests of a run, in plan order."""
         job_id, run = message.job_id, message.run
         # What is released is in no request to come.
         self._prefix_tokens = {i: ids for i, ids in self._prefix_tokens.items() if i in self._ledger}
+        self._prefix_kind = {i: kind for i, kind in self._prefix_kind.items() if i in self._ledger}
         self._add_prefixes(job_id, run)
         sampling = [self._sampling_params(kwargs) for kwargs in message.sampling]
         private = run.private_tokens.astype(np.int64)
@@ -50,12 +71,19 @@ class RunReader:
             input_ids.frombytes(private[start:end].tobytes())
             start = end
             max_new_len = int(run.request_max_new_len[i])
+            position = run.first_position + i
             req = PlannedReq(
                 job_id=job_id,
-                position=run.first_position + i,
+                position=position,
                 prefix_id=prefix_id,
                 # The last token is never stored.
                 total_len=len(input_ids) + max_new_len - 1 + self._num_extra_slots,
+                output=OutputEstimate(
+                    max_new_len=max_new_len,
+                    known_len=int(run.request_known_len[i]) or (0 if self._learns_lengths else max_new_len),
+                    kind=self._kind(job_id, int(run.request_task[i]), prefix_id),
+                    position=position,
+                ),
                 seed=int(message.seeds[i]),
                 input_ids=input_ids,
                 sampling_params=_with_limit(sampling[message.sampling_index[i]], max_new_len),
@@ -81,12 +109,23 @@ class RunReader:
                 end_len=end_len,
                 num_consumers=int(run.prefix_num_consumers[i]),
                 longest_consumer_len=int(run.prefix_longest_consumer_len[i]) + self._num_extra_slots,
+                end_order=(job_id, int(run.prefix_end_position[i])),
             )
+            depth, kind = self._prefix_kind.get(parent_id, (0, self._lengths.kind(job_id)))
+            if depth < _MAX_KIND_DEPTH and run.prefix_num_consumers[i] >= _MIN_KIND_CONSUMERS:
+                kind = self._lengths.kind(("prefix", prefix_id), kind)
+            self._prefix_kind[prefix_id] = (depth + 1, kind)
             end = start + end_len - start_len
             path = array("q", self._prefix_tokens.get(parent_id, b""))
             path.frombytes(tokens[start:end].tobytes())
             self._prefix_tokens[prefix_id] = path
             start = end
+
+    def _kind(self, job_id: int, task: int, prefix_id: int) -> int:
+        job_kind = self._lengths.kind(job_id)
+        if task >= 0:
+            return self._lengths.kind(("task", job_id, task), job_kind)
+        return self._prefix_kind[prefix_id][1] if prefix_id != NO_PREFIX else job_kind
 
     def _sampling_params(self, kwargs: dict[str, Any]) -> SamplingParams:
         params = SamplingParams(**kwargs)

@@ -1,4 +1,4 @@
-"""A request of a plan, as SGLang's scheduler sees it."""
+"""A request as SGLang's scheduler sees it, with what planning needs to know of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from array import array
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
+
+from batchllm.scheduler.output_length import OutputEstimate
 
 
 class PlannedReq(Req):
@@ -17,6 +19,7 @@ class PlannedReq(Req):
         plan_order: Sort key: earlier jobs first, then plan order.
         prefix_id: Deepest planned prefix that it consumes (a ledger number), or ``NO_PREFIX``.
         total_len: Most KV slots that it will ever occupy.
+        output: What is known of its output length.
         led_prefix_ids: Prefixes that it computes and that are not complete yet, outermost first.
         is_ready: False while its grammar is being compiled.
         is_counted_off: True once the ledger knows that it needs its prefix no more.
@@ -30,6 +33,7 @@ class PlannedReq(Req):
         position: int,
         prefix_id: int,
         total_len: int,
+        output: OutputEstimate,
         seed: int,
         input_ids: array[int],
         sampling_params: Any,
@@ -56,6 +60,7 @@ class PlannedReq(Req):
         self.plan_order = (job_id, position)
         self.prefix_id = prefix_id
         self.total_len = total_len
+        self.output = output
         self.seed = seed
         self.led_prefix_ids: list[int] = []
         self.is_ready = True
@@ -63,6 +68,28 @@ class PlannedReq(Req):
         self.num_prompt_tokens = len(input_ids)
 
     @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.output_ids)
+
+    @property
     def prefill_len(self) -> int:
         """Tokens it must have KV for before it decodes."""
         return len(self.origin_input_ids) + len(self.output_ids)
+
+
+def give_estimate(req: Any) -> None:
+    """Let a request outside any plan be counted beside planned ones: it may run to its limit."""
+    max_new_len = req.sampling_params.max_new_tokens
+    req.output = OutputEstimate(max_new_len=max_new_len, known_len=max_new_len, kind=0, position=0)
+
+
+class DecodingReqs(list[Any]):
+    """The decoding rows of a mixed step. SGLang asks for each row of the step whether it is in here."""
+
+    def __init__(self, reqs: list[Any]) -> None:
+        super().__init__(reqs)
+        self._ids = {id(req) for req in reqs}
+
+    def __contains__(self, req: object) -> bool:
+        return id(req) in self._ids

@@ -33,3 +33,18 @@ class PlannedPrefillAdder(PrefillAdder):
         self._update_prefill_budget(cached_len, num_tokens, 0, req.retracted_stain)
         is_full = self.rem_input_tokens <= 0 or (self.rem_chunk_tokens is not None and self.rem_chunk_tokens <= 0)
         return AddReqResult.OTHER if is_full else AddReqResult.CONTINUE
+
+    def add_chunked_req(self, req: Any) -> Any:
+        """Go on with a prompt in pieces, in all that is left of the chunk; returns it unless this was the last."""
+        if not isinstance(req, PlannedReq):
+            return super().add_chunked_req(req)
+        num_cached = len(req.prefix_indices)
+        num_tokens = len(req.full_untruncated_fill_ids) - num_cached
+        assert self.rem_chunk_tokens is not None
+        is_cut = num_tokens > self.rem_chunk_tokens
+        if is_cut:
+            num_tokens = self.rem_chunk_tokens // self.page_size * self.page_size
+        req.set_extend_range(num_cached, num_cached + num_tokens)
+        self.can_run_list.append(req)
+        self._update_prefill_budget(0, num_tokens, 0, req.retracted_stain)
+        return req if is_cut else None

@@ -8,7 +8,6 @@ afterwards.
 
 from __future__ import annotations
 
-import bisect
 import gc
 import os
 from typing import Any, cast
@@ -17,10 +16,12 @@ import sglang.srt.managers.scheduler as upstream
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
+from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.utils import TypeBasedDispatcher
 
-from batchllm.scheduler import Decision, PlannedPolicy, SchedulerView
-from batchllm.scheduler.admission import page_ceil
+from batchllm.scheduler import Decision, PlannedPolicy
+from batchllm.scheduler.output_length import OutputLengths
+from batchllm.scheduler.window import RequestWindow
 from batchllm.srt import compat, radix_cache, sampling
 from batchllm.srt.io_struct import (
     JobCounters,
@@ -28,11 +29,14 @@ from batchllm.srt.io_struct import (
     PlannedCloseReqInput,
     PlannedRunReqInput,
 )
+from batchllm.srt.live_view import free_kv_tokens, make_view, step_budget
 from batchllm.srt.output_streamer import BatchOutputStreamer
 from batchllm.srt.planned_run import RunReader
 from batchllm.srt.radix_cache import PlannedRadixCache
-from batchllm.srt.schedule_batch import PlannedReq
+from batchllm.srt.schedule_batch import DecodingReqs, PlannedReq, give_estimate
 from batchllm.srt.schedule_policy import PlannedPrefillAdder
+from batchllm.srt.server_args import kv_limit_tokens
+from batchllm.srt.step_recorder import StepRecorder
 
 
 class BatchScheduler(Scheduler):
@@ -42,8 +46,11 @@ class BatchScheduler(Scheduler):
 
     def init_running_status(self) -> None:
         super().init_running_status()
-        self.planned_window: list[PlannedReq] = []
+        self.planned_window: RequestWindow[PlannedReq] = RequestWindow()
         self.planned_policy = PlannedPolicy()
+        self.output_lengths = OutputLengths()
+        self.kv_limit_tokens = kv_limit_tokens(self.server_args, self.max_total_num_tokens)
+        self.step_recorder = StepRecorder()
         self.planned_counters: dict[int, JobCounters] = {}
         self.unfinished_planned: dict[tuple[int, int], PlannedReq] = {}
         # Requests running when the last decision admitted nothing; None when something has changed since.
@@ -51,7 +58,12 @@ class BatchScheduler(Scheduler):
         self._any_finished = False
         # With overlap a request that has ended runs one more step.
         self.planned_runs = RunReader(
-            self.tree_cache.ledger, self.tokenizer, self.model_config, num_extra_slots=int(self.enable_overlap)
+            self.tree_cache.ledger,
+            self.output_lengths,
+            self.tokenizer,
+            self.model_config,
+            num_extra_slots=int(self.enable_overlap),
+            learns_lengths=self.server_args.output_lengths == "learned",
         )
 
     def run_event_loop(self) -> None:
@@ -82,6 +94,7 @@ class BatchScheduler(Scheduler):
             enable_hicache_storage=lambda: self.enable_hicache_storage,
             rust_server=self.rust_server,
             finish_planned=self._finish_planned,
+            take_steps=lambda: self.step_recorder.take_steps(),
         )
 
     # What comes in
@@ -99,14 +112,7 @@ class BatchScheduler(Scheduler):
         if req.to_finish is not None:
             self._abort_waiting(req)
         else:
-            self._put_in_window(req)
-
-    def _put_in_window(self, req: PlannedReq) -> None:
-        window = self.planned_window
-        if not window or window[-1].plan_order < req.plan_order:  # as good as always
-            window.append(req)
-        else:
-            bisect.insort(window, req, key=lambda other: other.plan_order)
+            self.planned_window.add(req)
 
     def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
         """Drop what is left of a job."""
@@ -117,6 +123,7 @@ class BatchScheduler(Scheduler):
     def handle_planned_close(self, message: PlannedCloseReqInput) -> None:
         """Forget a job; every request of it has been answered."""
         self.planned_counters.pop(message.job_id, None)
+        self.output_lengths.forget(message.job_id)
 
     def _abort_planned(self, req: PlannedReq) -> None:
         if req is self.chunked_req:
@@ -124,7 +131,7 @@ class BatchScheduler(Scheduler):
         elif req.req_pool_idx is not None:
             req.to_finish = FINISH_ABORT()  # taken up when its running step is done
         elif req.finished_reason is None:
-            self.planned_window = [other for other in self.planned_window if other is not req]
+            self.planned_window.remove([req])
             req.to_finish = FINISH_ABORT()
             self._abort_waiting(req)
 
@@ -149,6 +156,7 @@ class BatchScheduler(Scheduler):
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         """Every request enters a queue here: new, with its grammar compiled, or retracted."""
         if not isinstance(req, PlannedReq):
+            give_estimate(req)
             super()._add_request_to_queue(req, is_retracted)
             return
         if req.finished():  # aborted while its grammar was being compiled
@@ -156,9 +164,10 @@ class BatchScheduler(Scheduler):
         self._settled_at = None
         if is_retracted:
             self._counters(req).num_retractions += 1
-            self._put_in_window(req)
+            self.step_recorder.num_retracted += 1
+            self.planned_window.add(req)
         elif req.to_finish is not None:  # its grammar does not compile
-            self.planned_window = [other for other in self.planned_window if other is not req]
+            self.planned_window.remove([req])
             self._abort_waiting(req)
         else:
             req.is_ready = True
@@ -174,11 +183,15 @@ class BatchScheduler(Scheduler):
             self._any_finished = False
             running_batch.filter_batch()
             running_batch.batch_is_full = False
-        decision = self._decide(running_batch)
+        running = running_batch.reqs
+        budget = step_budget(self, running)
+        if budget == 0:  # what decodes needs the last slots: a prompt in pieces waits, and SGLang makes room
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        decision = self._decide(running_batch, budget)
         if not decision.admissions and not self.waiting_queue and self.chunked_req is None:
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         planned = [admission.request for admission in decision.admissions]
-        if running_batch.reqs:
+        if running:
             self.waiting_queue = self.waiting_queue + planned
         else:
             # A live request may have to wait until pins are released, and SGLang stops at the first that does not
@@ -187,79 +200,45 @@ class BatchScheduler(Scheduler):
         if planned:
             running_batch.batch_is_full = False
         chunk = self.chunked_prefill_size
-        if self.is_mixed_chunk and self.chunked_req is not None:
-            # SGLang takes the decoding rows off the chunk; a prompt in pieces must go on where they fill it.
-            self.chunked_prefill_size = max(chunk, len(running_batch.reqs) + self.page_size)
+        if chunk is not None:  # read again in each pass; SGLang takes the decoding rows of a mixed step off it
+            self.chunked_prefill_size = budget + (len(running) if self.is_mixed_chunk else 0)
         plan = super().get_new_batch_prefill(running_batch)
         self.chunked_prefill_size = chunk
         self.waiting_queue = [req for req in self.waiting_queue if not isinstance(req, PlannedReq)]
-        self._settle(decision, plan.batch_to_run)
+        batch = plan.batch_to_run
+        if batch is not None and batch.decoding_reqs:
+            batch.decoding_reqs = DecodingReqs(batch.decoding_reqs)
+        self._settle(decision, batch)
         return plan
 
-    def _decide(self, running_batch: Any) -> Decision:
+    def _decide(self, running_batch: Any, budget: int) -> Decision:
         # A live request that found no room goes first when some is free again.
         num_running = len(running_batch.reqs)
         live_has_no_room = self.waiting_queue and running_batch.batch_is_full and num_running
         if not self.planned_window or self._settled_at == num_running or live_has_no_room:
             return Decision()
-        decision = self.planned_policy.decide(self._view(running_batch))
+        decision = self.planned_policy.decide(make_view(self, running_batch.reqs, budget))
         self._settled_at = None if decision.admissions else num_running
         return decision
 
-    def _view(self, running_batch: Any) -> SchedulerView:
-        num_step_tokens = self.max_prefill_tokens
-        if self.chunked_prefill_size is not None:
-            num_step_tokens = min(num_step_tokens, self.chunked_prefill_size)
-        else:  # no prompt may be cut: the first is taken whatever its length
-            num_step_tokens = max(num_step_tokens, self.planned_window[0].prefill_len)
-        if self.is_mixed_chunk:
-            num_step_tokens -= len(running_batch.reqs)
-        growth = sum(map(self._growth, running_batch.reqs))
-        num_free_slots = self.get_num_allocatable_reqs(len(running_batch.reqs))
-        if self.chunked_req is not None:
-            growth += self._growth(self.chunked_req)
-            num_step_tokens -= self.chunked_req.seqlen - len(self.chunked_req.prefix_indices)
-            num_free_slots -= 1
-        return SchedulerView(
-            waiting=self.planned_window,
-            ledger=self.tree_cache.ledger,
-            kv_capacity_tokens=self.max_total_num_tokens,
-            kv_free_tokens=self._num_free_kv_tokens(),
-            kv_growth_tokens=growth,
-            num_free_slots=num_free_slots,
-            num_step_tokens=num_step_tokens,
-            can_chunk=self.chunked_prefill_size is not None and self.chunked_req is None,
-            page_size=self.page_size,
-        )
-
-    def _num_free_kv_tokens(self) -> int:
-        return int(self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size())
-
-    def _growth(self, req: Any) -> int:
-        """KV slots that an admitted request may still ask for."""
-        allocated = page_ceil(0 if req.kv is None else req.kv.kv_allocated_len, self.page_size)
-        if isinstance(req, PlannedReq):
-            total_len = req.total_len
-        else:
-            total_len = len(req.origin_input_ids) + req.sampling_params.max_new_tokens + self.enable_overlap
-        return max(page_ceil(total_len, self.page_size) - allocated, 0)
-
     def _settle(self, decision: Decision, batch: Any) -> None:
         """Tell the cache what the prefill pass has taken, and pin the prefixes that its step completes."""
-        is_any_admitted = False
+        started = []
         for admission in decision.admissions:
             req = cast(PlannedReq, admission.request)
             if req.req_pool_idx is not None:  # else there was no room left in this step
-                is_any_admitted = True
+                started.append(req)
+                self.output_lengths.start(req.output)
                 self.tree_cache.lead(req, admission.led_prefix_ids)
-        if is_any_admitted:
-            self.planned_window = [req for req in self.planned_window if req.req_pool_idx is None]
+        if started:
+            self.planned_window.remove(started)
         for req in batch.reqs if batch is not None else ():
             if isinstance(req, PlannedReq) and req.led_prefix_ids:
                 self.tree_cache.insert_led_prefixes(req)
                 self._settled_at = None
 
     def update_running_batch(self, batch: Any) -> Any:
+        self._give_up_chunk(batch)
         before = batch.reqs
         batch = super().update_running_batch(batch)
         if len(batch.reqs) < len(before):
@@ -269,34 +248,60 @@ class BatchScheduler(Scheduler):
                     self._abort_waiting(req)
         return batch
 
+    def _give_up_chunk(self, batch: Any) -> None:
+        """Retract a prompt in pieces before anything that decodes.
+
+        SGLang retracts decoding requests only, and aborts the last of them rather than touch a prompt in pieces.
+        """
+        req = self.chunked_req
+        if isinstance(req, PlannedReq) and req.inflight_middle_chunks == 0 and not batch.check_decode_mem():
+            release_kv_cache(req, self.tree_cache, is_insert=False)
+            req.reset_for_retract()
+            self.chunked_req = None
+            self._add_request_to_queue(req, is_retracted=True)
+
     # What is counted, where it happens
 
     def run_batch(self, batch: Any, pp_proxy_tensors: Any = None) -> Any:
-        if self.unfinished_planned:
-            self._count(batch)
-        return super().run_batch(batch, pp_proxy_tensors)
+        if not self.unfinished_planned:
+            return super().run_batch(batch, pp_proxy_tensors)
+        num_prefill_tokens = self._count(batch)
+        self.step_recorder.begin(self, batch, num_prefill_tokens)
+        result = super().run_batch(batch, pp_proxy_tensors)
+        self.step_recorder.end()
+        return result
 
-    def _count(self, batch: Any) -> None:
-        num_used = self.max_total_num_tokens - self._num_free_kv_tokens()
+    def _count(self, batch: Any) -> int:
+        """Count what this step computes; returns its prefill tokens, planned or not."""
+        num_used = self.max_total_num_tokens - free_kv_tokens(self)
         for counters in self.planned_counters.values():
             counters.peak_kv_tokens = max(counters.peak_kv_tokens, num_used)
         if not batch.forward_mode.is_extend():
-            return
+            return 0
         for req, cached_len, num_tokens in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             # Not the generated tokens: those of decoding rows of a mixed step, or of a retracted request.
             if isinstance(req, PlannedReq) and cached_len < req.num_prompt_tokens:
                 num_tokens = min(cached_len + num_tokens, req.num_prompt_tokens) - cached_len
                 self._counters(req).num_computed_prompt_tokens += num_tokens
+        return sum(batch.extend_lens) - len(batch.decoding_reqs or ())
 
     def _finish_planned(self, req: PlannedReq) -> JobCounters:
         del self.unfinished_planned[req.job_id, req.position]
         self._settled_at = None
         self._any_finished = True
-        return self._counters(req)
+        counters = self._counters(req)
+        if not isinstance(req.finished_reason, FINISH_ABORT):
+            self.output_lengths.finish(req.output, len(req.output_ids))
+            counters.prediction.add(req.output, len(req.output_ids))
+        return counters
 
     def _counters(self, req: PlannedReq) -> JobCounters:
         # A job may be closed while the last of its aborted requests still runs.
         return self.planned_counters.get(req.job_id) or JobCounters()
+
+    def on_idle(self) -> None:
+        self.step_recorder.pause()
+        super().on_idle()
 
     def is_fully_idle(self, for_health_check: bool = False) -> bool:
         # An open job has a claim on its pins even while none of its requests is here.

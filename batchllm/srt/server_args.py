@@ -11,9 +11,10 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional
 
 import torch
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
 from sglang.srt.server_args import ServerArgs
 
 from batchllm.errors import ConfigError
@@ -23,6 +24,34 @@ _CPU_KV_TOKENS = 131_072
 """KV pool on CPU unless ``--max-total-tokens`` says otherwise: SGLang would take most of the machine's
 memory.
 """
+
+
+@dataclasses.dataclass
+class BatchServerArgs(ServerArgs):
+    """SGLang's server arguments and ours."""
+
+    # SGLang evaluates these annotations itself, and knows Optional only.
+    kv_limit: A[  # type: ignore[valid-type]
+        Optional[int],  # noqa: UP045
+        Arg(help="KV tokens that planned batches may have in use at once (default: the whole pool)."),
+        NS("batchllm"),
+    ] = None
+    output_lengths: A[  # type: ignore[valid-type]
+        Literal["learned", "bounded"],
+        Arg(
+            help="What a row without a known output length is expected to generate: learned from the rows that have "
+            "finished, or always its limit (nothing is ever retracted, fewer rows run at once).",
+            choices=["learned", "bounded"],
+        ),
+        NS("batchllm"),
+    ] = "learned"
+
+
+def kv_limit_tokens(server_args: Any, kv_capacity_tokens: int) -> int:
+    """KV tokens that planned batches may use of a pool of so many."""
+    limit = getattr(server_args, "kv_limit", None)
+    return kv_capacity_tokens if limit is None else min(limit, kv_capacity_tokens)
+
 
 # Argument, the value that is fine, what to call it.
 _UNSUPPORTED = (
@@ -52,7 +81,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     Raises:
         ConfigError: An argument is unknown, wrong, or asks for what plans do not support.
     """
-    known = {field.name for field in dataclasses.fields(ServerArgs) if field.init}
+    known = {field.name for field in dataclasses.fields(BatchServerArgs) if field.init}
     for name in server_args:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -63,7 +92,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     _check_environment()
     radix_cache.register()
     try:
-        return ServerArgs(**(_defaults(model_path) | server_args | {"model_path": model_path}))
+        return BatchServerArgs(**(_defaults(model_path) | server_args | {"model_path": model_path}))
     except (OSError, ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"-m {model_path}: {error}") from error
 
@@ -76,10 +105,12 @@ def parse_server_flags(flags: list[str]) -> dict[str, Any]:
     """
     parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     ServerArgs.add_cli_args(parser)
+    own = {"kv_limit", "output_lengths"}
+    add_cli_args_from_dataclass(parser, BatchServerArgs, fields=sorted(own))
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
-    fields = {field.name for field in dataclasses.fields(ServerArgs) if field.init}
+    fields = {field.name for field in dataclasses.fields(BatchServerArgs) if field.init}
     values = vars(parser.parse_args(flags))
     renamed = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
     values = {renamed.get(name, name): value for name, value in values.items()}

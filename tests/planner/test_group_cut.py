@@ -56,7 +56,7 @@ def _deepest_of(plan: BatchPlan, chosen: set[int]) -> list[int]:
 
 
 def _by_recurrence(plan: BatchPlan) -> int:
-    """PAPER.md 1b's recurrence, as it stands there, with what an exact duplicate loses."""
+    """The recurrence of `exact_cut`, written down naively, with what an exact duplicate loses."""
     children: dict[int, list[int]] = {p: [] for p in range(-1, plan.num_prefixes)}
     for p, parent in enumerate(plan.parent.tolist()):
         children[parent].append(p)

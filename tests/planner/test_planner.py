@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.errors import WorkloadError
-from batchllm.planner import BatchPlan, plan_batch
+from batchllm.planner import GROUP_ORDERS, BatchPlan, GroupOrder, plan_batch
 from batchllm.tokens import TokenTable, page_floor
 
 # A first call compiles, or loads what was compiled.
@@ -31,13 +31,14 @@ prompt = st.lists(st.sampled_from(_RUNS), min_size=1, max_size=6).map(_joined)
 workloads = st.lists(st.tuples(prompt, st.integers(0, 1)), max_size=30)
 few_prompts = st.lists(st.tuples(prompt, st.integers(0, 1)), max_size=4)
 page_sizes = st.sampled_from([1, 2, 4, 16])
+group_orders = st.sampled_from(GROUP_ORDERS)
 
 
-def _plan(workload: Workload, page_size: int = 1) -> BatchPlan:
+def _plan(workload: Workload, page_size: int = 1, group_order: GroupOrder = "lexicographic") -> BatchPlan:
     """Plan and validate against the prompts."""
     table = TokenTable.from_lists([p for p, _ in workload])
     namespaces = np.array([s for _, s in workload], dtype=np.int64)
-    plan = plan_batch(table, page_size=page_size, namespaces=namespaces)
+    plan = plan_batch(table, page_size=page_size, namespaces=namespaces, group_order=group_order)
     plan.validate(table, namespaces)
     return plan
 
@@ -83,10 +84,10 @@ def test_no_order_with_an_unlimited_cache_computes_less(workload: Workload, page
 
 
 @untimed
-@given(workloads, page_sizes)
-def test_carrying_the_plan_out_attains_the_optimum(workload: Workload, page_size: int) -> None:
+@given(workloads, page_sizes, group_orders)
+def test_carrying_the_plan_out_attains_the_optimum(workload: Workload, page_size: int, group_order: GroupOrder) -> None:
     """A leader computes its prefixes, followers read them, a prefix goes with its last consumer."""
-    plan = _plan(workload, page_size)
+    plan = _plan(workload, page_size, group_order)
     resident: dict[int, tuple[int, list[int]]] = {}
     computed = []
     for position in range(plan.num_requests):
@@ -114,8 +115,10 @@ def test_carrying_the_plan_out_attains_the_optimum(workload: Workload, page_size
 
 
 @untimed
-@given(workloads, page_sizes)
-def test_the_planned_prefixes_are_those_of_the_contract(workload: Workload, page_size: int) -> None:
+@given(workloads, page_sizes, group_orders)
+def test_the_planned_prefixes_are_those_of_the_contract(
+    workload: Workload, page_size: int, group_order: GroupOrder
+) -> None:
     """Nodes floored to pages, one token earlier if all are duplicates; no empty ones."""
     shared: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for tokens, namespace in workload:
@@ -133,7 +136,7 @@ def test_the_planned_prefixes_are_those_of_the_contract(workload: Workload, page
         end = page_floor(len(prefix) - (not longer), page_size)
         if is_node and end > 0:
             expected.setdefault((namespace, prefix[:end]), rows)
-    plan = _plan(workload, page_size)
+    plan = _plan(workload, page_size, group_order)
     actual = {}
     for p in range(plan.num_prefixes):
         rows = plan.order[plan.first[p] : plan.first[p] + plan.num_consumers[p]].tolist()

@@ -1,0 +1,180 @@
+"""The window of planned requests: what the scheduler has been told of, and does not run yet.
+
+Knows: a plan, in counts, and what its requests look like to the policy. Must not know: tokens, steps, time.
+Invariant: the window is in plan order, and about two KV pools' worth of requests are submitted and not finished.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from operator import attrgetter
+
+import numpy as np
+
+from batchllm.planner import BatchPlan
+from batchllm.planner.run import RunCutter
+from batchllm.prefix_cache import PinLedger
+from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
+from batchllm.sim.workload import SimWorkload
+
+_WINDOW_POOLS = 2
+_MAX_WINDOW_REQUESTS = 8192
+# A run is worth a message only when this share of the window is free.
+_REFILL_SHARE = 0.25
+
+_plan_order = attrgetter("plan_order")
+
+
+class PlannedRequest:
+    """A request of the plan as the policy sees it while it waits (`scheduler.WaitingRequest`), and its prefixes.
+
+    Attributes:
+        shared_len: Tokens of KV that it reads from planned prefixes while it runs.
+        led: Planned prefixes that it still computes, outermost first.
+        pinned_ids: Planned prefixes that it reads while it runs.
+    """
+
+    __slots__ = (
+        "is_ready",
+        "led",
+        "num_generated",
+        "output",
+        "pinned_ids",
+        "plan_order",
+        "prefix_id",
+        "prompt_len",
+        "shared_len",
+        "total_len",
+    )
+
+    def __init__(self, position: int, prefix_id: int, prompt_len: int, output: OutputEstimate) -> None:
+        self.plan_order = (0, position)
+        self.prefix_id = prefix_id
+        self.prompt_len = prompt_len
+        # The last token is never stored.
+        self.total_len = prompt_len + output.max_new_len - 1
+        self.output = output
+        self.num_generated = 0
+        self.is_ready = True
+        self.shared_len = 0
+        self.led: list[int] = []
+        self.pinned_ids: list[int] = []
+
+    @property
+    def position(self) -> int:
+        """Where it is in the plan."""
+        return self.plan_order[1]
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens it must have KV for before it decodes."""
+        return self.prompt_len + self.num_generated
+
+
+class PlanWindow:
+    """Walks the plan and keeps requests coming.
+
+    Args:
+        workload: Its rows.
+        plan: Their plan.
+        ledger: Told of each prefix when its first consumer comes.
+        lengths: Knows kinds of requests.
+        kv_capacity_tokens: Slots of the KV pool.
+    """
+
+    def __init__(
+        self,
+        workload: SimWorkload,
+        plan: BatchPlan,
+        ledger: PinLedger,
+        lengths: OutputLengths,
+        kv_capacity_tokens: int,
+    ) -> None:
+        self._plan = plan
+        self._ledger = ledger
+        self._lengths = lengths
+        self._cutter = RunCutter(plan, workload.table, workload.max_new_len, workload.known_len, workload.task)
+        self._cumulative_cost = np.concatenate([[0], np.cumsum(self._cutter.kv_cost)])
+        self._window_cost = _WINDOW_POOLS * kv_capacity_tokens
+        self._next_position = 0
+        self._num_outstanding = 0
+        self._outstanding_cost = 0
+        self.waiting: list[PlannedRequest] = []
+
+    @property
+    def longest_total_len(self) -> int:
+        """Most KV slots that any request of the plan may occupy."""
+        if not self._plan.num_requests:
+            return 0
+        return int((self._cutter.prompt_len + self._cutter.max_new_len).max()) - 1
+
+    @property
+    def is_done(self) -> bool:
+        """Everything has been submitted and has finished."""
+        return self._next_position == self._plan.num_requests and self._num_outstanding == 0
+
+    def refill(self) -> None:
+        """Take in more of the plan, if enough of the window is free."""
+        first, num_requests = self._next_position, self._plan.num_requests
+        if first == num_requests or not self._has_room():
+            return
+        free_cost = self._window_cost - self._outstanding_cost
+        last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right")) - 1
+        last = min(last, first + _MAX_WINDOW_REQUESTS - self._num_outstanding, num_requests)
+        if last <= first:
+            if self._num_outstanding:
+                return
+            last = first + 1  # larger than the window by itself, and it has to run
+        self._next_position = last
+        self._num_outstanding += last - first
+        self._outstanding_cost += int(self._cumulative_cost[last] - self._cumulative_cost[first])
+        self._take_in(first, last)
+
+    def start(self, request: PlannedRequest) -> None:
+        """It has been admitted."""
+        index = bisect_left(self.waiting, request.plan_order, key=_plan_order)
+        assert self.waiting[index] is request
+        del self.waiting[index]
+
+    def put_back(self, request: PlannedRequest) -> None:
+        """It has lost its KV and waits again, in its place."""
+        insort(self.waiting, request, key=_plan_order)
+
+    def finish(self, position: int) -> None:
+        """It has ended."""
+        self._num_outstanding -= 1
+        self._outstanding_cost -= int(self._cutter.kv_cost[position])
+
+    def _has_room(self) -> bool:
+        if self._num_outstanding == 0:
+            return True
+        return (
+            self._outstanding_cost <= (1 - _REFILL_SHARE) * self._window_cost
+            and self._num_outstanding <= (1 - _REFILL_SHARE) * _MAX_WINDOW_REQUESTS
+        )
+
+    def _take_in(self, first: int, last: int) -> None:
+        plan, cutter = self._plan, self._cutter
+        first_prefix, last_prefix = np.searchsorted(plan.first, [first, last]).tolist()
+        for prefix_id in range(first_prefix, last_prefix):
+            self._ledger.add(
+                prefix_id,
+                parent_id=int(plan.parent[prefix_id]),
+                start_len=int(plan.start_len[prefix_id]),
+                end_len=int(plan.end_len[prefix_id]),
+                num_consumers=int(plan.num_consumers[prefix_id]),
+                longest_consumer_len=int(cutter.longest_consumer_len[prefix_id]) - 1,
+                end_order=(0, int(plan.first[prefix_id] + plan.num_consumers[prefix_id])),
+            )
+        for position in range(first, last):
+            task = int(cutter.task[position])
+            output = OutputEstimate(
+                max_new_len=int(cutter.max_new_len[position]),
+                known_len=int(cutter.known_len[position]),
+                kind=self._lengths.kind(task) if task >= 0 else 0,
+                position=position,
+            )
+            request = PlannedRequest(
+                position, int(plan.request_prefix[position]), int(cutter.prompt_len[position]), output
+            )
+            self.waiting.append(request)

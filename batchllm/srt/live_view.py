@@ -1,0 +1,85 @@
+"""The scheduler's live state as what a decision may see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from batchllm.scheduler import SchedulerView
+from batchllm.scheduler.admission import RunningKv, page_ceil
+from batchllm.scheduler.output_length import OutputLengths
+from batchllm.scheduler.token_batching import prefill_budget
+from batchllm.srt.schedule_batch import PlannedReq
+
+
+def step_budget(scheduler: Any, running: list[Any]) -> int:
+    """Prefill tokens that the coming step may carry, a prompt in pieces included."""
+    chunk = scheduler.max_prefill_tokens
+    if scheduler.chunked_prefill_size is not None:
+        chunk = min(chunk, scheduler.chunked_prefill_size)
+    elif scheduler.planned_window:  # no prompt may be cut: the first is taken whatever its length
+        chunk = max(chunk, scheduler.planned_window[0].prefill_len)
+    return prefill_budget(
+        chunk_tokens=chunk,
+        num_decoding=len(running),
+        kv_free_tokens=free_kv_tokens(scheduler),
+        is_mixed=scheduler.is_mixed_chunk,
+        page_size=scheduler.page_size,
+    )
+
+
+def free_kv_tokens(scheduler: Any) -> int:
+    """Slots that are free, or hold KV that nobody planned and nobody runs on."""
+    return int(scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size())
+
+
+def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> SchedulerView:
+    """What `PlannedPolicy` decides on.
+
+    Args:
+        scheduler: A `BatchScheduler`.
+        running: Requests that decode.
+        num_step_tokens: From `step_budget`.
+    """
+    chunked, page_size = scheduler.chunked_req, scheduler.page_size
+    num_free_slots = scheduler.get_num_allocatable_reqs(len(running))
+    admitted = running
+    shared_tokens = scheduler.max_total_num_tokens - free_kv_tokens(scheduler)
+    if chunked is not None:
+        admitted = [*running, chunked]
+        num_step_tokens -= chunked.seqlen - len(chunked.prefix_indices)
+        num_free_slots -= 1
+    owned = [page_ceil(req.kv.kv_allocated_len, page_size) - req.cache_protected_len for req in admitted]
+    shared_tokens -= sum(owned)
+    if chunked is not None:
+        # It will own what is left of its prompt, and the tree the prefixes that it leads.
+        led = chunked.led_prefix_ids if isinstance(chunked, PlannedReq) else ()
+        led_tokens = scheduler.tree_cache.ledger.end_len(led[-1]) - chunked.cache_protected_len if led else 0
+        shared_tokens += led_tokens
+        owned[-1] = page_ceil(chunked.seqlen, page_size) - chunked.cache_protected_len - led_tokens
+    return SchedulerView(
+        waiting=scheduler.planned_window,
+        ledger=scheduler.tree_cache.ledger,
+        lengths=scheduler.output_lengths,
+        running=_running_kv(admitted, owned, scheduler.output_lengths, int(scheduler.enable_overlap)),
+        kv_limit_tokens=scheduler.kv_limit_tokens,
+        kv_shared_tokens=shared_tokens,
+        num_free_slots=num_free_slots,
+        num_step_tokens=num_step_tokens,
+        can_chunk=scheduler.chunked_prefill_size is not None and chunked is None,
+        is_mixed=scheduler.is_mixed_chunk,
+        page_size=page_size,
+    )
+
+
+def _running_kv(admitted: list[Any], owned: list[int], lengths: OutputLengths, num_stale: int) -> RunningKv:
+    """``num_stale``: tokens that have been generated and are not known yet (overlap scheduling)."""
+    estimates = [req.output for req in admitted]
+    generated = [len(req.output_ids) for req in admitted]
+    lengths.refresh(estimates, generated)
+    expected = lengths.expected_lens(estimates, generated)
+    return RunningKv.of(
+        owned,
+        [e - g + num_stale for e, g in zip(expected.tolist(), generated, strict=True)],
+        [e < o.max_new_len and not o.known_len for e, o in zip(expected.tolist(), estimates, strict=True)],
+        max((len(req.origin_input_ids) + req.output.max_new_len + num_stale for req in admitted), default=0),
+    )

@@ -1,0 +1,73 @@
+"""What each forward step carried, for the driver's trace."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from batchllm.srt.live_view import free_kv_tokens
+from batchllm.trace.steps import STEP_DTYPE, StepArray
+
+
+class StepRecorder:
+    """Collects steps until they are taken.
+
+    A step's time runs from the end of the forward pass before it to the end of its own, so the results of the one
+    before and the scheduling of this one are its host time. With overlap scheduling the forward pass only *begins*
+    in `end`, and host time is what the device can hide.
+
+    Attributes:
+        num_retracted: Requests retracted since the last step.
+    """
+
+    def __init__(self) -> None:
+        self.num_retracted = 0
+        self._steps: list[tuple[Any, ...]] = []
+        self._step: tuple[Any, ...] = ()
+        self._last_end: float | None = None
+        self._began = 0.0
+
+    def pause(self) -> None:
+        """Nothing runs: the time up to the next step is nobody's."""
+        self._last_end = None
+
+    def begin(self, scheduler: Any, batch: Any, num_prefill_tokens: int) -> None:
+        """A step is about to run."""
+        now = time.monotonic()
+        start = now if self._last_end is None else self._last_end
+        free = free_kv_tokens(scheduler)
+        pinned = scheduler.tree_cache.ledger.num_pinned_tokens
+        num_decoding = len(batch.decoding_reqs or ()) if batch.forward_mode.is_extend() else len(batch.reqs)
+        num_running = len(batch.reqs)
+        if batch.forward_mode.is_extend() and not num_decoding:
+            num_running += len(scheduler.running_batch.reqs)
+        self._began = now
+        self._step = (
+            start,
+            0.0,
+            now - start,
+            num_prefill_tokens,
+            num_decoding,
+            num_running,
+            len(scheduler.planned_window),
+            pinned,
+            scheduler.max_total_num_tokens - free - pinned,
+            free,
+            scheduler.tree_cache.ledger.num_open,
+            self.num_retracted,
+        )
+        self.num_retracted = 0
+
+    def end(self) -> None:
+        """The step has run, or has been launched."""
+        now = self._last_end = time.monotonic()
+        start = self._step[0]
+        self._steps.append((start, now - start, *self._step[2:]))
+
+    def take_steps(self) -> StepArray:
+        """The steps since the last call; ``start_s`` is this machine's monotonic clock."""
+        steps = np.array(self._steps, STEP_DTYPE)
+        self._steps.clear()
+        return steps

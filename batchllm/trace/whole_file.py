@@ -1,0 +1,24 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_whole(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
+    """Writes the parts one after the other; the file takes the place of an older one when all are written.
+
+    Raises:
+        OSError: The folder cannot be written. Nothing is left behind, and an older file stays.
+    """
+    target = Path(path)
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.writelines(parts)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
