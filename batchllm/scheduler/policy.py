@@ -14,7 +14,7 @@ from operator import attrgetter
 from batchllm.prefix_cache.pin_ledger import Lookup
 from batchllm.scheduler.admission import KvProjection, OpenPrefixes, footprint, reusable_len
 from batchllm.scheduler.decision import Admission, Decision
-from batchllm.scheduler.token_batching import is_worth_a_pass
+from batchllm.scheduler.token_batching import decode_lag, is_worth_a_pass
 from batchllm.scheduler.view import SchedulerView, WaitingRequest
 
 _plan_order = attrgetter("plan_order")
@@ -37,13 +37,13 @@ class PlannedPolicy:
         """
         step = _Step(view)
         admissions = step.admit()
-        if admissions and _should_wait(view, admissions, is_full=step.is_full):
+        if admissions and step.num_tokens_left > 0 and _should_wait(view, admissions):
             return Decision()
         return Decision(tuple(admissions))
 
 
-def _should_wait(view: SchedulerView, admissions: list[Admission], *, is_full: bool) -> bool:
-    if view.is_mixed or is_full or not len(view.running) or len(admissions) == len(view.waiting):
+def _should_wait(view: SchedulerView, admissions: list[Admission]) -> bool:
+    if view.is_mixed or not len(view.running) or len(admissions) == len(view.waiting):
         return False
     if any(admission.led_prefix_ids for admission in admissions):
         return False  # others wait for these
@@ -126,15 +126,20 @@ class _Step:
         remaining_len = min(expected_len - num_generated - 1, request.total_len - request.prefill_len)
         is_guess = expected_len < estimate.max_new_len and not estimate.known_len
         private_len = request.prefill_len - cached_len - led_tokens
+        num_tokens = min(request.prefill_len - cached_len, self.num_tokens_left)
+        if view.is_mixed:
+            # What decodes is a step ahead when this prompt is computed, and more where it is cut.
+            num_left = request.prefill_len - cached_len - num_tokens
+            remaining_len += 1 + decode_lag(num_left, view.chunk_tokens, is_mixed=True)
+            private_len -= 1
         if not self._fits_alone(request, found, led_tokens):
             return None
         if self.projection.num_requests and not self.projection.fits(
             private_len, remaining_len, is_guess, led_tokens, view.kv_limit_tokens
         ):
             return None
-        num_tokens = request.prefill_len - cached_len
-        if num_tokens > self.num_tokens_left:
-            num_tokens = self.num_tokens_left // page_size * page_size
+        if num_tokens < request.prefill_len - cached_len:
+            num_tokens = num_tokens // page_size * page_size
             if num_tokens == 0 or not view.can_chunk:
                 return None
             self.num_tokens_left = 0  # one prompt at a time may be in pieces

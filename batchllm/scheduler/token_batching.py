@@ -12,6 +12,16 @@ _MIN_PREFILL_SHARE = 8
 """Decoding rows may fill a chunk, but this part of one is always left to prefill."""
 
 
+def decode_lag(num_prefill_tokens: int, chunk_tokens: int, *, is_mixed: bool) -> int:
+    """Most decode steps that others may do while so many prompt tokens are computed, the coming step included.
+
+    None where prefill makes decoding rows wait.
+    """
+    if not is_mixed:
+        return 0
+    return -(-num_prefill_tokens // max(chunk_tokens // _MIN_PREFILL_SHARE, 1))
+
+
 def prefill_budget(
     *,
     chunk_tokens: int,
@@ -30,14 +40,15 @@ def prefill_budget(
         page_size: A decoding row takes a page when its last one is full; prefill is cut at a page.
 
     Returns:
-        0 or more, never more than the slots there are: where decoding rows fill the chunk, prefill goes on in part of
+        0 or at least a page, never more than the slots there are: where decoding rows fill the chunk, prefill goes on in part of
         one; where they need the last slots, there is none, and the scheduler makes room first.
     """
     budget = chunk_tokens
     if is_mixed:
         budget = max(chunk_tokens - num_decoding, chunk_tokens // _MIN_PREFILL_SHARE, page_size)
-        kv_free_tokens -= num_decoding * page_size
-    return max(min(budget, kv_free_tokens) // page_size * page_size, 0)
+        kv_free_tokens -= num_decoding * page_size + page_size - 1
+    budget = min(budget, kv_free_tokens)
+    return budget if budget >= page_size else 0
 
 
 def is_worth_a_pass(num_admitted: int, num_running: int, mean_remaining_len: float) -> bool:

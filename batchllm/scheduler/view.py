@@ -57,6 +57,7 @@ class SchedulerView:
             requests outside the plan hold on to.
         num_free_slots: Further requests that may run at once.
         num_step_tokens: Prefill tokens that this step may still carry.
+        chunk_tokens: Tokens of a full step.
         can_chunk: True when a prompt may be cut at the end of the step (one at a time may be in pieces).
         is_mixed: True when a step carries decoding rows beside prefill; else prefill makes them wait a step.
         page_size: KV is shared and allocated in pages of this many tokens.
@@ -70,6 +71,7 @@ class SchedulerView:
     kv_shared_tokens: int
     num_free_slots: int
     num_step_tokens: int
+    chunk_tokens: int
     can_chunk: bool
     is_mixed: bool
     page_size: int = 1

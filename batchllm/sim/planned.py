@@ -14,7 +14,7 @@ from batchllm.planner import BatchPlan
 from batchllm.prefix_cache import PinLedger
 from batchllm.scheduler import Admission, PlannedPolicy, SchedulerView
 from batchllm.scheduler.admission import RunningKv, footprint
-from batchllm.scheduler.output_length import OutputLengths
+from batchllm.scheduler.output_length import OutputLengths, PredictionError
 from batchllm.scheduler.token_batching import prefill_budget
 from batchllm.sim.kv_pool import Columns, Outcome, StepCount, StepRecorder
 from batchllm.sim.window import PlannedRequest, PlanWindow
@@ -58,6 +58,7 @@ class PlannedScheduler:
         self._policy = PlannedPolicy()
         self._ledger = PinLedger()
         self._lengths = OutputLengths()
+        self._predictions = PredictionError()
         self._columns = Columns.of(workload, plan.order)
         self._shared_len = np.zeros(plan.num_requests, np.int64)
         self._window = PlanWindow(workload, plan, self._ledger, self._lengths, recorder.kv_capacity_tokens)
@@ -78,7 +79,7 @@ class PlannedScheduler:
             self._window.refill()
             self._step()
         assert not len(self._ledger), "a prefix outlived its consumers"
-        return Outcome(self._recorder, self._columns, self._lengths.error)
+        return Outcome(self._recorder, self._columns, self._predictions)
 
     # One step
 
@@ -231,7 +232,9 @@ class PlannedScheduler:
 
     def _finish(self, request: PlannedRequest) -> None:
         self._release(request)
-        self._lengths.finish(request.output, int(self._columns.num_generated[request.position]))
+        num_generated = int(self._columns.num_generated[request.position])
+        self._lengths.finish(request.output, num_generated)
+        self._predictions.add(request.output, num_generated)
         for prefix_id in self._ledger.finish_consumer(request.prefix_id):
             self._num_readers.pop(prefix_id, None)
         self._columns.finished.append(request.position)

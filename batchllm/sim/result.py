@@ -128,7 +128,11 @@ class SimResult:
         ]
         if self.predictions.num_requests:
             rows.append(
-                ("output lengths", f"{self.prediction_bias:+.1%}", f"bias; off by {self.prediction_error:.1%} a request")
+                (
+                    "output lengths",
+                    f"{self.prediction_bias:+.1%}",
+                    f"bias; off by {self.prediction_error:.1%} a request",
+                )
             )
         name_width = max(len(name) for name, _, _ in rows)
         value_width = max(len(value) for _, value, _ in rows)

@@ -7,19 +7,24 @@ from typing import Any
 from batchllm.scheduler import SchedulerView
 from batchllm.scheduler.admission import RunningKv, page_ceil
 from batchllm.scheduler.output_length import OutputLengths
-from batchllm.scheduler.token_batching import prefill_budget
+from batchllm.scheduler.token_batching import decode_lag, prefill_budget
 from batchllm.srt.schedule_batch import PlannedReq
+
+
+def _chunk_tokens(scheduler: Any) -> int:
+    """Tokens of a full step."""
+    chunk: int = scheduler.max_prefill_tokens
+    if scheduler.chunked_prefill_size is not None:
+        return min(chunk, scheduler.chunked_prefill_size)
+    if scheduler.planned_window:  # no prompt may be cut: the first is taken whatever its length
+        return max(chunk, scheduler.planned_window[0].prefill_len)
+    return chunk
 
 
 def step_budget(scheduler: Any, running: list[Any]) -> int:
     """Prefill tokens that the coming step may carry, a prompt in pieces included."""
-    chunk = scheduler.max_prefill_tokens
-    if scheduler.chunked_prefill_size is not None:
-        chunk = min(chunk, scheduler.chunked_prefill_size)
-    elif scheduler.planned_window:  # no prompt may be cut: the first is taken whatever its length
-        chunk = max(chunk, scheduler.planned_window[0].prefill_len)
     return prefill_budget(
-        chunk_tokens=chunk,
+        chunk_tokens=_chunk_tokens(scheduler),
         num_decoding=len(running),
         kv_free_tokens=free_kv_tokens(scheduler),
         is_mixed=scheduler.is_mixed_chunk,
@@ -41,13 +46,17 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
         num_step_tokens: From `step_budget`.
     """
     chunked, page_size = scheduler.chunked_req, scheduler.page_size
+    chunk_tokens, is_mixed = _chunk_tokens(scheduler), scheduler.is_mixed_chunk
+    lag = 0
     num_free_slots = scheduler.get_num_allocatable_reqs(len(running))
     admitted = running
     shared_tokens = scheduler.max_total_num_tokens - free_kv_tokens(scheduler)
     if chunked is not None:
         admitted = [*running, chunked]
-        num_step_tokens -= chunked.seqlen - len(chunked.prefix_indices)
+        num_left = chunked.seqlen - len(chunked.prefix_indices)
+        num_step_tokens -= num_left
         num_free_slots -= 1
+        lag = decode_lag(num_left, chunk_tokens, is_mixed=is_mixed)
     owned = [page_ceil(req.kv.kv_allocated_len, page_size) - req.cache_protected_len for req in admitted]
     shared_tokens -= sum(owned)
     if chunked is not None:
@@ -60,26 +69,38 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
         waiting=scheduler.planned_window,
         ledger=scheduler.tree_cache.ledger,
         lengths=scheduler.output_lengths,
-        running=_running_kv(admitted, owned, scheduler.output_lengths, int(scheduler.enable_overlap)),
+        running=_running_kv(admitted, owned, scheduler.output_lengths, int(scheduler.enable_overlap), lag),
         kv_limit_tokens=scheduler.kv_limit_tokens,
         kv_shared_tokens=shared_tokens,
         num_free_slots=num_free_slots,
         num_step_tokens=num_step_tokens,
+        chunk_tokens=chunk_tokens,
         can_chunk=scheduler.chunked_prefill_size is not None and chunked is None,
-        is_mixed=scheduler.is_mixed_chunk,
+        is_mixed=is_mixed,
         page_size=page_size,
     )
 
 
-def _running_kv(admitted: list[Any], owned: list[int], lengths: OutputLengths, num_stale: int) -> RunningKv:
-    """``num_stale``: tokens that have been generated and are not known yet (overlap scheduling)."""
+def _running_kv(admitted: list[Any], owned: list[int], lengths: OutputLengths, num_stale: int, lag: int) -> RunningKv:
+    """KV of what has been admitted.
+
+    Args:
+        admitted: The requests; one in pieces is the last.
+        owned: Slots that each owns, or will own when its prompt is computed.
+        lengths: What is expected of them.
+        num_stale: Tokens that have been generated and are not known yet (overlap scheduling).
+        lag: Decode steps of the others until the one in pieces begins to decode.
+    """
     estimates = [req.output for req in admitted]
     generated = [len(req.output_ids) for req in admitted]
     lengths.refresh(estimates, generated)
     expected = lengths.expected_lens(estimates, generated)
+    remaining = [e - g + num_stale for e, g in zip(expected.tolist(), generated, strict=True)]
+    if lag:
+        remaining[-1] += lag
     return RunningKv.of(
         owned,
-        [e - g + num_stale for e, g in zip(expected.tolist(), generated, strict=True)],
+        remaining,
         [e < o.max_new_len and not o.known_len for e, o in zip(expected.tolist(), estimates, strict=True)],
         max((len(req.origin_input_ids) + req.output.max_new_len + num_stale for req in admitted), default=0),
     )

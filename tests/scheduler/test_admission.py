@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.prefix_cache import PinLedger
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
-from batchllm.scheduler.admission import OpenPrefixes, kv_need, page_ceil, reusable_len
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    total_len: int
-    prefill_len: int = 1
-    prefix_id: int = NO_PREFIX
-    is_ready: bool = True
+from batchllm.scheduler.admission import KvProjection, OpenPrefixes, RunningKv, page_ceil, reusable_len
 
 
 @pytest.mark.parametrize(
@@ -56,12 +46,6 @@ def test_what_is_read_is_the_longest_that_is_there_in_whole_pages(
     assert reusable_len(resident_len, prefill_len, page_size) == longest
 
 
-def test_need_is_every_page_up_to_the_longest_output_but_those_it_reads() -> None:
-    assert kv_need(_Waiting(total_len=40), 0, 16) == 48
-    assert kv_need(_Waiting(total_len=40), 32, 16) == 16
-    assert kv_need(_Waiting(total_len=40), 32, 1) == 8
-
-
 def _ledger() -> PinLedger:
     """0: 10 tokens, consumers up to 30; 1: 5 more under 0, up to 20; 2: 8 tokens, up to 50."""
     ledger = PinLedger()
@@ -77,6 +61,7 @@ def _ledger() -> PinLedger:
             end_len=end_len,
             num_consumers=2,
             longest_consumer_len=longest,
+            end_order=(0, 2),
         )
     return ledger
 
@@ -117,5 +102,49 @@ def test_a_prefix_may_be_opened_early_if_the_longest_request_still_fits_beside_a
     already: OpenPrefixes, prefix_ids: tuple[int, ...], longest_behind: int, needed: int
 ) -> None:
     ledger = _ledger()
-    assert already.may_add(prefix_ids, ledger, longest_behind, needed, 1)
-    assert not already.may_add(prefix_ids, ledger, longest_behind, needed - 1, 1)
+    for limit, may in ((needed, True), (needed - 1, False)):
+        assert may is already.may_add(
+            prefix_ids, ledger, longest_beside=longest_behind, any_behind=True, kv_limit_tokens=limit, page_size=1
+        )
+
+
+def test_in_plan_order_a_prefix_needs_room_for_what_runs_and_not_for_its_consumers_to_come() -> None:
+    ledger = _ledger()
+    fits = {"any_behind": False, "page_size": 1}
+    assert OpenPrefixes(0, 0).may_add((0,), ledger, longest_beside=0, kv_limit_tokens=10, **fits)
+    assert OpenPrefixes(0, 0).may_add((0,), ledger, longest_beside=70, kv_limit_tokens=81, **fits)
+    assert not OpenPrefixes(0, 0).may_add((0,), ledger, longest_beside=70, kv_limit_tokens=80, **fits)
+
+
+_RUNNING = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12)
+
+
+def _peak(requests: list[tuple[int, int]]) -> int:
+    """Step by step: each takes a slot a step, and frees all of its own when it ends."""
+    last = max((remaining for _, remaining in requests), default=0)
+    return max(sum(private + t for private, remaining in requests if remaining >= t) for t in range(last + 1))
+
+
+@given(_RUNNING, _RUNNING, st.integers(0, 40), st.integers(-2, 2))
+@settings(deadline=None, max_examples=300, database=None)
+def test_a_request_fits_exactly_if_the_simulated_peak_does(
+    running: list[tuple[int, int]], more: list[tuple[int, int]], shared: int, spare: int
+) -> None:
+    """Whether those beside it were there from the start or have been added since."""
+    kv = RunningKv.of([r[0] for r in running], [r[1] for r in running], [False] * len(running), 0)
+    projection = KvProjection(kv, shared, page_size=1)
+    admitted = list(running)
+    for private, remaining in more:
+        limit = shared + 3 + _peak([*admitted, (private, remaining)]) + spare
+        assert projection.fits(private, remaining, False, 3, limit) is (spare >= 0)
+        projection.add(private, remaining, False, 3)
+        admitted.append((private, remaining))
+        shared += 3
+
+
+def test_guessed_lengths_leave_room_for_being_wrong_and_known_ones_do_not() -> None:
+    known = KvProjection(RunningKv.of([10] * 100, [10] * 100, [False] * 100, 0), 0, 1)
+    guessed = KvProjection(RunningKv.of([10] * 100, [10] * 100, [True] * 100, 0), 0, 1)
+    assert known.fits(10, 10, False, 0, 2020)
+    assert not guessed.fits(10, 10, True, 0, 2020)
+    assert guessed.fits(10, 10, True, 0, 2020 + 10 * 11)  # a standard deviation of their sum is 10 * sqrt(101)

@@ -17,8 +17,11 @@ from batchllm.planner import BatchPlan, plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
 from batchllm.prefix_cache import PinLedger, PrefixState
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
-from batchllm.scheduler import Admission, PlannedPolicy, SchedulerView
-from batchllm.scheduler.admission import footprint, page_ceil
+from batchllm.scheduler import Admission, Decision, PlannedPolicy, SchedulerView
+from batchllm.scheduler.admission import RunningKv, footprint, page_ceil
+from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
+from batchllm.scheduler.token_batching import decode_lag, prefill_budget
+from batchllm.scheduler.window import RequestWindow
 from batchllm.tokens import TokenTable
 
 # Exact decisions
@@ -33,14 +36,20 @@ class _Waiting:
     prefill_len: int
     max_new_len: int = 1
     is_ready: bool = True
+    num_generated: int = 0
+    plan_order: tuple[int, int] = (0, 0)
 
     @property
     def total_len(self) -> int:
-        return self.prefill_len + self.max_new_len
+        return self.prefill_len + self.max_new_len - 1
+
+    @property
+    def output(self) -> OutputEstimate:
+        return OutputEstimate(max_new_len=self.max_new_len, known_len=self.max_new_len, kind=0, position=0)
 
 
-def _ledger(*prefixes: tuple[int, int], longest: int = 12) -> PinLedger:
-    """Prefixes ``(parent_id, end_len)``, numbered from 0."""
+def _ledger(*prefixes: tuple[int, int], longest: int = 12, end_order: tuple[int, int] = (0, 0)) -> PinLedger:
+    """Prefixes ``(parent_id, end_len)``, numbered from 0. Unless told their end, each request is looked at."""
     ledger = PinLedger()
     for prefix_id, (parent_id, end_len) in enumerate(prefixes):
         ledger.add(
@@ -50,6 +59,7 @@ def _ledger(*prefixes: tuple[int, int], longest: int = 12) -> PinLedger:
             end_len=end_len,
             num_consumers=5,
             longest_consumer_len=longest,
+            end_order=end_order,
         )
     return ledger
 
@@ -65,13 +75,27 @@ def _view(waiting: Iterable[_Waiting], ledger: PinLedger | None = None) -> Sched
     return SchedulerView(
         waiting=list(waiting),
         ledger=PinLedger() if ledger is None else ledger,
-        kv_capacity_tokens=1000,
-        kv_free_tokens=1000,
-        kv_growth_tokens=0,
+        lengths=OutputLengths(),
+        running=RunningKv(),
+        kv_limit_tokens=1000,
+        kv_shared_tokens=0,
         num_free_slots=100,
         num_step_tokens=1000,
+        chunk_tokens=1000,
         can_chunk=True,
+        is_mixed=True,
     )
+
+
+def _free(view: SchedulerView, kv_free_tokens: int) -> SchedulerView:
+    """All but so many slots are taken by something else."""
+    return replace(view, kv_shared_tokens=view.kv_limit_tokens - kv_free_tokens)
+
+
+def _beside(view: SchedulerView, *running: tuple[int, int], longest: int = 0) -> SchedulerView:
+    """Others run, ``(private_len, remaining_len)`` each."""
+    private_len, remaining_len = zip(*running, strict=True)
+    return replace(view, running=RunningKv.of(private_len, remaining_len, [False] * len(running), longest))
 
 
 def _decide(view: SchedulerView) -> list[Admission]:
@@ -154,29 +178,49 @@ def test_leaders_of_other_groups_fill_the_step_meanwhile() -> None:
 
 
 def test_stops_at_the_first_that_does_not_fit() -> None:
-    view = replace(_view(_lone(4, 8, 1)), kv_free_tokens=10)
-    assert _names(view) == "a"
+    assert _names(_free(_view(_lone(4, 8, 1)), 10)) == "a"
 
 
-def test_output_and_growth_of_what_runs_count_as_taken() -> None:
+def test_the_output_to_come_counts_as_taken() -> None:
     view = _view(_lone(4, 4, max_new_len=3))
-    assert _names(replace(view, kv_free_tokens=20, kv_growth_tokens=6)) == "ab"
-    assert _names(replace(view, kv_free_tokens=20, kv_growth_tokens=7)) == "a"
+    assert _names(_free(view, 12)) == "ab"
+    assert _names(_free(view, 11)) == "a"
+
+
+def test_a_request_starts_when_the_peak_over_the_coming_finishes_has_room_for_it() -> None:
+    """Not for all that each will ever take: 10 + 6, 10 + 20 and 4 + 6 are never in use at once."""
+    view = _beside(replace(_view(_lone(4, max_new_len=7)), is_mixed=False), (10, 6), (10, 20))
+    assert _names(_free(view, (10 + 6) + (10 + 6) + (4 + 6))) == "a"
+    assert _names(_free(view, (10 + 6) + (10 + 6) + (4 + 6) - 1)) == ""
+
+
+def test_in_a_mixed_step_the_others_are_a_token_ahead_of_what_starts_in_it() -> None:
+    """It ends a step later than they would make one believe, beside one that grows as long."""
+    view = _beside(_view(_lone(4, max_new_len=4)), (10, 4))
+    assert _names(_free(view, (10 + 4) + (4 + 3))) == "a"
+    assert _names(_free(view, (10 + 4) + (4 + 3) - 1)) == ""
+
+
+def test_a_request_that_outlives_the_others_uses_what_they_free() -> None:
+    view = _beside(replace(_view(_lone(4, max_new_len=31)), is_mixed=False), (10, 5), (10, 5))
+    assert _names(_free(view, 30 + 4 + 5)) == "a"  # 34 of its own once they are gone
+    assert _names(_free(view, 30 + 4 + 4)) == ""
 
 
 def test_a_follower_needs_no_room_for_what_it_reads() -> None:
     ledger = _ledger((NO_PREFIX, 4))
     _open(ledger, 0)
     view = _view(_group("a", 0, 6), ledger)
-    assert _names(replace(view, kv_free_tokens=3)) == "a"
-    assert _names(replace(view, kv_free_tokens=2)) == ""
+    view = _beside(replace(view, is_mixed=False), (1, 0))
+    assert _names(_free(view, 1 + 2)) == "a"
+    assert _names(_free(view, 1 + 1)) == ""
 
 
 def test_the_last_prompt_of_a_step_is_cut_and_sets_memory_aside_for_all_of_it() -> None:
     requests = _lone(4, 8, 1)
     view = replace(_view(requests), num_step_tokens=7)
     assert _decide(view) == [Admission(requests[0], 0, 4), Admission(requests[1], 0, 3)]
-    assert _names(replace(view, kv_free_tokens=5 + 8)) == "a"
+    assert _names(_free(view, 4 + 7)) == "a"
 
 
 def test_a_full_step_takes_nothing_more() -> None:
@@ -189,7 +233,7 @@ def test_a_step_that_a_prompt_in_pieces_fills_admits_nothing(num_step_tokens: in
 
 
 def test_nothing_is_cut_where_cutting_is_off_or_a_prompt_is_in_pieces_already() -> None:
-    view = replace(_view(_lone(4, 8, 1)), num_step_tokens=7, kv_growth_tokens=1, can_chunk=False)
+    view = replace(_view(_lone(4, 8, 1)), num_step_tokens=7, can_chunk=False)
     assert _names(view) == "a"
 
 
@@ -220,8 +264,9 @@ def test_with_pages_an_exact_duplicate_computes_its_last_page() -> None:
 
 def test_with_pages_memory_is_set_aside_in_whole_pages() -> None:
     view = replace(_view(_lone(16, 16)), page_size=16)
-    assert _names(replace(view, kv_free_tokens=64)) == "ab"
-    assert _names(replace(view, kv_free_tokens=63)) == "a"
+    # Where each request will end in its last page is not known, so a page less one is left for it.
+    assert _names(_free(view, 2 * 31)) == "ab"
+    assert _names(_free(view, 2 * 31 - 1)) == "a"
 
 
 def test_with_pages_a_prompt_is_cut_at_a_page() -> None:
@@ -251,36 +296,90 @@ def test_the_next_of_a_group_leads_where_the_first_is_not_ready() -> None:
 
 def test_a_prefix_opened_out_of_order_leaves_room_for_the_longest_request_behind() -> None:
     ledger = _ledger((NO_PREFIX, 4))
-    held = replace(_lone(19)[0], is_ready=False)  # 20 slots once it may start
+    held = replace(_lone(20)[0], is_ready=False)  # 20 slots once it may start
     view = _view([held, *_group("b", 0, 6)], ledger)
-    assert _names(replace(view, kv_capacity_tokens=25, kv_free_tokens=25)) == "b"
-    assert _names(replace(view, kv_capacity_tokens=24, kv_free_tokens=24)) == ""
+    assert _names(replace(view, kv_limit_tokens=25)) == "b"
+    assert _names(replace(view, kv_limit_tokens=24)) == ""
 
 
 def test_prefixes_opened_in_the_same_step_are_counted_for_those_behind() -> None:
     ledger = _ledger((NO_PREFIX, 4), (NO_PREFIX, 4))
-    held = replace(_lone(19)[0], is_ready=False)
+    held = replace(_lone(20)[0], is_ready=False)
     view = _view([held, *_group("b", 0, 6), *_group("c", 1, 6)], ledger)
-    assert _names(replace(view, kv_capacity_tokens=29, kv_free_tokens=29)) == "bc"
-    assert _names(replace(view, kv_capacity_tokens=28, kv_free_tokens=28)) == "b"
+    assert _names(replace(view, kv_limit_tokens=29)) == "bc"
+    assert _names(replace(view, kv_limit_tokens=28)) == "b"
+
+
+def test_a_prefix_is_opened_beside_what_runs_only_if_that_could_still_run_to_its_limit() -> None:
+    """It may run longer than expected, and a pinned prefix does not give way to it."""
+    view = _beside(_view(_group("b", 0, 6), _ledger((NO_PREFIX, 4))), (5, 1), longest=20)
+    assert _names(replace(view, kv_limit_tokens=25)) == "b"
+    assert _names(replace(view, kv_limit_tokens=24)) == ""
+
+
+def test_a_request_starts_only_if_its_longest_output_fits_beside_the_prefixes_that_are_open() -> None:
+    ledger = _ledger((NO_PREFIX, 4))
+    _open(ledger, 0)
+    view = _view(_lone(6, max_new_len=15), ledger)
+    assert _names(replace(view, kv_shared_tokens=4, kv_limit_tokens=25)) == "a"
+    assert _names(replace(view, kv_shared_tokens=4, kv_limit_tokens=24)) == ""
 
 
 def test_prefixes_opened_out_of_order_leave_room_for_their_own_consumers_to_come() -> None:
     ledger = _ledger((NO_PREFIX, 4), longest=50)
     held = replace(_lone(1)[0], is_ready=False)
     view = _view([held, *_group("b", 0, 6)], ledger)
-    assert _names(replace(view, kv_capacity_tokens=55, kv_free_tokens=55)) == "b"
-    assert _names(replace(view, kv_capacity_tokens=54, kv_free_tokens=54)) == ""
+    assert _names(replace(view, kv_limit_tokens=55)) == "b"
+    assert _names(replace(view, kv_limit_tokens=54)) == ""
 
 
 def test_in_plan_order_a_prefix_is_opened_wherever_its_leader_fits() -> None:
     view = _view(_group("b", 0, 6), _ledger((NO_PREFIX, 4), longest=50))
-    assert _names(replace(view, kv_capacity_tokens=7, kv_free_tokens=7)) == "b"
+    assert _names(replace(view, kv_limit_tokens=7)) == "b"
 
 
 def test_a_request_without_a_missing_prefix_may_overtake_whatever_is_open() -> None:
     held = replace(_lone(900)[0], is_ready=False)
     assert _names(_view([held, *_group("b", NO_PREFIX, 500)])) == "b"
+
+
+def test_the_consumers_of_a_prefix_that_must_wait_are_passed_over_at_once() -> None:
+    """Not one by one: there may be a million. Told that the group ends behind c, the walk goes on with d."""
+    ledger = _ledger((NO_PREFIX, 4), end_order=(0, 3))
+    ledger.start_computing(0)
+    requests = [replace(r, plan_order=(0, i)) for i, r in enumerate([*_group("abc", 0, 6), *_lone(1)])]
+    requests[3] = replace(requests[3], name="d")
+    assert _names(_view(requests, ledger)) == "d"
+
+
+def test_no_more_than_so_many_groups_are_passed_over() -> None:
+    ledger = _ledger(*[(NO_PREFIX, 4)] * 200)
+    for prefix_id in range(200):
+        ledger.start_computing(prefix_id)
+    waiting = [_Waiting("x", prefix_id, 6) for prefix_id in range(200)]
+    assert _names(_view([*waiting[:60], *_lone(1)], ledger)) == "a"
+    assert _names(_view([*waiting, *_lone(1)], ledger)) == ""
+
+
+def test_where_prefill_makes_decoding_rows_wait_a_few_requests_wait_for_more() -> None:
+    """100 run for 50 more steps each: two finish a step, and 20 at a time is cheapest."""
+    view = replace(_view(_lone(*[1] * 26)), is_mixed=False, kv_limit_tokens=9999)
+    view = _beside(view, *[(1, 50)] * 100)
+    for num_slots, num_started in ((26, 26), (20, 20), (19, 0)):
+        assert len(_decide(replace(view, num_free_slots=num_slots))) == num_started
+    assert len(_decide(replace(view, num_free_slots=19, is_mixed=True))) == 19
+
+
+def test_requests_do_not_wait_for_more_where_there_are_no_more_or_the_step_is_full() -> None:
+    view = replace(_view(_lone(1, 1)), is_mixed=False, kv_limit_tokens=9999)
+    view = _beside(view, *[(1, 50)] * 100)
+    assert _names(view) == "ab"
+    assert _names(replace(view, num_step_tokens=1)) == "a"
+
+
+def test_a_leader_does_not_wait_for_more() -> None:
+    view = replace(_view(_group("ab", 0, 6), _ledger((NO_PREFIX, 4))), is_mixed=False, kv_limit_tokens=9999)
+    assert _names(_beside(view, *[(1, 50)] * 100)) == "a"
 
 
 def test_deciding_twice_gives_the_same_and_changes_nothing() -> None:
@@ -312,6 +411,7 @@ class _Request:
     num_new_tokens: int  # what it will generate before it stops by itself
     prefix_id: int
     is_ready: bool
+    output: OutputEstimate
     num_generated: int = 0
     kv_len: int = 0  # tokens with KV, its own or read
     shared_len: int = 0  # of them those that belong to planned prefixes
@@ -323,14 +423,15 @@ class _Request:
         return len(self.tokens) + self.num_generated
 
     @property
+    def plan_order(self) -> tuple[int, int]:
+        return (0, self.position)
+
+    @property
     def total_len(self) -> int:
-        return len(self.tokens) + self.max_new_len
+        return len(self.tokens) + self.max_new_len - 1
 
     def num_private(self, page_size: int) -> int:
         return page_ceil(self.kv_len, page_size) - self.shared_len
-
-    def growth(self, page_size: int) -> int:
-        return page_ceil(self.total_len, page_size) - page_ceil(self.kv_len, page_size)
 
 
 @dataclass(frozen=True)
@@ -340,6 +441,10 @@ class _Trouble:
     abort: float = 0.0
     retract: float = 0.0
     not_ready: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return bool(self.abort or self.retract or self.not_ready)
 
 
 @dataclass(frozen=True)
@@ -353,6 +458,8 @@ class _Setup:
     step_pages: int
     num_slots: int
     can_chunk: bool
+    is_mixed: bool
+    lengths: str  # known, bounded or learned
     seed: int
 
 
@@ -365,6 +472,9 @@ class _World:
         self.trouble = trouble
         self.num_slots = setup.num_slots
         self.can_chunk = setup.can_chunk
+        self.is_mixed = setup.is_mixed
+        self.lengths_mode = setup.lengths
+        self.lengths = OutputLengths()
         totals = [len(p) + new for p, new in zip(setup.prompts, setup.max_new_lens, strict=True)]
         self.capacity = footprint(max(totals), self.page_size) + setup.spare_pages * self.page_size
         self.step_tokens = setup.step_pages * self.page_size
@@ -380,7 +490,7 @@ class _World:
         self.policy = PlannedPolicy()
         self.path_tokens: dict[int, tuple[int, ...]] = {NO_PREFIX: ()}
         self.resident: dict[int, tuple[int, ...]] = {}  # KV that is there: the tokens up to its end
-        self.window: list[_Request] = []
+        self.window: RequestWindow[_Request] = RequestWindow()
         self.running: list[_Request] = []
         self.chunked: _Request | None = None
         self.finished: list[int] = []
@@ -401,6 +511,7 @@ class _World:
                 end_len=end_len,
                 num_consumers=int(run.prefix_num_consumers[i]),
                 longest_consumer_len=int(run.prefix_longest_consumer_len[i]),
+                end_order=(0, int(run.prefix_end_position[i])),
             )
             own = tuple(run.prefix_tokens[start : start + end_len - start_len].tolist())
             self.path_tokens[prefix_id] = self.path_tokens[parent_id] + own
@@ -410,14 +521,18 @@ class _World:
             prefix_id, max_new_len = int(run.request_prefix[i]), int(run.request_max_new_len[i])
             private = tuple(run.private_tokens[start : start + private_len].tolist())
             start += private_len
-            self.window.append(
+            num_new_tokens = self.random.choice([max_new_len, self.random.randint(1, max_new_len)])
+            known_len = {"known": num_new_tokens, "bounded": max_new_len, "learned": 0}[self.lengths_mode]
+            position = run.first_position + i
+            self.window.add(
                 _Request(
-                    position=run.first_position + i,
+                    position=position,
                     tokens=self.path_tokens[prefix_id] + private,
                     max_new_len=max_new_len,
-                    num_new_tokens=self.random.choice([max_new_len, self.random.randint(1, max_new_len)]),
+                    num_new_tokens=num_new_tokens,
                     prefix_id=prefix_id,
                     is_ready=self.random.random() >= self.trouble.not_ready,
+                    output=OutputEstimate(max_new_len=max_new_len, known_len=known_len, kind=0, position=position),
                 )
             )
 
@@ -436,7 +551,8 @@ class _World:
         if request.is_admitted:
             self.free_private(request)
         else:
-            self.window.remove(request)
+            self.window.remove([request])
+        self.lengths.finish(request.output, request.num_generated)
         for prefix_id in self.ledger.finish_consumer(request.prefix_id):
             del self.resident[prefix_id]
         self.finished.append(request.position)
@@ -445,8 +561,7 @@ class _World:
     def retract(self, request: _Request) -> None:
         self.free_private(request)
         self.num_retractions += 1
-        self.window.append(request)
-        self.window.sort(key=lambda other: other.position)
+        self.window.add(request)
 
     def make_trouble(self) -> None:
         for request in self.window:
@@ -454,7 +569,7 @@ class _World:
         is_unlucky = self.random.random() < self.trouble.retract
         if is_unlucky and self.running and self.num_retractions < _MAX_RETRACTIONS:
             self.retract(self.random.choice(self.running))
-        unfinished = self.window + self.running
+        unfinished = [*self.window, *self.running]
         if unfinished and self.random.random() < self.trouble.abort:
             self.finish(self.random.choice(unfinished))
 
@@ -465,33 +580,78 @@ class _World:
         private = sum(request.num_private(self.page_size) for request in self.running)
         return self.ledger.num_pinned_tokens + private
 
-    @property
-    def num_growth(self) -> int:
-        return sum(request.growth(self.page_size) for request in self.running)
+    def decoding(self) -> list[_Request]:
+        return [request for request in self.running if request is not self.chunked]
+
+    def budget(self) -> int:
+        return prefill_budget(
+            chunk_tokens=self.step_tokens,
+            num_decoding=len(self.decoding()),
+            kv_free_tokens=self.capacity - self.num_used,
+            is_mixed=self.is_mixed,
+            page_size=self.page_size,
+        )
+
+    def running_kv(self) -> RunningKv:
+        """What each runs on and is still expected to add; a prompt in pieces as if it were computed."""
+        private = [request.num_private(self.page_size) for request in self.running]
+        if self.chunked is not None:
+            shared_len = self.ledger.end_len(self.chunked.led[-1]) if self.chunked.led else self.chunked.shared_len
+            place = self.running.index(self.chunked)
+            private[place] = page_ceil(self.chunked.prefill_len, self.page_size) - shared_len
+        estimates = [request.output for request in self.running]
+        generated = [request.num_generated for request in self.running]
+        self.lengths.refresh(estimates, generated)
+        expected = self.lengths.expected_lens(estimates, generated)
+        is_guess = [e < o.max_new_len and not o.known_len for e, o in zip(expected, estimates, strict=True)]
+        longest = max((request.total_len for request in self.running), default=0)
+        remaining = expected - np.array(generated, np.int64)
+        if self.chunked is not None:
+            num_left = self.chunked.prefill_len - self.chunked.kv_len
+            remaining[place] += decode_lag(num_left, self.step_tokens, is_mixed=self.is_mixed)
+        return RunningKv.of(private, remaining, is_guess, longest)
 
     def view(self) -> SchedulerView:
         in_pieces = 0 if self.chunked is None else self.chunked.prefill_len - self.chunked.kv_len
         return SchedulerView(
             waiting=self.window,
             ledger=self.ledger,
-            kv_capacity_tokens=self.capacity,
-            kv_free_tokens=self.capacity - self.num_used,
-            kv_growth_tokens=self.num_growth,
+            lengths=self.lengths,
+            running=self.running_kv(),
+            kv_limit_tokens=self.capacity,
+            kv_shared_tokens=self.ledger.num_open_tokens,
             num_free_slots=self.num_slots - len(self.running),
-            num_step_tokens=self.step_tokens - in_pieces,
+            num_step_tokens=self.budget() - in_pieces,
+            chunk_tokens=self.step_tokens,
             can_chunk=self.can_chunk and self.chunked is None,
+            is_mixed=self.is_mixed,
             page_size=self.page_size,
         )
 
+    def make_room(self) -> None:
+        """Retract until the decoding rows find their slots: a prompt in pieces first, then the least generated."""
+        while self.num_used + self.num_new_slots() > self.capacity:
+            decoding = sorted(self.decoding(), key=lambda request: request.num_generated)
+            assert self.chunked is not None or len(decoding) > 1, "a request does not fit even alone"
+            self.retract(self.chunked or decoding[0])
+
+    def num_new_slots(self) -> int:
+        """Slots that the next token of every decoding row takes."""
+        return sum(self.page_size for request in self.decoding() if request.kv_len % self.page_size == 0)
+
     def step(self) -> None:
-        decision = self.policy.decide(self.view())
-        assert self.policy.decide(self.view()) == decision, "deciding twice gave another answer"
+        budget = self.budget()
+        decision = self.policy.decide(self.view()) if budget else Decision()
+        assert not budget or self.policy.decide(self.view()) == decision, "deciding twice gave another answer"
         if not self.running and self.window and all(request.is_ready for request in self.window):
             assert decision.admissions, "deadlock: nothing runs and nothing may start"
-        decoding = [request for request in self.running if request is not self.chunked]
-        num_left = self.step_tokens
+        is_prefill = bool(budget and (decision.admissions or self.chunked))
+        if not is_prefill:
+            self.make_room()
+        decoding = self.decoding() if self.is_mixed or not is_prefill else []
+        num_left = budget
         computing: list[_Request] = []
-        if self.chunked is not None:
+        if is_prefill and self.chunked is not None:
             request = self.chunked
             rest = request.prefill_len - request.kv_len
             num_tokens = rest if rest <= num_left else num_left // self.page_size * self.page_size
@@ -524,7 +684,7 @@ class _World:
         if cached_len:
             paths = [self.resident[i] for i in self.ledger.path(request.prefix_id) if i in self.resident]
             assert paths[0][:cached_len] == request.tokens[:cached_len], "reads what is not there"
-        self.window.remove(request)
+        self.window.remove([request])
         self.running.append(request)
         request.is_admitted = True
         request.kv_len = request.shared_len = cached_len
@@ -557,7 +717,8 @@ class _World:
         assert pinned == self.ledger.num_pinned_tokens
         assert len(self.running) <= self.num_slots
         assert self.num_used <= self.capacity, "more KV than there is"
-        assert self.num_used + self.num_growth <= self.capacity, "what runs cannot run to its end"
+        if self.lengths_mode != "learned" and not self.trouble.any:
+            assert self.num_retractions == 0, "retracted although every length was known"
         computing = [i for request in self.running for i in request.led]
         assert len(computing) == len(set(computing)), "two requests compute one prefix"
         assert all(self.ledger.state(i) is PrefixState.COMPUTING for i in computing)
@@ -608,6 +769,8 @@ def _setups(draw: st.DrawFn) -> _Setup:
         step_pages=draw(st.sampled_from([1, 2, 5, 200])),
         num_slots=draw(st.sampled_from([1, 2, 4, 100])),
         can_chunk=draw(st.booleans()),
+        is_mixed=draw(st.booleans()),
+        lengths=draw(st.sampled_from(["known", "bounded", "learned"])),
         seed=draw(st.integers(0, 2**20)),
     )
 
@@ -619,7 +782,8 @@ def _run(setup: _Setup, trouble: _Trouble) -> _World:
     assert len(world.ledger) == 0
     assert (world.ledger.num_pinned_tokens, world.ledger.num_open_tokens) == (0, 0)
     assert world.resident == {}
-    assert world.window == world.running == []
+    assert len(world.window) == 0
+    assert world.running == []
     return world
 
 
@@ -637,6 +801,8 @@ def test_an_exact_duplicate_whose_footprint_is_the_whole_pool_runs_beside_the_pr
         step_pages=200,
         num_slots=100,
         can_chunk=True,
+        is_mixed=True,
+        lengths="known",
         seed=0,
     )
     _run(setup, _Trouble())
@@ -646,7 +812,8 @@ def test_an_exact_duplicate_whose_footprint_is_the_whole_pool_runs_beside_the_pr
 @settings(deadline=None, max_examples=250, database=None)
 def test_a_quiet_world_computes_exactly_the_optimum_and_leaves_nothing(setup: _Setup) -> None:
     world = _run(setup, _Trouble())
-    assert world.num_computed == world.plan.optimal_prefill_tokens
+    if world.num_retractions == 0:  # always, unless lengths are learned
+        assert world.num_computed == world.plan.optimal_prefill_tokens
 
 
 @given(_setups())

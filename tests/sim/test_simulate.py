@@ -1,0 +1,234 @@
+"""What each scheduler is held to on any workload, and what ours and the baselines are known for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchllm.errors import ConfigError
+from batchllm.perf_model import CostModel, get_device, get_model
+from batchllm.planner import GROUP_ORDERS, exact_cut, greedy_cut, plan_batch
+from batchllm.sim import SCHEDULERS, OutputDraw, SimResult, SimWorkload, parse_workload, shared, simulate
+from tests.sim.conftest import workloads
+
+_COST_MODEL = CostModel.with_defaults(get_device("A100-80GB"), get_model("Llama-3.1-8B"))
+_quick = settings(deadline=None, max_examples=120, database=None)
+
+
+def _longest(workload: SimWorkload) -> int:
+    return int((workload.table.lengths + workload.max_new_len).max())
+
+
+def _capacity(workload: SimWorkload, page_size: int, spare: int) -> int:
+    """A pool in which the longest request just runs under every scheduler, and ``spare`` more."""
+    return -(-_longest(workload) // page_size) * page_size + 3 * page_size + spare
+
+
+def _run(workload: SimWorkload, scheduler: Any, **arguments: Any) -> SimResult:
+    return simulate(workload, scheduler=scheduler, cost_model=_COST_MODEL, **arguments)
+
+
+def _check_accounts(result: SimResult) -> None:
+    """What holds of every run."""
+    steps = result.trace.steps
+    used = steps["kv_pinned_tokens"] + steps["kv_private_tokens"]
+    assert (used + steps["kv_free_tokens"] == result.trace.kv_capacity_tokens).all()
+    assert (steps["num_prefill_tokens"] + steps["num_decode_tokens"] > 0).all()
+    np.testing.assert_allclose(steps["start_s"][1:], np.cumsum(steps["duration_s"])[:-1])
+    # Each request samples its first token at the end of a prefill: once, and once more for each time it lost its KV.
+    num_decoded = result.num_output_tokens - result.num_requests
+    assert num_decoded - result.num_retractions <= steps["num_decode_tokens"].sum() <= num_decoded
+    assert steps["num_prefill_tokens"].sum() >= result.num_computed_prompt_tokens
+    assert result.elapsed_s >= result.lower_bound_s > 0
+    assert 0 < result.bound_ratio <= 1
+
+
+@given(workloads(is_known=True), st.sampled_from([1, 4, 16]), st.integers(0, 300), st.booleans(), st.data())
+@_quick
+def test_ours_computes_the_optimum_within_the_limit_and_retracts_nothing_where_lengths_are_known(
+    workload: SimWorkload, page_size: int, spare: int, is_mixed: bool, data: st.DataObject
+) -> None:
+    limit = _capacity(workload, page_size, spare)
+    result = _run(
+        workload,
+        "batchllm",
+        kv_limit_tokens=limit,
+        kv_capacity_tokens=limit + data.draw(st.integers(0, 50)),
+        chunk_tokens=page_size * data.draw(st.integers(1, 40)),
+        page_size=page_size,
+        is_mixed=is_mixed,
+        group_order=data.draw(st.sampled_from(GROUP_ORDERS)),
+        shares_reads=data.draw(st.booleans()),
+    )
+    assert result.num_computed_prompt_tokens == result.num_optimal_prompt_tokens
+    assert result.num_retractions == 0
+    assert result.trace.occupancy.max() <= 1
+    _check_accounts(result)
+
+
+@given(workloads(), st.sampled_from([1, 16]), st.integers(0, 300), st.booleans())
+@_quick
+def test_ours_ends_where_lengths_are_learned_and_never_holds_more_than_there_is(
+    workload: SimWorkload, page_size: int, spare: int, is_mixed: bool
+) -> None:
+    result = _run(
+        workload,
+        "batchllm",
+        kv_capacity_tokens=_capacity(workload, page_size, spare),
+        chunk_tokens=64,
+        page_size=page_size,
+        is_mixed=is_mixed,
+    )
+    assert result.num_computed_prompt_tokens >= result.num_optimal_prompt_tokens
+    _check_accounts(result)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@given(workload=workloads(), spare=st.integers(0, 400), chunk_pages=st.integers(1, 8), max_running=st.integers(1, 30))
+@settings(deadline=None, max_examples=60, database=None)
+def test_every_request_ends_once_under_every_scheduler(
+    scheduler: str, workload: SimWorkload, spare: int, chunk_pages: int, max_running: int
+) -> None:
+    """Requests that end are counted by the scheduler itself; one that ended twice would break the accounts of KV."""
+    result = _run(
+        workload,
+        scheduler,
+        kv_capacity_tokens=_capacity(workload, 16, spare),
+        chunk_tokens=16 * chunk_pages,
+        max_running=max_running,
+    )
+    assert result.num_requests == workload.num_requests
+    assert (result.trace.steps["num_running"] <= max_running).all()
+    assert result.trace.steps["num_waiting"][-1] == 0
+    _check_accounts(result)
+
+
+@pytest.mark.parametrize("scheduler", ["sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"])
+@given(workload=workloads(), spare=st.integers(0, 400))
+@settings(deadline=None, max_examples=60, database=None)
+def test_lru_never_computes_less_than_the_optimum(scheduler: str, workload: SimWorkload, spare: int) -> None:
+    result = _run(workload, scheduler, kv_capacity_tokens=_capacity(workload, 16, spare), chunk_tokens=64)
+    assert result.num_computed_prompt_tokens >= result.num_optimal_prompt_tokens
+
+
+@pytest.mark.parametrize("scheduler", ["sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"])
+@given(workload=workloads())
+@settings(deadline=None, max_examples=60, database=None)
+def test_lru_computes_the_optimum_with_one_request_at_a_time_in_a_pool_without_end(
+    scheduler: str, workload: SimWorkload
+) -> None:
+    result = _run(workload, scheduler, kv_capacity_tokens=10**6, chunk_tokens=4096, max_running=1)
+    assert result.num_computed_prompt_tokens == result.num_optimal_prompt_tokens
+    assert result.num_retractions == 0
+
+
+@pytest.mark.parametrize("is_exact_cut", [True, False])
+@given(workload=workloads())
+@settings(deadline=None, max_examples=60, database=None)
+def test_the_papers_method_saves_what_its_groups_save_in_a_pool_without_end(
+    is_exact_cut: bool, workload: SimWorkload
+) -> None:
+    plan = plan_batch(workload.table)
+    cut = exact_cut(plan) if is_exact_cut else greedy_cut(plan)
+    result = _run(workload, "one-level", kv_capacity_tokens=10**6, is_exact_cut=is_exact_cut)
+    saved = result.num_prompt_tokens - result.num_computed_prompt_tokens
+    # A member that is its prefix and nothing more computes a token again, which the leader of a plan need not.
+    num_whole = len(plan.order)
+    assert cut.saved_tokens - num_whole <= saved <= cut.saved_tokens
+    assert result.num_retractions == 0
+
+
+@given(workloads(), st.sampled_from(SCHEDULERS))
+@_quick
+def test_the_same_arguments_give_the_same_result(workload: SimWorkload, scheduler: str) -> None:
+    capacity = _capacity(workload, 16, 40)
+    one, two = (_run(workload, scheduler, kv_capacity_tokens=capacity, chunk_tokens=32) for _ in range(2))
+    assert one.to_dict() == two.to_dict()
+    assert (one.trace.steps == two.trace.steps).all()
+
+
+@given(workloads(is_known=True))
+@_quick
+def test_reading_shared_kv_once_never_takes_longer(workload: SimWorkload) -> None:
+    for scheduler in ("batchllm", "one-level"):
+        once = _run(workload, scheduler, kv_capacity_tokens=10**6, shares_reads=True)
+        each = _run(workload, scheduler, kv_capacity_tokens=10**6)
+        assert once.elapsed_s <= each.elapsed_s
+        assert once.trace.num_steps == each.trace.num_steps
+
+
+# What they are known for
+
+_GROUPS = shared(
+    prefix_len=400, private_len=40, sharing=8, num_requests=400, output=OutputDraw(median_len=20), seed=3
+)
+
+
+def test_order_decides_where_prefixes_are_evicted_before_they_are_read_again() -> None:
+    results = {name: _run(_GROUPS, name, kv_capacity_tokens=6000, chunk_tokens=512) for name in SCHEDULERS}
+    ours = results["batchllm"]
+    assert ours.saving == ours.optimal_saving
+    for engine in ("vllm", "sglang"):
+        assert results[f"{engine}-fcfs"].saving < results[f"{engine}-sorted"].saving <= ours.saving
+        assert results[f"{engine}-fcfs"].requests_per_s < ours.requests_per_s
+    assert results["vllm-sorted"].saving > ours.optimal_saving - 0.01
+    assert results["one-level"].saving == pytest.approx(ours.saving, abs=0.01)
+
+
+def test_siblings_admitted_in_one_pass_all_compute_their_prefix_under_sglang() -> None:
+    siblings = shared(prefix_len=100, private_len=1, sharing=8, num_requests=8, output=OutputDraw(median_len=2))
+    assert _run(siblings, "sglang-sorted", kv_capacity_tokens=10_000).saving == 0
+    assert _run(siblings, "batchllm", kv_capacity_tokens=10_000).saving == pytest.approx(700 / 808)
+
+
+def test_a_pool_that_fills_up_retracts_and_still_ends() -> None:
+    """All are told to end early and go on: more KV than was expected."""
+    workload = parse_workload("unshared:prompt=20,requests=40,output=200")
+    lying = replace(workload, known_len=np.full(40, 10, np.int64))
+    result = _run(lying, "batchllm", kv_capacity_tokens=1000)
+    assert result.num_retractions > 0
+    _check_accounts(result)
+
+
+def test_learned_lengths_fill_the_pool_without_retractions() -> None:
+    workload = parse_workload("lognormal:prefix=300,private=40,requests=2500,output=30,max_new=500")
+    result = _run(workload, "batchllm", kv_capacity_tokens=30_000)
+    assert result.retraction_share <= 0.005
+    assert result.trace.saturated_occupancy >= 0.9
+    assert result.predictions.num_requests == 2500
+    assert result.prediction_error > 0
+
+
+def test_the_result_is_told_in_numbers_and_as_a_table() -> None:
+    result = _run(_GROUPS, "batchllm", kv_capacity_tokens=6000)
+    told = result.to_dict()
+    assert told["saving"] == result.saving
+    assert told["trace_num_steps"] == result.trace.num_steps
+    assert "saving 79.5%" in result.render()
+    assert "batchllm: shared: 400 + 40 tokens, sharing 8" in result.render()
+    assert "output lengths" not in result.render()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"scheduler": "tgi"}, "scheduler 'tgi' is not known. Known: batchllm, one-level"),
+        ({"kv_capacity_tokens": 400}, "a request needs up to 460 KV tokens"),
+        ({"kv_capacity_tokens": 500, "scheduler": "sglang-fcfs", "chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+        ({"kv_capacity_tokens": 500, "kv_limit_tokens": 501}, "kv_limit_tokens 501 is more than the 500"),
+        ({"kv_capacity_tokens": 400, "scheduler": "vllm-fcfs"}, "a request needs up to"),
+        ({"kv_capacity_tokens": 400, "scheduler": "sglang-fcfs"}, "a request needs up to"),
+        ({"kv_capacity_tokens": 400, "scheduler": "one-level"}, "a request needs up to"),
+        ({"scheduler": "vllm-fcfs", "chunk_tokens": 15}, "smaller than a block of 16"),
+        ({"page_size": 16, "chunk_tokens": 15}, "smaller than a page of 16"),
+        ({"max_running": 0}, "max_running must be at least 1"),
+    ],
+)
+def test_what_cannot_run_is_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        simulate(_GROUPS, cost_model=_COST_MODEL, **arguments)
