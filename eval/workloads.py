@@ -76,6 +76,34 @@ def unshared(seed: int, num_prompts: int, prompt_len: int, output_len: int) -> W
     return Workload("nothing shared", prompts, [output_len] * num_prompts)
 
 
+def grid(seed: int, prefix_len: int, private_len: int, group_size: int, num_requests: int) -> Workload:
+    """A cell of the paper's grid, scaled by 1/8: equal groups, 12 output tokens, shuffled."""
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(num_requests // group_size):
+        prefix = _tokens(rng, prefix_len)
+        prompts += [prefix + _tokens(rng, private_len) for _ in range(group_size)]
+    return _shuffled(rng, f"{prefix_len}/{private_len} x {group_size}", prompts, 12, 12)
+
+
+def skewed(seed: int, num_groups: int = 40, group_size: int = 8, prefix_len: int = 250) -> Workload:
+    """Equal groups, log-normal outputs (sigma 1, median 16, at most 256), shuffled."""
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(num_groups):
+        prefix = _tokens(rng, prefix_len)
+        prompts += [prefix + _tokens(rng, rng.randint(16, 48)) for _ in range(group_size)]
+    rng.shuffle(prompts)
+    output_lens = [min(256, max(1, round(rng.lognormvariate(2.77, 1.0)))) for _ in prompts]
+    return Workload("skewed outputs", prompts, output_lens)
+
+
+def in_order(workload: Workload) -> Workload:
+    """The same, sorted by prompt."""
+    pairs = sorted(zip(workload.prompts, workload.output_lens, strict=True))
+    return Workload(f"{workload.name}, sorted", [p for p, _ in pairs], [o for _, o in pairs])
+
+
 def _tokens(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randint(_LOW, _HIGH) for _ in range(num_tokens)]
 

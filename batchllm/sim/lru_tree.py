@@ -101,9 +101,7 @@ class LruTree:
     def unlock(self, row: int) -> None:
         """The row has done with its path."""
         self._clock += 1
-        depth = 0
-        for node in [*self.path(row), self.leaf(row)]:
-            depth += 1
+        for depth, node in enumerate([*self.path(row), self.leaf(row)]):
             self._users[node] -= 1
             if self._users[node] == 0:
                 self.num_evictable += self._have[node]

@@ -97,6 +97,7 @@ class OneLevelScheduler:
         self._in_pieces: list[int] = []
         self._num_pinned = 0
         self._num_private = 0
+        self._num_preempted = 0  # since the last step that computed anything
 
     def run(self) -> Outcome:
         """To the end."""
@@ -114,10 +115,9 @@ class OneLevelScheduler:
 
     def _step(self) -> None:
         count = StepCount()
-        num_preempted = 0
+        has_room = self._num_free >= len(self._decoding)
         while self._num_free < len(self._decoding):
             self._preempt()
-            num_preempted += 1
         rows = np.array(self._decoding, np.int64)
         self._num_private += len(rows)
         self._columns.kv_len[rows] += 1
@@ -127,12 +127,13 @@ class OneLevelScheduler:
         budget = self._chunk_tokens - len(rows)
         ended: list[int] = []
         complete: list[_Group] = []
-        if not num_preempted:
+        if has_room:
             budget = self._compute_members(budget, count, ended)
-            self._compute_prefixes(budget, count, complete)
-            if not count.num_prefill_tokens and not len(rows):
+            self._compute_prefixes(budget, count, ended, complete)
+        if not count.num_prefill_tokens and not len(rows):
+            if has_room:
                 self._give_up_a_prefix()
-                return
+            return
         self._recorder.record(
             count.work(),
             num_running=self._num_running + len(ended),
@@ -140,13 +141,11 @@ class OneLevelScheduler:
             kv_pinned_tokens=self._num_pinned,
             kv_private_tokens=self._num_private,
             num_open_prefixes=len(self._open) + len(self._opening),
-            num_retracted=num_preempted,
+            num_retracted=self._num_preempted,
         )
+        self._num_preempted = 0
         for group in complete:
-            self._opening.remove(group)
-            self._open.append(group)
-            self._ready += group.members
-            self._num_behind -= len(group.members)
+            self._make_ready(group)
         self._columns.num_generated[rows] += 1
         for row in ended:
             self._columns.num_generated[row] += 1
@@ -176,7 +175,13 @@ class OneLevelScheduler:
             budget -= self._compute(row, budget, count, ended)
         return budget
 
-    def _compute_prefixes(self, budget: int, count: StepCount, complete: list[_Group]) -> None:
+    def _make_ready(self, group: _Group) -> None:
+        self._opening.remove(group)
+        self._open.append(group)
+        self._ready += group.members
+        self._num_behind -= len(group.members)
+
+    def _compute_prefixes(self, budget: int, count: StepCount, ended: list[int], complete: list[_Group]) -> None:
         """Open the next groups, unless members are left that find no room."""
         while budget > 0:
             group = next((group for group in self._opening if group not in complete), None)
@@ -184,10 +189,13 @@ class OneLevelScheduler:
                 if self._ready or self._num_running >= self._max_running or not self._open_next():
                     return
                 continue
+            if not group.prefix_len:
+                self._make_ready(group)
+                budget = self._compute_members(budget, count, ended)
+                continue
             num_tokens = min(group.prefix_len - group.num_computed, budget)
-            if num_tokens:
-                count.prefill(group.num_computed, num_tokens, is_end=False)
-                self._columns.num_computed += num_tokens
+            count.prefill(group.num_computed, num_tokens, is_end=False)
+            self._columns.num_computed += num_tokens
             group.num_computed += num_tokens
             budget -= num_tokens
             if group.num_computed == group.prefix_len:
@@ -226,6 +234,7 @@ class OneLevelScheduler:
         return num_tokens - min(group.prefix_len, int(self._columns.prompt_len[row]) - 1)
 
     def _preempt(self) -> None:
+        self._num_preempted += 1
         row = self._in_pieces[-1] if self._in_pieces else self._decoding[-1]
         group = self._group_of[row]
         self._num_private -= self._slots_of(row)

@@ -160,6 +160,7 @@ class PlannedScheduler:
             kv_shared_tokens=self._ledger.num_open_tokens,
             num_free_slots=self._max_running - len(running),
             num_step_tokens=num_step_tokens,
+            chunk_tokens=self._chunk_tokens,
             can_chunk=self._in_pieces is None,
             is_mixed=self._is_mixed,
             page_size=self._page_size,

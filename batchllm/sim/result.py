@@ -20,7 +20,7 @@ class SimResult:
         scheduler: Which scheduler ran.
         num_requests: Rows, all answered.
         num_prompt_tokens: Tokens of all prompts.
-        num_computed_prompt_tokens: Of them those whose KV was computed, repeatedly where it was lost; the rest was read.
+        num_computed_prompt_tokens: Of them those computed, repeatedly where their KV was lost; others were read.
         num_optimal_prompt_tokens: The fewest that any schedule computes, whole pages shared.
         num_output_tokens: Tokens generated.
         num_retractions: Times a running request lost its KV.

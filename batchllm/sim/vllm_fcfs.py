@@ -83,7 +83,7 @@ class VllmScheduler:
         kv_len[rows] += 1
         count.decode(kv_len[rows])
         budget = self._chunk_tokens - len(rows)
-        ended = []
+        ended: list[int] = []
         for row in list(self._prefilling):
             budget -= self._compute(row, budget, count, ended)
         if not num_preempted:

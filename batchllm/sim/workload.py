@@ -118,7 +118,8 @@ class OutputDraw:
     def draw(self, num_requests: int, rng: np.random.Generator) -> Int64Array:
         """Lengths from 1 to the limit, int64[num_requests]."""
         lens = self.median_len * np.exp(self.sigma * rng.standard_normal(num_requests))
-        return np.clip(np.rint(lens), 1, self.limit).astype(np.int64)
+        drawn: Int64Array = np.clip(np.rint(lens), 1, self.limit).astype(np.int64)
+        return drawn
 
 
 def shared(

@@ -18,7 +18,9 @@ from batchllm.errors import ConfigError, EngineDiedError, RowError
 from batchllm.offline.job import Job
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, Request, SamplingParams
+from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
+from batchllm.trace import STEP_DTYPE
 
 T = TypeVar("T")
 
@@ -27,7 +29,8 @@ INFO = RuntimeInfo(
     context_len=64,
     vocab_size=128,
     kv_capacity_tokens=48,
-    max_request_len=48,
+    kv_limit_tokens=48,
+    num_unstored_tokens=1,
     page_size=1,
     random_seed=7,
     has_seeded_sampling=True,
@@ -122,6 +125,8 @@ class ShufflingRuntime:
             num_computed_prompt_tokens=10 * self.num_answered,
             num_retractions=3,
             peak_kv_tokens=40,
+            prediction=PredictionError(),
+            steps=np.zeros(1, STEP_DTYPE),
         )
 
     def answer(self, sent: Sent) -> Completion:

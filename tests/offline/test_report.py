@@ -20,6 +20,10 @@ REPORT = RunReport(
     num_retractions=3,
     peak_kv_tokens=90_000,
     kv_capacity_tokens=100_000,
+    num_predicted=400,
+    num_predicted_tokens=26_000,
+    num_predicted_actual_tokens=25_000,
+    sum_prediction_error_tokens=5_000,
     tokenize_s=1.5,
     plan_s=0.25,
     run_s=18.0,
@@ -28,6 +32,7 @@ NOTHING = RunReport(**{field.name: 0 for field in dataclasses.fields(RunReport)}
 
 
 def test_ratios_follow_from_the_counts() -> None:
+    assert REPORT.mean_prediction_error == 0.2
     assert REPORT.reuse == 0.75
     assert REPORT.optimal_reuse == 0.8
     assert REPORT.prompt_tokens_per_s == 50_000.0
@@ -56,6 +61,11 @@ def test_the_dict_has_exactly_the_documented_names_in_order() -> None:
         "num_retractions",
         "peak_kv_tokens",
         "kv_capacity_tokens",
+        "num_predicted",
+        "num_predicted_tokens",
+        "num_predicted_actual_tokens",
+        "sum_prediction_error_tokens",
+        "mean_prediction_error",
         "tokenize_s",
         "plan_s",
         "run_s",
@@ -85,6 +95,7 @@ def test_the_table_is_aligned_and_readable() -> None:
         "output tokens       64,000",
         "peak KV tokens      90,000  of 100,000",
         "retractions              3",
+        "lengths learned        400  expected 26,000 tokens, generated 25,000, mean error 20%",
         "elapsed            20.00 s  tokenize 1.50, plan 0.25, run 18.00",
         "prompt tokens/s   50,000.0",
         "output tokens/s    3,200.0",

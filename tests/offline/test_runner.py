@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from batchllm.dataset import JsonlSink, Row, RowKind
@@ -20,7 +21,9 @@ from batchllm.offline.progress import Progress
 from batchllm.offline.runner import Runner
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, Request, SamplingParams, TokenLogprob
+from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
+from batchllm.trace import STEP_DTYPE
 
 T = TypeVar("T")
 
@@ -29,7 +32,8 @@ INFO = RuntimeInfo(
     context_len=64,
     vocab_size=128,
     kv_capacity_tokens=64,
-    max_request_len=64,
+    kv_limit_tokens=64,
+    num_unstored_tokens=1,
     page_size=1,
     random_seed=7,
     has_seeded_sampling=True,
@@ -88,6 +92,8 @@ class LeisurelyRuntime:
             num_computed_prompt_tokens=self.num_answered,
             num_retractions=0,
             peak_kv_tokens=1,
+            prediction=PredictionError(),
+            steps=np.zeros(1, STEP_DTYPE),
         )
 
     def answer(self, last_id: int) -> Completion:

@@ -163,7 +163,28 @@ def test_longest_consumer_is_the_longest_of_all_that_start_with_the_prefix(workl
 
 @given(_workloads())
 @_SETTINGS
-def test_kv_cost_is_the_optimum_plus_every_output(workload: _Workload) -> None:
-    plan, cutter = workload.plan()
-    assert cutter.kv_cost.sum() == plan.optimal_prefill_tokens + sum(workload.max_new_lens)
-    assert (cutter.kv_cost > cutter.max_new_len).all()
+def test_kv_cost_is_the_optimum_plus_every_output_that_is_known(workload: _Workload) -> None:
+    plan, _ = workload.plan()
+    table = TokenTable.from_lists(workload.prompts)
+    max_new_len = np.array(workload.max_new_lens, np.int64)
+    num_rows = len(workload.prompts)
+    known = RunCutter(plan, table, max_new_len, max_new_len)
+    assert known.kv_cost.sum() == plan.optimal_prefill_tokens + sum(workload.max_new_lens)
+    assert RunCutter(plan, table, max_new_len).kv_cost.sum() == plan.optimal_prefill_tokens + num_rows
+
+
+def test_known_lengths_and_tasks_travel_in_plan_order_and_default_to_unknown() -> None:
+    table = TokenTable.from_lists([[2], [1], [3]])
+    plan = plan_batch(table)
+    limits = np.array([9, 9, 9], np.int64)
+    run = RunCutter(plan, table, limits, np.array([5, 0, 7]), np.array([-1, 4, 2], np.int32)).cut(0, 3)
+    assert (run.request_known_len.tolist(), run.request_task.tolist()) == ([0, 5, 7], [4, -1, 2])
+    run = RunCutter(plan, table, limits).cut(0, 3)
+    assert (run.request_known_len.tolist(), run.request_task.tolist()) == ([0, 0, 0], [-1, -1, -1])
+
+
+def test_a_prefix_ends_behind_its_last_consumer() -> None:
+    plan, cutter = _example()
+    ends = cutter.cut(0, plan.num_requests).prefix_end_position
+    for prefix, end in enumerate(ends.tolist()):
+        assert end == plan.first[prefix] + plan.num_consumers[prefix]

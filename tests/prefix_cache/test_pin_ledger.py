@@ -30,6 +30,7 @@ def _add(
         end_len=start_len + num_tokens,
         num_consumers=num_consumers,
         longest_consumer_len=longest_consumer_len,
+        end_order=(0, prefix_id),
     )
 
 
@@ -223,6 +224,7 @@ def test_a_prefix_that_contradicts_what_is_known_raises(
             end_len=end_len,
             num_consumers=num_consumers,
             longest_consumer_len=9,
+            end_order=(0, prefix_id),
         )
     ledger.check_integrity()
 
@@ -301,6 +303,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 end_len=prefix.end_len,
                 num_consumers=self.num_left(prefix_id),
                 longest_consumer_len=prefix.longest_consumer_len,
+                end_order=(0, prefix_id),
             )
         return multiple(*named)
 

@@ -14,10 +14,45 @@ from batchllm.errors import ConfigError
 from batchllm.perf_model import CostModel, get_device, get_model
 from batchllm.planner import GROUP_ORDERS, exact_cut, greedy_cut, plan_batch
 from batchllm.sim import SCHEDULERS, OutputDraw, SimResult, SimWorkload, parse_workload, shared, simulate
-from tests.sim.conftest import workloads
+from batchllm.tokens import TokenTable
 
 _COST_MODEL = CostModel.with_defaults(get_device("A100-80GB"), get_model("Llama-3.1-8B"))
+
 _quick = settings(deadline=None, max_examples=120, database=None)
+
+
+@st.composite
+def _prompts(draw: st.DrawFn) -> list[list[int]]:
+    """Prompts that begin as others do: grown from earlier ones, repeated, cut, or new."""
+    found: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 24))):
+        kind = draw(st.sampled_from(["grow", "grow", "repeat", "cut", "new"])) if found else "new"
+        base = list(draw(st.sampled_from(found))) if kind != "new" else []
+        if kind == "cut":
+            base = base[: draw(st.integers(1, len(base)))]
+        if kind in ("grow", "new"):
+            base += [draw(st.integers(0, 2))] * draw(st.integers(1, 20))
+            base += draw(st.lists(st.integers(0, 2), max_size=5))
+        found.append(base)
+    return found
+
+
+@st.composite
+def _workloads(draw: st.DrawFn, *, is_known: bool | None = None) -> SimWorkload:
+    """Any small workload; ``is_known`` None leaves some lengths to be learned."""
+    rows = draw(_prompts())
+    n = len(rows)
+    max_new = draw(st.lists(st.integers(1, 14), min_size=n, max_size=n))
+    output = [draw(st.integers(1, limit)) for limit in max_new]
+    tells = [draw(st.booleans()) if is_known is None else is_known for _ in rows]
+    return SimWorkload.from_lengths(
+        "drawn",
+        TokenTable.from_lists(rows),
+        np.array(output, np.int64),
+        max_new_len=np.array(max_new, np.int64),
+        known_len=np.array([length if told else 0 for length, told in zip(output, tells, strict=True)], np.int64),
+        task=np.array([draw(st.integers(-1, 1)) for _ in rows], np.int32),
+    )
 
 
 def _longest(workload: SimWorkload) -> int:
@@ -48,7 +83,7 @@ def _check_accounts(result: SimResult) -> None:
     assert 0 < result.bound_ratio <= 1
 
 
-@given(workloads(is_known=True), st.sampled_from([1, 4, 16]), st.integers(0, 300), st.booleans(), st.data())
+@given(_workloads(is_known=True), st.sampled_from([1, 4, 16]), st.integers(0, 300), st.booleans(), st.data())
 @_quick
 def test_ours_computes_the_optimum_within_the_limit_and_retracts_nothing_where_lengths_are_known(
     workload: SimWorkload, page_size: int, spare: int, is_mixed: bool, data: st.DataObject
@@ -71,7 +106,7 @@ def test_ours_computes_the_optimum_within_the_limit_and_retracts_nothing_where_l
     _check_accounts(result)
 
 
-@given(workloads(), st.sampled_from([1, 16]), st.integers(0, 300), st.booleans())
+@given(_workloads(), st.sampled_from([1, 16]), st.integers(0, 300), st.booleans())
 @_quick
 def test_ours_ends_where_lengths_are_learned_and_never_holds_more_than_there_is(
     workload: SimWorkload, page_size: int, spare: int, is_mixed: bool
@@ -89,7 +124,7 @@ def test_ours_ends_where_lengths_are_learned_and_never_holds_more_than_there_is(
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@given(workload=workloads(), spare=st.integers(0, 400), chunk_pages=st.integers(1, 8), max_running=st.integers(1, 30))
+@given(workload=_workloads(), spare=st.integers(0, 400), chunk_pages=st.integers(1, 8), max_running=st.integers(1, 30))
 @settings(deadline=None, max_examples=60, database=None)
 def test_every_request_ends_once_under_every_scheduler(
     scheduler: str, workload: SimWorkload, spare: int, chunk_pages: int, max_running: int
@@ -109,7 +144,7 @@ def test_every_request_ends_once_under_every_scheduler(
 
 
 @pytest.mark.parametrize("scheduler", ["sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"])
-@given(workload=workloads(), spare=st.integers(0, 400))
+@given(workload=_workloads(), spare=st.integers(0, 400))
 @settings(deadline=None, max_examples=60, database=None)
 def test_lru_never_computes_less_than_the_optimum(scheduler: str, workload: SimWorkload, spare: int) -> None:
     result = _run(workload, scheduler, kv_capacity_tokens=_capacity(workload, 16, spare), chunk_tokens=64)
@@ -117,18 +152,23 @@ def test_lru_never_computes_less_than_the_optimum(scheduler: str, workload: SimW
 
 
 @pytest.mark.parametrize("scheduler", ["sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"])
-@given(workload=workloads())
+@given(workload=_workloads())
 @settings(deadline=None, max_examples=60, database=None)
 def test_lru_computes_the_optimum_with_one_request_at_a_time_in_a_pool_without_end(
     scheduler: str, workload: SimWorkload
 ) -> None:
+    """But for prompts that are nothing but a prefix of another: behind it, each computes its last page again."""
     result = _run(workload, scheduler, kv_capacity_tokens=10**6, chunk_tokens=4096, max_running=1)
-    assert result.num_computed_prompt_tokens == result.num_optimal_prompt_tokens
+    page_size = 16 if scheduler.startswith("vllm") else 1
+    plan = plan_batch(workload.table, page_size=page_size)
+    num_whole = int((plan.prompt_lens == plan.end_len_of(plan.request_prefix)).sum())
+    excess = result.num_computed_prompt_tokens - result.num_optimal_prompt_tokens
+    assert 0 <= excess <= (0 if scheduler.endswith("sorted") else num_whole * page_size)
     assert result.num_retractions == 0
 
 
 @pytest.mark.parametrize("is_exact_cut", [True, False])
-@given(workload=workloads())
+@given(workload=_workloads())
 @settings(deadline=None, max_examples=60, database=None)
 def test_the_papers_method_saves_what_its_groups_save_in_a_pool_without_end(
     is_exact_cut: bool, workload: SimWorkload
@@ -143,7 +183,7 @@ def test_the_papers_method_saves_what_its_groups_save_in_a_pool_without_end(
     assert result.num_retractions == 0
 
 
-@given(workloads(), st.sampled_from(SCHEDULERS))
+@given(_workloads(), st.sampled_from(SCHEDULERS))
 @_quick
 def test_the_same_arguments_give_the_same_result(workload: SimWorkload, scheduler: str) -> None:
     capacity = _capacity(workload, 16, 40)
@@ -152,7 +192,7 @@ def test_the_same_arguments_give_the_same_result(workload: SimWorkload, schedule
     assert (one.trace.steps == two.trace.steps).all()
 
 
-@given(workloads(is_known=True))
+@given(_workloads(is_known=True))
 @_quick
 def test_reading_shared_kv_once_never_takes_longer(workload: SimWorkload) -> None:
     for scheduler in ("batchllm", "one-level"):
@@ -164,9 +204,7 @@ def test_reading_shared_kv_once_never_takes_longer(workload: SimWorkload) -> Non
 
 # What they are known for
 
-_GROUPS = shared(
-    prefix_len=400, private_len=40, sharing=8, num_requests=400, output=OutputDraw(median_len=20), seed=3
-)
+_GROUPS = shared(prefix_len=400, private_len=40, sharing=8, num_requests=400, output=OutputDraw(median_len=20), seed=3)
 
 
 def test_order_decides_where_prefixes_are_evicted_before_they_are_read_again() -> None:
@@ -176,7 +214,7 @@ def test_order_decides_where_prefixes_are_evicted_before_they_are_read_again() -
     for engine in ("vllm", "sglang"):
         assert results[f"{engine}-fcfs"].saving < results[f"{engine}-sorted"].saving <= ours.saving
         assert results[f"{engine}-fcfs"].requests_per_s < ours.requests_per_s
-    assert results["vllm-sorted"].saving > ours.optimal_saving - 0.01
+    assert results["vllm-sorted"].saving > ours.optimal_saving - 0.02  # of neighbours in one step both compute
     assert results["one-level"].saving == pytest.approx(ours.saving, abs=0.01)
 
 

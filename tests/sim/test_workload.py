@@ -20,9 +20,7 @@ _FIXED = OutputDraw(median_len=10)
 def test_the_grid_of_the_paper_saves_what_it_can_save_there(
     prefix_len: int, private_len: int, sharing: int, saving: float
 ) -> None:
-    workload = shared(
-        prefix_len=prefix_len, private_len=private_len, sharing=sharing, num_requests=320, output=_FIXED
-    )
+    workload = shared(prefix_len=prefix_len, private_len=private_len, sharing=sharing, num_requests=320, output=_FIXED)
     plan = plan_batch(workload.table)
     assert plan.optimal_reuse == pytest.approx(saving, abs=0.0006)
     assert plan.num_prefixes == 320 // sharing

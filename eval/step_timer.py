@@ -1,0 +1,46 @@
+"""SGLang's own scheduler with a clock around its forward pass; writes what it saw when it ends.
+
+Stock's side of `bench_step_cost.py`: a subclass that adds two clock readings to a step and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import sglang.srt.managers.scheduler as upstream
+
+ENVIRONMENT = "STEP_TIMER_OUT"
+Scheduler = upstream.Scheduler
+
+
+class TimedScheduler(Scheduler):
+    """Rows of ``(host seconds, waiting, rows, is prefill)`` per step."""
+
+    def init_running_status(self) -> None:
+        super().init_running_status()
+        self.timed_steps: list[tuple[float, int, int, bool]] = []
+        self.last_end: float | None = None
+
+    def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        now = time.monotonic()
+        if self.last_end is not None:
+            row = (now - self.last_end, len(self.waiting_queue), len(batch.reqs), batch.forward_mode.is_extend())
+            self.timed_steps.append(row)
+        result = super().run_batch(batch, *args, **kwargs)
+        self.last_end = time.monotonic()
+        return result
+
+    def on_idle(self) -> None:
+        if self.last_end is not None:
+            np.save(os.environ[ENVIRONMENT], np.array(self.timed_steps, dtype=float))
+        self.last_end = None
+        super().on_idle()
+
+
+def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
+    """Target of the scheduler process."""
+    upstream.Scheduler = TimedScheduler
+    upstream.run_scheduler_process(*args, **kwargs)

@@ -1,0 +1,120 @@
+"""Mixed token batches on the real runtime: what SGLang's mixed path does not guard against by itself.
+
+A chunk of 16 tokens and a pool of 700 slots: decoding rows fill the chunk, prompts are cut into many pieces, and
+hints that are far too small fill the pool in the middle of a mixed step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from batchllm import BatchEngine
+from batchllm.trace import StepTrace
+
+pytestmark = pytest.mark.engine
+
+_CHUNK, _POOL = 16, 700
+_LONG = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchEngine]:
+    os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
+    with BatchEngine(
+        max_total_tokens=_POOL,
+        chunked_prefill_size=_CHUNK,
+        enable_mixed_chunk=True,
+        trace_path=tmp_path_factory.mktemp("mixed") / "trace.json",
+    ) as engine:
+        yield engine
+
+
+def _trace(engine: BatchEngine) -> StepTrace:
+    assert engine._trace_path is not None
+    return StepTrace.read(Path(engine._trace_path))
+
+
+def _prompts(seed: int, num_groups: int, group_size: int, prefix_len: int, private_len: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(num_groups):
+        prefix = [rng.randint(10, 1500) for _ in range(prefix_len)]
+        prompts += [prefix + [rng.randint(10, 1500) for _ in range(private_len)] for _ in range(group_size)]
+    rng.shuffle(prompts)
+    return prompts
+
+
+def test_prefill_goes_on_where_decoding_rows_fill_the_chunk(mixed: BatchEngine) -> None:
+    """Prompts of 5 chunks among more decoding rows than a chunk has tokens: SGLang alone would starve them, or
+    go on with a prompt in pieces by a negative number of tokens.
+    """
+    prompts = _prompts(1, 30, 1, 4, 1) + _prompts(2, 2, 2, 60, 20)
+    completions = mixed.batch_generate(input_ids=prompts, sampling_params=_LONG)
+    report = mixed.last_report
+    assert report is not None
+    assert [c.finish_reason for c in completions] == ["length"] * len(prompts)
+    assert report.num_computed_prompt_tokens == report.num_optimal_prompt_tokens
+    assert report.num_retractions == 0
+    steps = _trace(mixed).steps
+    full = steps["num_decode_tokens"] >= _CHUNK
+    assert (full & (steps["num_prefill_tokens"] > 0)).any()
+
+
+def test_outputs_are_those_of_steps_that_are_not_mixed(mixed: BatchEngine, engine: BatchEngine) -> None:
+    prompts = _prompts(3, 4, 5, 50, 7)
+    outputs = [
+        [c.output_ids for c in e.batch_generate(input_ids=prompts, sampling_params=_LONG)] for e in (mixed, engine)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_a_pool_that_fills_up_in_mixed_steps_retracts_and_loses_nothing(
+    mixed: BatchEngine, engine: BatchEngine
+) -> None:
+    """Every answer is said to have 12 tokens and has 40: too many start, and some have to start again."""
+    prompts = _prompts(4, 120, 1, 2, 1)
+    wanted = engine.batch_generate(input_ids=prompts, sampling_params=_LONG)
+    # A stop token that never comes makes the length a matter of opinion.
+    sampling = _LONG | {"stop_token_ids": [1999]}
+    completions = mixed.batch_generate(
+        input_ids=prompts, sampling_params=sampling, expected_new_tokens=[12] * len(prompts)
+    )
+    report = mixed.last_report
+    assert report is not None
+    assert report.num_retractions > 0
+    assert report.num_failed == 0
+    assert [c.output_ids for c in completions] == [c.output_ids for c in wanted]
+
+
+def test_known_lengths_are_never_retracted_and_fill_the_pool(mixed: BatchEngine) -> None:
+    prompts = _prompts(5, 160, 1, 3, 1)
+    mixed.batch_generate(
+        input_ids=prompts,
+        sampling_params=[_LONG | {"max_new_tokens": 5 + 7 * (i % 6)} for i in range(len(prompts))],
+    )
+    report = mixed.last_report
+    assert report is not None
+    assert report.num_retractions == 0
+    assert report.peak_kv_tokens > 0.9 * _POOL
+
+
+def test_the_trace_adds_up(mixed: BatchEngine) -> None:
+    prompts = _prompts(6, 4, 6, 40, 9)
+    mixed.batch_generate(input_ids=prompts, sampling_params=_LONG)
+    report, trace = mixed.last_report, _trace(mixed)
+    assert report is not None
+    steps = trace.steps
+    assert steps["num_prefill_tokens"].sum() == report.num_computed_prompt_tokens
+    # The first token of an answer comes of its prefill.
+    assert steps["num_decode_tokens"].sum() == report.num_output_tokens - len(prompts)
+    in_use = steps["kv_pinned_tokens"] + steps["kv_private_tokens"]
+    assert (in_use + steps["kv_free_tokens"] == trace.kv_capacity_tokens).all()
+    assert in_use.max() == report.peak_kv_tokens
+    assert steps["num_open_prefixes"].max() > 0
+    assert steps["start_s"][0] >= 0
+    assert trace.elapsed_s <= report.elapsed_s
