@@ -3,6 +3,8 @@
     batchllm run     answer every row of a file
     batchllm plan    say what would be shared and saved, without running
     batchllm report  say what a run looked like, from its trace
+    batchllm simulate   run a workload on a simulated device
+    batchllm calibrate  fit the simulator's cost model to the steps of a trace
 
 Exit status: 0 every row was answered, 1 some rows failed, 2 the job could not run.
 """
@@ -16,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from batchllm.dataset import (
     BadRow,
@@ -99,7 +102,50 @@ def _make_parser() -> argparse.ArgumentParser:
     report.add_argument("--html", metavar="PAGE.html", help="draw the timelines in one self-contained page")
     report.add_argument("--json", action="store_true", help="for machines")
     report.set_defaults(command=_report)
+    _add_simulate(commands)
+    calibrate = commands.add_parser(
+        "calibrate", help="fit the simulator's cost model to the steps of a trace", allow_abbrev=False
+    )
+    calibrate.add_argument("trace", metavar="T.json", help="from `batchllm run --trace`")
+    _add_device_flags(calibrate)
+    calibrate.add_argument("-o", "--output", required=True, metavar="COST.json", help="for `simulate --calibration`")
+    calibrate.set_defaults(command=_calibrate)
     return parser
+
+
+def _add_simulate(commands: Any) -> None:
+    simulate = commands.add_parser("simulate", help="run a workload on a simulated device", allow_abbrev=False)
+    source = simulate.add_mutually_exclusive_group(required=True)
+    source.add_argument("-i", "--input", metavar="IN.jsonl", help="a file; outputs as long as expected_new_tokens says, "
+                        "else as allowed")  # fmt: skip
+    source.add_argument("--workload", metavar="KIND:KEY=N,...", help="e.g. shared:prefix=2000,private=200,sharing=16")
+    simulate.add_argument("-m", "--model", help="tokenizes the file (default: embedded)")
+    _add_device_flags(simulate)
+    simulate.add_argument("--calibration", metavar="COST.json", help="cost model from `batchllm calibrate`")
+    simulate.add_argument("--scheduler", action="append", metavar="NAME", help="default: batchllm; may be repeated")
+    simulate.add_argument("--kv-capacity", type=int, metavar="TOKENS", help="KV pool (default: what fits the device)")
+    simulate.add_argument("--kv-limit", type=int, metavar="TOKENS", help="KV tokens in use at once (default: all)")
+    simulate.add_argument("--chunk", type=int, default=2048, metavar="TOKENS", help="of a step (default: %(default)s)")
+    simulate.add_argument("--mixed", action=argparse.BooleanOptionalAction, default=True, help="mixed token batches")
+    simulate.add_argument("--trace", metavar="T.json", help="steps of the last scheduler, a Chrome trace")
+    simulate.add_argument("--json", action="store_true", help="for machines")
+    _add_group_order(simulate)
+    simulate.set_defaults(command=_simulate)
+
+
+def _add_device_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="A100-80GB",
+        metavar="NAME",
+        help="A100-80GB, MI200, H100, H200, or NAME:flops=F,bandwidth=B,memory=M (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shape",
+        default="Llama-3.1-8B",
+        metavar="MODEL",
+        help="Llama-3.1-8B, Llama-3.1-70B, Qwen2.5-7B, Qwen2.5-14B, or a model's folder (default: %(default)s)",
+    )
 
 
 def _add_group_order(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +233,81 @@ def _report(args: argparse.Namespace, server_flags: list[str]) -> int:
     return EXIT_OK
 
 
+def _simulate(args: argparse.Namespace, server_flags: list[str]) -> int:
+    _refuse(server_flags, "simulate")
+    from batchllm.perf_model import CostModel, Fit, find_model, parse_device
+    from batchllm.sim import parse_workload, simulate
+
+    if args.trace is not None:
+        check_writable(args.trace, "--trace", input_path=args.input or os.devnull)
+    if args.calibration is not None:
+        cost_model = Fit.load(args.calibration).cost_model
+    else:
+        cost_model = CostModel.with_defaults(parse_device(args.device), find_model(args.shape))
+    workload = parse_workload(args.workload) if args.workload else _workload_of(args)
+    results = [
+        simulate(
+            workload,
+            scheduler=scheduler,
+            cost_model=cost_model,
+            kv_capacity_tokens=args.kv_capacity,
+            kv_limit_tokens=args.kv_limit,
+            chunk_tokens=args.chunk,
+            group_order=args.group_order,
+            is_mixed=args.mixed,
+        )
+        for scheduler in args.scheduler or ["batchllm"]
+    ]
+    if args.trace is not None:
+        results[-1].trace.write(args.trace)
+    if args.json:
+        print(json.dumps([result.to_dict() for result in results], indent=2))
+    else:
+        print("\n\n".join(result.render() for result in results))
+    return EXIT_OK
+
+
+def _workload_of(args: argparse.Namespace) -> Any:
+    """The rows of a file as a `SimWorkload`; bad rows are said and left out."""
+    import numpy as np
+
+    from batchllm.sim import SimWorkload
+
+    good, bad, table, _ = _tokenize(args)
+    _say(bad)
+    if not good:
+        raise ConfigError(f"{args.input}: no row can run")
+    samples = [row.request for row in good for _ in range(row.request.sampling.n)]
+    limits = np.array([request.sampling.max_new_tokens for request in samples], np.int64)
+    hints = np.array([request.expected_new_tokens or 0 for request in samples], np.int64)
+    known = np.minimum(np.where(hints > 0, hints, limits), limits)
+    return SimWorkload.from_lengths(args.input, table, known, max_new_len=limits, known_len=known)
+
+
+def _calibrate(args: argparse.Namespace, server_flags: list[str]) -> int:
+    _refuse(server_flags, "calibrate")
+    from batchllm.perf_model import StepWork, find_model, fit, parse_device
+    from batchllm.trace import StepTrace
+
+    steps = StepTrace.read(args.trace).steps
+    samples = []
+    for step in steps[len(steps) // 50 :]:  # the first ones of a process compile and warm up
+        prefill, decode = int(step["num_prefill_tokens"]), int(step["num_decode_tokens"])
+        work = StepWork(
+            num_prefill_tokens=prefill,
+            num_decode_tokens=decode,
+            num_sampled=int(step["num_sampled"]),
+            prefill_pairs=int(step["prefill_pairs"]),
+            decode_kv_tokens=int(step["decode_kv_tokens"]),
+            kv_read_tokens=int(step["kv_read_tokens"]),
+        )
+        samples.append((work, float(step["duration_s"])))
+    fitted = fit(parse_device(args.device), find_model(args.shape), samples)
+    fitted.save(args.output)
+    print(json.dumps(fitted.to_dict(), indent=2))
+    return EXIT_OK
+
+
 def _refuse(server_flags: list[str], command: str) -> None:
     if server_flags:
         raise ConfigError(f"{server_flags[0]}: `batchllm {command}` has no such flag")
@@ -204,9 +325,20 @@ def _plan(args: argparse.Namespace, server_flags: list[str]) -> int:
     _refuse(server_flags, "plan")
     if args.page_size < 1:
         raise ConfigError(f"--page-size {args.page_size}: must be at least 1")
+    from batchllm.planner import explain, plan_batch
+
+    _, bad, table, namespaces = _tokenize(args)
+    plan = plan_batch(table, page_size=args.page_size, namespaces=namespaces)
+    summary = explain(plan, table)
+    print(json.dumps(summary.to_dict(), indent=2) if args.json else summary.render())
+    _say(bad)
+    return EXIT_ROWS_FAILED if bad else EXIT_OK
+
+
+def _tokenize(args: argparse.Namespace) -> tuple[list[Row], list[BadRow], Any, Any]:
+    """The good rows of a file, the bad ones, and of the good ones the table of all samples and their namespaces."""
     from batchllm.default_model import default_model_path
     from batchllm.offline.encode import encode_requests, namespace_numbers
-    from batchllm.planner import explain, plan_batch
     from batchllm.tokenizer import Tokenizer
     from batchllm.tokens import TokenTable
 
@@ -214,16 +346,12 @@ def _plan(args: argparse.Namespace, server_flags: list[str]) -> int:
     good = [row for row in rows if isinstance(row, Row)]
     bad = [row for row in rows if isinstance(row, BadRow)]
     tokenizer = Tokenizer.from_model(args.model or default_model_path())
-    token_ids, namespaces = [], []
+    kept, token_ids, namespaces = [], [], []
     for row, ids in zip(good, encode_requests([row.request for row in good], tokenizer), strict=True):
         if isinstance(ids, RowError):
             bad.append(reject(row, ids))
             continue
+        kept.append(row)
         token_ids += [ids] * row.request.sampling.n
         namespaces += [row.request.namespace] * row.request.sampling.n
-    table = TokenTable.from_lists(token_ids)
-    plan = plan_batch(table, page_size=args.page_size, namespaces=namespace_numbers(namespaces))
-    summary = explain(plan, table)
-    print(json.dumps(summary.to_dict(), indent=2) if args.json else summary.render())
-    _say(bad)
-    return EXIT_ROWS_FAILED if bad else EXIT_OK
+    return kept, bad, TokenTable.from_lists(token_ids), namespace_numbers(namespaces)

@@ -7,8 +7,8 @@ Invariant: more work never takes less time, and no step is faster than the devic
 
 from batchllm.perf_model.calibration import Fit, fit
 from batchllm.perf_model.cost_model import Coefficients, CostModel, StepSeconds, default_coefficients
-from batchllm.perf_model.device import DEVICES, DeviceSpec, get_device
-from batchllm.perf_model.model import MODELS, ModelShape, get_model
+from batchllm.perf_model.device import DEVICES, DeviceSpec, get_device, parse_device
+from batchllm.perf_model.model import MODELS, ModelShape, find_model, get_model
 from batchllm.perf_model.step import StepWork, prefill_pairs
 
 __all__ = [
@@ -22,8 +22,10 @@ __all__ = [
     "StepSeconds",
     "StepWork",
     "default_coefficients",
+    "find_model",
     "fit",
     "get_device",
     "get_model",
+    "parse_device",
     "prefill_pairs",
 ]

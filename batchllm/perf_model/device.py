@@ -6,10 +6,12 @@ Invariant: rates are dense ones; the doubled figures for 2:4 sparsity on data sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from batchllm.errors import ConfigError
 from batchllm.perf_model.fields import check_positive, lookup
 
 _TERA = 1e12
@@ -95,6 +97,32 @@ DEVICES: Mapping[str, DeviceSpec] = MappingProxyType(
 
 Memory sold as "80 GB" is close to 80 * 2**30 bytes: drivers show at most 2 % less than so many GiB.
 """
+
+
+def parse_device(spec: str) -> DeviceSpec:
+    """A known device by name, or another one as ``NAME:flops=F,bandwidth=B,memory=M`` (FLOP/s, bytes/s, bytes).
+
+    Raises:
+        ConfigError: The name is not known, or a number is missing, unknown or not above 0.
+    """
+    name, colon, rest = spec.partition(":")
+    if not colon:
+        return get_device(name)
+    values: dict[str, float] = {}
+    for item in rest.split(","):
+        key, _, text = item.partition("=")
+        try:
+            values[key] = float(text)
+        except ValueError:
+            raise ConfigError(f"device {spec!r}: {item!r} is not KEY=NUMBER") from None
+    if values.keys() != {"flops", "bandwidth", "memory"} or not all(0 < value < math.inf for value in values.values()):
+        raise ConfigError(f"device {spec!r}: give flops, bandwidth and memory, each above 0")
+    return DeviceSpec(
+        name=name,
+        dense_flops=values["flops"],
+        memory_bandwidth=values["bandwidth"],
+        memory_bytes=values["memory"],
+    )
 
 
 def get_device(name: str) -> DeviceSpec:

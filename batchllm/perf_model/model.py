@@ -6,8 +6,10 @@ Invariant: a count leaves out biases (below 0.1 % of any model here), and nothin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -273,6 +275,23 @@ All in 16 bits but ``Llama-3.1-70B``: its 141 GB in 16 bits do not fit one card,
 4-bit GPTQ. It stands here as that, in groups of 128, with embedding and output layer in 16 bits: 40 GB. For 16 bits
 on several cards, ``dataclasses.replace(MODELS["Llama-3.1-70B"], weight_bytes_per_param=2.0)``.
 """
+
+
+def find_model(name_or_path: str) -> ModelShape:
+    """A known model by name, or the one whose ``config.json``, or folder with one, is at this path.
+
+    Raises:
+        ConfigError: The name is not known, or the file cannot be read or describes no model that is understood.
+    """
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json":
+        return get_model(name_or_path)
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the model's config cannot be read: {error}") from error
+    return ModelShape.from_hf_config(config, path.parent.name)
 
 
 def get_model(name: str) -> ModelShape:

@@ -109,6 +109,10 @@ class StepRecorder:
                 free,
                 num_open_prefixes,
                 num_retracted,
+                work.num_sampled,
+                work.prefill_pairs,
+                work.decode_kv_tokens,
+                work.kv_read_tokens,
             )
         )
         self._elapsed_s += seconds

@@ -15,7 +15,7 @@ from batchllm.prefix_cache import PinLedger
 from batchllm.scheduler import Admission, PlannedPolicy, SchedulerView
 from batchllm.scheduler.admission import RunningKv, footprint
 from batchllm.scheduler.output_length import OutputLengths, PredictionError
-from batchllm.scheduler.token_batching import prefill_budget
+from batchllm.scheduler.token_batching import decode_lag, prefill_budget
 from batchllm.sim.kv_pool import Columns, Outcome, StepCount, StepRecorder
 from batchllm.sim.window import PlannedRequest, PlanWindow
 from batchllm.sim.workload import SimWorkload
@@ -145,7 +145,8 @@ class PlannedScheduler:
             # It samples a token at the end of its prompt, and owns no prefix that it computes.
             led = sum(map(self._ledger.num_tokens, self._in_pieces.led))
             private[-1] = self._in_pieces.prefill_len - self._in_pieces.shared_len - led
-            remaining[-1] -= 1
+            num_left = self._in_pieces.prefill_len - int(self._columns.kv_len[self._in_pieces.position])
+            remaining[-1] += decode_lag(num_left, self._chunk_tokens, is_mixed=self._is_mixed) - 1
         return SchedulerView(
             waiting=self._window.waiting,
             ledger=self._ledger,

@@ -76,13 +76,7 @@ def simulate(
         raise ConfigError(f"scheduler {scheduler!r} is not known. Known: {', '.join(SCHEDULERS)}")
     capacity = cost_model.kv_capacity_tokens() if kv_capacity_tokens is None else kv_capacity_tokens
     limit = capacity if kv_limit_tokens is None else kv_limit_tokens
-    for name, number in (("kv_capacity_tokens", capacity), ("kv_limit_tokens", limit), ("chunk_tokens", chunk_tokens)):
-        if number < 1:
-            raise ConfigError(f"{name} must be at least 1, not {number}")
-    if limit > capacity:
-        raise ConfigError(f"kv_limit_tokens {limit} is more than the {capacity} there are")
-    if max_running is not None and max_running < 1:
-        raise ConfigError(f"max_running must be at least 1, not {max_running}")
+    _check_numbers(capacity, limit, chunk_tokens, max_running)
     recorder = StepRecorder(cost_model, capacity, limit)
     if scheduler == "batchllm":
         expected = np.where(workload.known_len > 0, workload.known_len, workload.max_new_len)
@@ -109,16 +103,30 @@ def simulate(
             shares_reads=shares_reads,
         )
         return _result(scheduler, workload, plan, cost_model, one_level.run())
-    tree = LruTree(plan, capacity, evicts_whole_nodes=scheduler.startswith("sglang"))
     arrival = plan.order if scheduler.endswith("sorted") else np.arange(workload.num_requests)
-    kind = VllmScheduler if scheduler.startswith("vllm") else SglangScheduler
+    is_sglang = scheduler.startswith("sglang")
+    tree = LruTree(plan, capacity, evicts_whole_nodes=is_sglang)
+    kind = SglangScheduler if is_sglang else VllmScheduler
     lru = kind(workload, tree, recorder, arrival, chunk_tokens=chunk_tokens, max_running=max_running)
     return _result(scheduler, workload, plan, cost_model, lru.run())
+
+
+def _check_numbers(capacity: int, limit: int, chunk_tokens: int, max_running: int | None) -> None:
+    numbers = {"kv_capacity_tokens": capacity, "kv_limit_tokens": limit, "chunk_tokens": chunk_tokens}
+    if max_running is not None:
+        numbers["max_running"] = max_running
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"{name} must be at least 1, not {number}")
+    if limit > capacity:
+        raise ConfigError(f"kv_limit_tokens {limit} is more than the {capacity} there are")
 
 
 def _result(
     scheduler: str, workload: SimWorkload, plan: BatchPlan, cost_model: CostModel, outcome: Outcome
 ) -> SimResult:
+    if sorted(outcome.columns.finished) != list(range(workload.num_requests)):
+        raise RuntimeError(f"{scheduler} did not end every request once")
     trace = outcome.recorder.trace(f"{scheduler}: {workload.name}")
     totals = least_work(workload, plan)
     return SimResult(

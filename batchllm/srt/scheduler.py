@@ -265,25 +265,23 @@ class BatchScheduler(Scheduler):
     def run_batch(self, batch: Any, pp_proxy_tensors: Any = None) -> Any:
         if not self.unfinished_planned:
             return super().run_batch(batch, pp_proxy_tensors)
-        num_prefill_tokens = self._count(batch)
-        self.step_recorder.begin(self, batch, num_prefill_tokens)
+        self._count(batch)
+        self.step_recorder.begin(self, batch)
         result = super().run_batch(batch, pp_proxy_tensors)
         self.step_recorder.end()
         return result
 
-    def _count(self, batch: Any) -> int:
-        """Count what this step computes; returns its prefill tokens, planned or not."""
+    def _count(self, batch: Any) -> None:
         num_used = self.max_total_num_tokens - free_kv_tokens(self)
         for counters in self.planned_counters.values():
             counters.peak_kv_tokens = max(counters.peak_kv_tokens, num_used)
         if not batch.forward_mode.is_extend():
-            return 0
+            return
         for req, cached_len, num_tokens in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             # Not the generated tokens: those of decoding rows of a mixed step, or of a retracted request.
             if isinstance(req, PlannedReq) and cached_len < req.num_prompt_tokens:
                 num_tokens = min(cached_len + num_tokens, req.num_prompt_tokens) - cached_len
                 self._counters(req).num_computed_prompt_tokens += num_tokens
-        return sum(batch.extend_lens) - len(batch.decoding_reqs or ())
 
     def _finish_planned(self, req: PlannedReq) -> JobCounters:
         del self.unfinished_planned[req.job_id, req.position]

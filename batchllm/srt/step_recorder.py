@@ -33,16 +33,24 @@ class StepRecorder:
         """Nothing runs: the time up to the next step is nobody's."""
         self._last_end = None
 
-    def begin(self, scheduler: Any, batch: Any, num_prefill_tokens: int) -> None:
+    def begin(self, scheduler: Any, batch: Any) -> None:
         """A step is about to run."""
         now = time.monotonic()
         start = now if self._last_end is None else self._last_end
         free = free_kv_tokens(scheduler)
         pinned = scheduler.tree_cache.ledger.num_pinned_tokens
-        num_decoding = len(batch.decoding_reqs or ()) if batch.forward_mode.is_extend() else len(batch.reqs)
+        is_extend = batch.forward_mode.is_extend()
+        # A mixed step has its decoding rows last.
+        num_decoding = len(batch.decoding_reqs or ()) if is_extend else len(batch.reqs)
+        num_prefill = len(batch.reqs) - num_decoding
         num_running = len(batch.reqs)
-        if batch.forward_mode.is_extend() and not num_decoding:
+        if is_extend and not num_decoding:
             num_running += len(scheduler.running_batch.reqs)
+        extend_lens = batch.extend_lens[:num_prefill] if num_prefill else ()
+        cached_lens = batch.prefix_lens[:num_prefill] if num_prefill else ()
+        num_prefill_tokens = sum(extend_lens)
+        # SGLang's own attention backends read the KV of every row, shared or not.
+        num_kv_read = int(batch.seq_lens_cpu.sum())
         self._began = now
         self._step = (
             start,
@@ -57,6 +65,10 @@ class StepRecorder:
             free,
             scheduler.tree_cache.ledger.num_open,
             self.num_retracted,
+            len(batch.reqs) - (is_extend and batch.chunked_req in batch.reqs),
+            sum(n * cached + n * (n + 1) // 2 for cached, n in zip(cached_lens, extend_lens, strict=True)),
+            num_kv_read - sum(cached_lens) - num_prefill_tokens,
+            num_kv_read,
         )
         self.num_retracted = 0
 

@@ -22,6 +22,10 @@ STEP_DTYPE = np.dtype(
         ("kv_free_tokens", "<i8"),  # slots that can be had at once
         ("num_open_prefixes", "<i4"),  # planned prefixes computing or resident
         ("num_retracted", "<i4"),  # requests that lost their KV in this step
+        ("num_sampled", "<i4"),  # tokens sampled: one for each row that decoded, and for each prompt completed
+        ("prefill_pairs", "<i8"),  # sum over the prompt tokens computed of the tokens each attends to
+        ("decode_kv_tokens", "<i8"),  # sum over the rows that decoded of the tokens each attended to
+        ("kv_read_tokens", "<i8"),  # KV tokens that attention read, all rows
     ]
 )
 """One forward step. Counts of requests, prefixes and slots are those during the step, after its admissions."""

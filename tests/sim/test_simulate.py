@@ -129,7 +129,7 @@ def test_ours_ends_where_lengths_are_learned_and_never_holds_more_than_there_is(
 def test_every_request_ends_once_under_every_scheduler(
     scheduler: str, workload: SimWorkload, spare: int, chunk_pages: int, max_running: int
 ) -> None:
-    """Requests that end are counted by the scheduler itself; one that ended twice would break the accounts of KV."""
+    """`simulate` raises where one did not; and none runs beside more than may."""
     result = _run(
         workload,
         scheduler,
