@@ -116,8 +116,9 @@ def _make_parser() -> argparse.ArgumentParser:
 def _add_simulate(commands: Any) -> None:
     simulate = commands.add_parser("simulate", help="run a workload on a simulated device", allow_abbrev=False)
     source = simulate.add_mutually_exclusive_group(required=True)
-    source.add_argument("-i", "--input", metavar="IN.jsonl", help="a file; outputs as long as expected_new_tokens says, "
-                        "else as allowed")  # fmt: skip
+    source.add_argument(
+        "-i", "--input", metavar="IN.jsonl", help="a file; outputs as long as expected_new_tokens says, else as allowed"
+    )
     source.add_argument("--workload", metavar="KIND:KEY=N,...", help="e.g. shared:prefix=2000,private=200,sharing=16")
     simulate.add_argument("-m", "--model", help="tokenizes the file (default: embedded)")
     _add_device_flags(simulate)

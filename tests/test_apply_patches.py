@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -30,7 +31,7 @@ BACKEND = "srt/layers/attention/torch_native_backend.py"
 # A series of two patches on made-up files: the second goes on where the first has ended, and to a file of its own.
 
 A0, A1, A2 = "one\ntwo\nthree\n", "one\n2\nthree\n", "one\n2\nthree\nfour\n"
-B0, B1 = "x = 1\n", "x = 2\n"
+B0, B1 = "x = 1\n# and more, in no hunk\n", "x = 2\n# and more, in no hunk\n"
 
 
 def _blob_id(text: str) -> str:
@@ -60,17 +61,20 @@ class Copy:
         self.package = package
         self.series = series
 
-    def run(self, action: str) -> subprocess.CompletedProcess[str]:
+    def run(self, action: str, max_file_size: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, resource.RLIM_INFINITY))
+
         command = [sys.executable, SCRIPT, action, "--target", self.package, "--series", self.series]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
 
     def contents(self) -> dict[str, bytes]:
         files = (path for path in self.package.rglob("*") if path.is_file())
         return {str(path.relative_to(self.package)): path.read_bytes() for path in files}
 
-    def is_refused(self, action: str, *says: str) -> None:
+    def is_refused(self, action: str, *says: str, **limits: int) -> None:
         before = self.contents()
-        done = self.run(action)
+        done = self.run(action, **limits)
         assert done.returncode == 2, done.stdout
         assert "Traceback" not in done.stderr
         for words in says:
@@ -181,11 +185,10 @@ def test_a_missing_file_is_refused(small: Copy) -> None:
     small.is_refused("apply", "deep/b.py", "no such file")
 
 
-def test_a_folder_that_cannot_be_written_leaves_all_as_it_was(small: Copy) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    (small.package / "deep").chmod(0o555)
-    small.is_refused("apply", "deep")
+def test_a_full_disk_leaves_all_as_it_was(small: Copy) -> None:
+    """Simulated by a limit that the new a.py stays under and the new deep/b.py does not."""
+    assert len(A2) < 20 < len(B1)
+    small.is_refused("apply", "File too large", max_file_size=20)
 
 
 @pytest.mark.parametrize("action", ["apply", "revert"])

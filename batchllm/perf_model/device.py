@@ -121,7 +121,7 @@ def parse_device(spec: str) -> DeviceSpec:
         name=name,
         dense_flops=values["flops"],
         memory_bandwidth=values["bandwidth"],
-        memory_bytes=values["memory"],
+        memory_bytes=round(values["memory"]),
     )
 
 

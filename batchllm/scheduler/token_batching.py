@@ -40,8 +40,8 @@ def prefill_budget(
         page_size: A decoding row takes a page when its last one is full; prefill is cut at a page.
 
     Returns:
-        0 or at least a page, never more than the slots there are: where decoding rows fill the chunk, prefill goes on in part of
-        one; where they need the last slots, there is none, and the scheduler makes room first.
+        0 or at least a page, never more than the slots there are: where decoding rows fill the chunk, prefill goes
+        on in part of one; where they need the last slots, there is none, and the scheduler makes room first.
     """
     budget = chunk_tokens
     if is_mixed:
