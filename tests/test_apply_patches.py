@@ -61,9 +61,10 @@ class Copy:
         self.package = package
         self.series = series
 
-    def run(self, action: str, max_file_size: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+    def run(self, action: str, max_file_size: int | None = None) -> subprocess.CompletedProcess[str]:
         def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, resource.RLIM_INFINITY))
+            if max_file_size is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
 
         command = [sys.executable, SCRIPT, action, "--target", self.package, "--series", self.series]
         return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)

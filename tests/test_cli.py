@@ -66,7 +66,7 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
     source, out, err, report = (tmp_path / n for n in ("in.jsonl", "out.jsonl", "err.jsonl", "r.json"))
     done = _batchllm(
         *("run", "-i", _write(source, rows), "-o", out, "--errors", err, "--report", report),
-        *("--max-total-tokens", "2048", "--random-seed", "3"),
+        *("--max-total-tokens", "2048", "--random-seed", "3", "--trace", tmp_path / "t.json"),
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -91,6 +91,55 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
     assert numbers["num_computed_prompt_tokens"] == numbers["num_optimal_prompt_tokens"]
     assert "reuse" in done.stderr
     assert "line 2" in done.stderr
+    shown = _batchllm("report", tmp_path / "t.json", "--html", tmp_path / "t.html", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["num_prefill_tokens"] == numbers["num_computed_prompt_tokens"]
+    assert (tmp_path / "t.html").read_text().startswith("<!doctype html>")
+
+
+def test_simulate_runs_the_same_rows_on_another_device(tmp_path: Path) -> None:
+    """Ours reaches the optimum; a baseline on the same rows does not beat it; the trace is one that report reads."""
+    shared = "The same words at the beginning of every prompt. " * 5
+    rows = [
+        {"id": f"{i}{end}", "prompt": f"{i} {shared}{end}", "sampling_params": GREEDY}
+        for end in "abc"
+        for i in range(9)
+    ]
+    source = _write(tmp_path / "in.jsonl", rows)
+    done = _batchllm(
+        *("simulate", "-i", source, "--device", "H100", "--shape", "Qwen2.5-7B", "--kv-capacity", "400", "--json"),
+        *("--scheduler", "sglang-fcfs", "--scheduler", "batchllm", "--trace", tmp_path / "t.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    stock, ours = json.loads(done.stdout)
+    assert ours["num_computed_prompt_tokens"] == ours["num_optimal_prompt_tokens"]
+    assert stock["num_computed_prompt_tokens"] > ours["num_computed_prompt_tokens"]
+    shown = _batchllm("report", tmp_path / "t.json")
+    assert "batchllm" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("simulate --workload shared:prefix=0", "prefix"),
+        ("simulate --workload nothing", "nothing"),
+        ("simulate --workload unshared --device B200", "B200"),
+        ("simulate --workload unshared --device x:flops=1", "bandwidth"),
+        ("simulate --workload unshared --shape GPT-2", "GPT-2"),
+        ("simulate --workload unshared --scheduler best", "best"),
+        ("simulate --workload unshared --kv-limit 100", "100"),
+        ("simulate --workload unshared -i rows.jsonl", "not allowed"),
+        ("simulate --workload unshared --calibration /no/such.json", "/no/such.json"),
+        ("simulate --workload unshared --trace /no/such/dir/t.json", "--trace"),
+        ("report /no/such.json", "/no/such.json"),
+        ("calibrate /no/such.json -o x", "/no/such.json"),
+    ],
+)
+def test_what_cannot_be_simulated_says_why_and_exits_with_2(command: str, word: str) -> None:
+    done = _batchllm(*command.split())
+    assert done.returncode == 2, done.stdout
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_file_of_bad_rows_fails_without_starting_an_engine(tmp_path: Path) -> None:
@@ -112,6 +161,8 @@ def test_a_file_of_bad_rows_fails_without_starting_an_engine(tmp_path: Path) -> 
         (["-i", "{good}", "-o", "{tmp}/o", "-m", "/no/such/model"], "/no/such/model"),
         (["-i", "{good}", "-o", "{tmp}/o", "--max-total-token", "5"], "--max-total-token"),
         (["-i", "{good}", "-o", "{tmp}/o", "--pp-size", "2"], "pipeline"),
+        (["-i", "{good}", "-o", "{tmp}/o", "--trace", "/no/such/dir/t"], "--trace"),
+        (["-i", "{good}", "-o", "{tmp}/o", "--kv-limit", "0"], "--kv-limit"),
         (["-i", "{good}", "-o", "{tmp}/o", "--page-size", "16"], "page-size"),
     ],
 )

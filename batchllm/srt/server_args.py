@@ -89,6 +89,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
             raise ConfigError(f"{_flag(name)}: SGLang has no such server argument{hint}")
     _check_supported(server_args)
     _check_page_size(server_args.get("page_size"))
+    _check_batching(server_args)
     _check_environment()
     radix_cache.register()
     try:
@@ -157,6 +158,19 @@ def _check_supported(server_args: dict[str, Any]) -> None:
 def _check_page_size(page_size: int | None) -> None:
     if page_size not in (None, 1) and not torch.cuda.is_available():
         raise ConfigError(f"--page-size {page_size}: on CPU only --page-size 1 is supported; drop the flag")
+
+
+def _check_batching(server_args: dict[str, Any]) -> None:
+    kv_limit, pool = server_args.get("kv_limit"), server_args.get("max_total_tokens")
+    if kv_limit is not None and (not isinstance(kv_limit, int) or kv_limit < 2):
+        raise ConfigError(f"--kv-limit {kv_limit}: must be a number of tokens, at least 2")
+    if kv_limit is not None and pool is not None and kv_limit > pool:
+        raise ConfigError(f"--kv-limit {kv_limit}: the pool has --max-total-tokens {pool}; lower one or raise the other")
+    if server_args.get("enable_mixed_chunk") and (server_args.get("chunked_prefill_size") or 1) < 0:
+        raise ConfigError("--enable-mixed-chunk needs chunks: drop it, or --chunked-prefill-size -1")
+    lengths = server_args.get("output_lengths", "learned")
+    if lengths not in ("learned", "bounded"):
+        raise ConfigError(f"--output-lengths {lengths}: must be learned or bounded")
 
 
 def _check_environment() -> None:

@@ -161,6 +161,9 @@ PLAIN_FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"id": "a", "prompt": "x", "promt": "y"}, "unknown_field", "promt"),
     ({"id": "a", "prompt": "x", "max_new_tokens": 4}, "unknown_field", "max_new_tokens"),
     ({"id": "a", "prompt": "x", "namespace": 3}, "invalid_namespace", "namespace"),
+    ({"id": "a", "prompt": "x", "task": 3}, "invalid_task", "task"),
+    ({"id": "a", "prompt": "x", "expected_new_tokens": 0}, "parameter_out_of_range", "expected_new_tokens"),
+    ({"id": "a", "prompt": "x", "expected_new_tokens": "7"}, "invalid_parameter_type", "expected_new_tokens"),
     ({"id": "a", "prompt": "x", "sampling_params": 3}, "invalid_parameter_type", "sampling_params"),
     ({"id": "a", "prompt": "x", "sampling_params": {"tmp": 0}}, "unknown_parameter", "tmp"),
     (

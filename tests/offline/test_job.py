@@ -17,6 +17,7 @@ from jinja2 import Environment
 from batchllm.errors import ConfigError, EngineDiedError, RowError
 from batchllm.offline.job import Job
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.planner.run import PlannedRun
 from batchllm.request import Completion, Request, SamplingParams
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
@@ -239,6 +240,70 @@ def test_requests_of_other_namespaces_share_nothing() -> None:
 )
 def test_a_request_that_can_never_run_is_rejected_by_name(request_: Request, code: str | None) -> None:
     assert _code_of(request_) == code
+
+
+@pytest.mark.parametrize(
+    ("expected", "code"),
+    [(0, "expected_new_tokens_out_of_range"), (62, "expected_new_tokens_out_of_range"), (61, None)],
+)
+def test_a_hint_that_no_answer_can_come_true_to_is_rejected(expected: int, code: str | None) -> None:
+    """A prompt of 3 tokens leaves 61 of the context."""
+    assert _code_of(replace(_request(0, [1, 2, 3]), expected_new_tokens=expected)) == code
+
+
+def test_a_kv_limit_that_cannot_hold_a_request_is_an_error_that_says_how_much_is_needed() -> None:
+    """Before the run: the pool could hold it."""
+    runtime = ShufflingRuntime(info=replace(INFO, kv_limit_tokens=20))
+    _run(runtime, [_request(0, [1] * 12)])
+    with pytest.raises(ConfigError, match=r"--kv-limit 20: request 1 needs up to 21 .*raise it to at least 21"):
+        _run(runtime, [_request(0, [1] * 12), _request(1, [1] * 13)])
+
+
+def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
+    """A length nothing can change, a hint, a task; the rest is unknown."""
+    runs: list[PlannedRun] = []
+
+    class Recording(ShufflingRuntime):
+        def submit(self, job_id: int, requests: RunRequests) -> None:
+            runs.append(requests.run)
+            super().submit(job_id, requests)
+
+    sampling = SamplingParams(max_new_tokens=8)
+    requests = [
+        _request(0, [1], ignore_eos=True),
+        _request(1, [2], ignore_eos=True, stop=("x",)),
+        replace(_request(2, [3]), expected_new_tokens=4, task="summary"),
+        replace(_request(3, [4]), task="summary"),
+        replace(_request(4, [5]), task="judge"),
+    ]
+    assert requests[0].sampling.max_new_tokens == sampling.max_new_tokens
+    job = Job(Recording(), group_order="input")
+    job.prepare(requests)
+    list(job._runtime.iterate(job.run()))
+    known = [n for run in runs for n in run.request_known_len.tolist()]
+    tasks = [n for run in runs for n in run.request_task.tolist()]
+    assert (known, tasks) == ([8, 0, 4, 0, 0], [-1, -1, 0, 0, 1])
+
+
+def test_each_message_carries_at_most_as_many_requests_as_it_may() -> None:
+    runtime = ShufflingRuntime()
+    lens: list[int] = []
+    submit = runtime.submit
+    runtime.submit = lambda job_id, requests: (lens.append(len(requests.run)), submit(job_id, requests))  # type: ignore[func-returns-value,assignment,misc,return-value]
+    job = Job(runtime, max_run_requests=1)
+    job.prepare([_request(i, [i + 1]) for i in range(5)])
+    list(runtime.iterate(job.run()))
+    assert lens == [1] * 5
+
+
+def test_a_trace_begins_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = ShufflingRuntime()
+    job = Job(runtime, keep_steps=True)
+    job.prepare([_request(0)])
+    list(runtime.iterate(job.run()))
+    trace = job.trace("x")
+    assert (trace.kv_capacity_tokens, trace.kv_limit_tokens) == (48, 48)
+    assert trace.steps["start_s"].tolist() == [0.0]  # its runtime's clock stood at 0
 
 
 def test_a_seed_is_refused_where_sampling_takes_none() -> None:

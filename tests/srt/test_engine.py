@@ -326,6 +326,10 @@ def test_live_requests_run_beside_a_plan(engine: BatchEngine) -> None:
         ({"disable_radix_cache": True}, "prefix cache"),
         ({"radix_cache_backend": "lru"}, "--radix-cache-backend"),
         ({"model_path": "/no/such/model"}, "/no/such/model"),
+        ({"kv_limit": 1}, "--kv-limit 1"),
+        ({"kv_limit": 9000, "max_total_tokens": 8192}, "--max-total-tokens 8192"),
+        ({"enable_mixed_chunk": True, "chunked_prefill_size": -1}, "--enable-mixed-chunk"),
+        ({"output_lengths": "guessed"}, "--output-lengths guessed"),
     ],
 )
 def test_what_cannot_start_is_refused_by_name(arguments: dict[str, Any], word: str) -> None:
