@@ -121,7 +121,7 @@ def _child(engine: str, num_requests: int) -> None:
             ours._job_options["max_run_requests"] = 10**9
         ours.batch_generate(input_ids=workload.prompts, sampling_params=sampling)
     steps = StepTrace.read(out + ".json").steps
-    started = steps["num_prefill_tokens"].cumsum() // _PROMPT_LEN
+    started = (steps["num_sampled"] - steps["num_decode_tokens"]).cumsum()
     columns = [
         steps["host_s"],
         num_requests - started,

@@ -44,6 +44,8 @@ def main() -> None:
         "log_level": "error",
     } | json.loads(args.server_args)
     start = _ours if args.engine == "ours" else _stock
+    if args.engine == "ours":
+        server_args |= {"group_order": args.group_order, "max_run_requests": args.max_run_requests}
     run, stop = start(model, args.policy, server_args)
     try:
         run(workloads.unshared(99, 4, 32, 2))  # warm-up
@@ -92,6 +94,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="OMP_NUM_THREADS; 0 leaves it")
     parser.add_argument("--server-args", default="{}", help="further server arguments, as JSON")
+    parser.add_argument("--group-order", default="balanced", help="of ours")
+    parser.add_argument("--max-run-requests", type=int, help="most requests of one message, of ours")
     parser.add_argument("--outputs", help="write the output ids of the last run here")
     return parser.parse_args()
 
@@ -103,7 +107,10 @@ def _sampling(workload: Workload) -> list[dict[str, Any]]:
 def _ours(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
     from batchllm import BatchEngine
 
+    max_run_requests = server_args.pop("max_run_requests")
     engine = BatchEngine(model, **server_args)
+    if max_run_requests:
+        engine._job_options["max_run_requests"] = max_run_requests
 
     def run(workload: Workload) -> tuple[list[Any], Result]:
         completions = engine.batch_generate(input_ids=workload.prompts, sampling_params=_sampling(workload))

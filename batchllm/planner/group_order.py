@@ -37,7 +37,7 @@ GroupOrder = Literal["lexicographic", "input", "ratio", "paper", "balanced"]
   possible to that of all siblings together; the decode-heavy end begins, and wins ties.
 """
 GROUP_ORDERS: tuple[GroupOrder, ...] = get_args(GroupOrder)
-DEFAULT_GROUP_ORDER: GroupOrder = "ratio"
+DEFAULT_GROUP_ORDER: GroupOrder = "balanced"
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from batchllm.errors import ConfigError
 from batchllm.perf_model import CostModel, StepWork
-from batchllm.planner import BatchPlan, GroupOrder, plan_batch
+from batchllm.planner import DEFAULT_GROUP_ORDER, BatchPlan, GroupOrder, plan_batch
 from batchllm.sim.kv_pool import Outcome, StepRecorder
 from batchllm.sim.lru_tree import LruTree
 from batchllm.sim.one_level import OneLevelScheduler
@@ -44,7 +44,7 @@ def simulate(
     kv_limit_tokens: int | None = None,
     kv_capacity_tokens: int | None = None,
     chunk_tokens: int = 2048,
-    group_order: GroupOrder = "ratio",
+    group_order: GroupOrder = DEFAULT_GROUP_ORDER,
     is_mixed: bool = True,
     page_size: int = 1,
     max_running: int | None = None,

@@ -165,7 +165,9 @@ def _check_batching(server_args: dict[str, Any]) -> None:
     if kv_limit is not None and (not isinstance(kv_limit, int) or kv_limit < 2):
         raise ConfigError(f"--kv-limit {kv_limit}: must be a number of tokens, at least 2")
     if kv_limit is not None and pool is not None and kv_limit > pool:
-        raise ConfigError(f"--kv-limit {kv_limit}: the pool has --max-total-tokens {pool}; lower one or raise the other")
+        raise ConfigError(
+            f"--kv-limit {kv_limit}: the pool has --max-total-tokens {pool}; lower one or raise the other"
+        )
     if server_args.get("enable_mixed_chunk") and (server_args.get("chunked_prefill_size") or 1) < 0:
         raise ConfigError("--enable-mixed-chunk needs chunks: drop it, or --chunked-prefill-size -1")
     lengths = server_args.get("output_lengths", "learned")
