@@ -135,6 +135,9 @@ def _defaults(model_path: str) -> dict[str, Any]:
         if _is_float32(model_path):
             # SGLang's "auto" would make it bfloat16, which a CPU computes no faster and less exactly.
             defaults["dtype"] = "float32"
+    else:
+        # On CPU a decoding row of a mixed step costs SGLang's attention as much as its whole prompt.
+        defaults["enable_mixed_chunk"] = True
     return defaults
 
 
