@@ -97,7 +97,7 @@ def _child(engine: str, num_requests: int) -> None:
     }
     out = os.environ[step_timer.ENVIRONMENT]
     if engine == "stock":
-        from sglang import Engine
+        from sglang.srt.entrypoints.engine import Engine
 
         class TimedEngine(Engine):
             run_scheduler_process_func = staticmethod(step_timer.run_scheduler_process)

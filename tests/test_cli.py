@@ -118,6 +118,24 @@ def test_simulate_runs_the_same_rows_on_another_device(tmp_path: Path) -> None:
     assert "batchllm" in shown.stdout
 
 
+def test_a_cost_model_calibrated_on_a_trace_gives_the_times_of_that_trace(tmp_path: Path) -> None:
+    """The steps of one simulated device, fitted from the defaults of another."""
+    workload = "lognormal:prefix=500,private=100,sharing=8,requests=400,output=60"
+    trace, cost = tmp_path / "t.json", tmp_path / "cost.json"
+    device = "other:flops=2e15,bandwidth=6e12,memory=9e10"  # its efficiencies are to be found
+    command = ("simulate", "--workload", workload, "--json")
+    first = _batchllm(*command, "--device", "H100", "--trace", trace)
+    assert first.returncode == 0, first.stderr
+    fitted = _batchllm("calibrate", trace, "--device", device, "-o", cost)
+    assert fitted.returncode == 0, fitted.stderr
+    assert json.loads(cost.read_text())["median_relative_error"] < 0.02
+    capacity = str(json.loads(first.stdout)[0]["trace_kv_capacity_tokens"])
+    second = _batchllm(*command, "--calibration", cost, "--kv-capacity", capacity)
+    assert second.returncode == 0, second.stderr
+    times = [json.loads(done.stdout)[0]["elapsed_s"] for done in (first, second)]
+    assert times[1] == pytest.approx(times[0], rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("command", "word"),
     [

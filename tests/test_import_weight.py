@@ -22,7 +22,8 @@ def test_the_pure_rooms_load_nothing_heavy() -> None:
     rooms = (
         "batchllm, batchllm.errors, batchllm.request, batchllm.tokens, batchllm.tokenizer, batchllm.planner, "
         "batchllm.prefix_cache, batchllm.scheduler, batchllm.dataset, batchllm.offline.job, "
-        "batchllm.offline.runner, batchllm.offline.report, batchllm.offline.progress"
+        "batchllm.offline.runner, batchllm.offline.report, batchllm.offline.progress, batchllm.perf_model, "
+        "batchllm.sim, batchllm.trace"
     )
     assert _loaded_after(f"import {rooms}") == []
 
