@@ -13,6 +13,7 @@ import numpy as np
 import sglang.srt.managers.scheduler as upstream
 
 ENVIRONMENT = "STEP_TIMER_OUT"
+_SAVE_EVERY = 200
 Scheduler = upstream.Scheduler
 
 
@@ -29,13 +30,18 @@ class TimedScheduler(Scheduler):
         if self.last_end is not None:
             row = (now - self.last_end, len(self.waiting_queue), len(batch.reqs), batch.forward_mode.is_extend())
             self.timed_steps.append(row)
+            if len(self.timed_steps) % _SAVE_EVERY == 0:
+                self.save()
         result = super().run_batch(batch, *args, **kwargs)
         self.last_end = time.monotonic()
         return result
 
+    def save(self) -> None:
+        np.save(os.environ[ENVIRONMENT], np.array(self.timed_steps, dtype=float))
+
     def on_idle(self) -> None:
         if self.last_end is not None:
-            np.save(os.environ[ENVIRONMENT], np.array(self.timed_steps, dtype=float))
+            self.save()
         self.last_end = None
         super().on_idle()
 
