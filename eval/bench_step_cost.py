@@ -25,7 +25,7 @@ import numpy as np
 import step_timer
 import workloads
 
-_MAX_S = 240
+_MAX_S = 150
 _POOL, _PROMPT_LEN, _OUTPUT_LEN = 64 * 20, 16, 4
 
 

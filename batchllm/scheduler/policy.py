@@ -77,6 +77,10 @@ class _Step:
             request = waiting[index]
             found = self.view.ledger.lookup(request.prefix_id)
             blocked_by = self._prefix_to_wait_for(found)
+            if blocked_by is None and not self._may_open(found):
+                if not self.any_behind:
+                    break  # the head of the plan: what is free is for it
+                blocked_by = found.missing_ids[0]
             if blocked_by is not None:
                 num_groups_passed_over += 1
                 if num_groups_passed_over > _MAX_GROUPS_PASSED_OVER:
@@ -99,13 +103,15 @@ class _Step:
         self.longest_beside = max(self.longest_beside, total_len)
 
     def _prefix_to_wait_for(self, found: Lookup) -> int | None:
-        """The prefix that its consumers can now neither read nor compute, if there is one."""
-        if not found.missing_ids:
-            return None
+        """The prefix that somebody else is computing and its consumers wait for, if there is one."""
         for prefix_id in found.missing_ids:
             if prefix_id in self.claimed or (found.is_computing and self.view.ledger.is_computing(prefix_id)):
                 return prefix_id
-        may_open = self.open.may_add(
+        return None
+
+    def _may_open(self, found: Lookup) -> bool:
+        """Whether there is room for what is missing of a path, whatever runs and was passed over."""
+        return not found.missing_ids or self.open.may_add(
             found.missing_ids,
             self.view.ledger,
             longest_beside=self.longest_beside,
@@ -113,7 +119,6 @@ class _Step:
             kv_limit_tokens=self.view.kv_limit_tokens,
             page_size=self.view.page_size,
         )
-        return None if may_open else found.missing_ids[0]
 
     def _try_admit(self, request: WaitingRequest, found: Lookup) -> Admission | None:
         """Take what ``request`` needs; None means that it does not fit now."""

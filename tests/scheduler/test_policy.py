@@ -317,6 +317,13 @@ def test_a_prefix_is_opened_beside_what_runs_only_if_that_could_still_run_to_its
     assert _names(replace(view, kv_limit_tokens=24)) == ""
 
 
+def test_what_comes_after_the_head_of_the_plan_does_not_take_the_room_that_it_waits_for() -> None:
+    ledger = _ledger((NO_PREFIX, 4))
+    view = _beside(_view([*_group("b", 0, 6), *_lone(1)], ledger), (5, 1), longest=20)
+    assert _names(replace(view, kv_limit_tokens=24)) == ""
+    assert _names(replace(view, kv_limit_tokens=25)) == "ba"
+
+
 def test_a_request_starts_only_if_its_longest_output_fits_beside_the_prefixes_that_are_open() -> None:
     ledger = _ledger((NO_PREFIX, 4))
     _open(ledger, 0)
