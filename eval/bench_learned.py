@@ -85,10 +85,11 @@ def _batch(engine: Any, seed: int, num_requests: int) -> tuple[list[list[int]], 
         wanted = round(rng.lognormvariate(0, 1) * _MEDIAN)
         # The stop must not come earlier.
         place = next((i for i in range(min(wanted, _LIMIT) - 1, _LIMIT) if i >= 0 and ids[i] not in ids[:i]), None)
-        sampling.append(greedy if place is None else greedy | {"stop_token_ids": [ids[place]]})
+        # SGLang's ignore_eos ignores stop tokens too; these models never generate an end of text anyway.
+        stop = _NEVER if place is None else ids[place]
+        sampling.append(greedy | {"ignore_eos": False, "stop_token_ids": [stop]})
         lens.append(_LIMIT if place is None else place + 1)
-    # A row without a stop must not give its length away: it gets one that never comes.
-    return prompts, [s | {"stop_token_ids": s.get("stop_token_ids", [_NEVER])} for s in sampling], lens
+    return prompts, sampling, lens
 
 
 def _result(engine: Any, trace_path: Path, mode: str, seed: int, lens: list[int]) -> compare.Result:
