@@ -25,6 +25,7 @@ from batchllm.tokens import TokenTable
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--launches", type=int, default=2, help="of each side of what is measured")
     parser.add_argument("--skip-measured", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
     header = ["switched", "workload", "requests/s", "occupancy while work waits", "decode rows a step", "retracted"]
     text = compare.table([*header, "saving"], rows) + "\n\n" + orders
     if not args.skip_measured:
-        text += "\n\n" + _bulk_messages(results)
+        text += "\n\n" + _bulk_messages(results, args.launches)
     compare.write(args.out, "Ablation", text, results)
 
 
@@ -113,11 +114,11 @@ def _merged(a: SimWorkload, b: SimWorkload) -> SimWorkload:
     return SimWorkload(name="two kinds", table=table, **columns)
 
 
-def _bulk_messages(results: list[compare.Result]) -> str:
+def _bulk_messages(results: list[compare.Result], launches: int) -> str:
     """One message for each request against messages of thousands."""
     flags = ["--model", "WIDTH_64", "--pool", "65536", "--repetitions", "2"]
     rates: dict[str, list[float]] = {}
-    for _ in range(2):
+    for _ in range(launches):
         for name, run_flags in (("bulk messages", []), ("a message a request", ["--max-run-requests", "1"])):
             found = compare.measure("ours", ["unshared(1, 20000, 16, 1)"], *flags, *run_flags)
             rates.setdefault(name, []).extend(r["requests_per_s"] for r in found)
