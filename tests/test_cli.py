@@ -94,7 +94,7 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
     shown = _batchllm("report", tmp_path / "t.json", "--html", tmp_path / "t.html", "--json")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["num_prefill_tokens"] == numbers["num_computed_prompt_tokens"]
-    assert (tmp_path / "t.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_simulate_runs_the_same_rows_on_another_device(tmp_path: Path) -> None:
