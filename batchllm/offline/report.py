@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
+
+from batchllm.trace.whole_file import write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +103,7 @@ class RunReport:
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dict` as JSON; the file appears complete or not at all."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, target)
+        write_whole(path, [json.dumps(self.to_dict(), indent=2, allow_nan=False).encode() + b"\n"])
 
     def render(self) -> str:
         """The report as an aligned table for a terminal, without a final newline."""

@@ -57,6 +57,7 @@ def from_json(cls: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be a JSON object, not {type(value).__name__}")
+    # A type variable cannot say that its types are dataclasses.
     known: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for name in value:
         if name not in known:

@@ -259,16 +259,19 @@ def test_a_kv_limit_that_cannot_hold_a_request_is_an_error_that_says_how_much_is
         _run(runtime, [_request(0, [1] * 12), _request(1, [1] * 13)])
 
 
+@dataclass
+class RecordingRuntime(ShufflingRuntime):
+    """Keeps the runs submitted."""
+
+    runs: list[PlannedRun] = field(default_factory=list)
+
+    def submit(self, job_id: int, requests: RunRequests) -> None:
+        self.runs.append(requests.run)
+        super().submit(job_id, requests)
+
+
 def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
     """A length nothing can change, a hint, a task; the rest is unknown."""
-    runs: list[PlannedRun] = []
-
-    class Recording(ShufflingRuntime):
-        def submit(self, job_id: int, requests: RunRequests) -> None:
-            runs.append(requests.run)
-            super().submit(job_id, requests)
-
-    sampling = SamplingParams(max_new_tokens=8)
     requests = [
         _request(0, [1], ignore_eos=True),
         _request(1, [2], ignore_eos=True, stop=("x",)),
@@ -276,27 +279,25 @@ def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
         replace(_request(3, [4]), task="summary"),
         replace(_request(4, [5]), task="judge"),
     ]
-    assert requests[0].sampling.max_new_tokens == sampling.max_new_tokens
-    job = Job(Recording(), group_order="input")
+    assert requests[0].sampling.max_new_tokens == 8
+    runtime = RecordingRuntime()
+    job = Job(runtime, group_order="input")
     job.prepare(requests)
-    list(job._runtime.iterate(job.run()))
-    known = [n for run in runs for n in run.request_known_len.tolist()]
-    tasks = [n for run in runs for n in run.request_task.tolist()]
+    list(runtime.iterate(job.run()))
+    known = [n for run in runtime.runs for n in run.request_known_len.tolist()]
+    tasks = [n for run in runtime.runs for n in run.request_task.tolist()]
     assert (known, tasks) == ([8, 0, 4, 0, 0], [-1, -1, 0, 0, 1])
 
 
 def test_each_message_carries_at_most_as_many_requests_as_it_may() -> None:
-    runtime = ShufflingRuntime()
-    lens: list[int] = []
-    submit = runtime.submit
-    runtime.submit = lambda job_id, requests: (lens.append(len(requests.run)), submit(job_id, requests))  # type: ignore[func-returns-value,assignment,misc,return-value]
+    runtime = RecordingRuntime()
     job = Job(runtime, max_run_requests=1)
     job.prepare([_request(i, [i + 1]) for i in range(5)])
     list(runtime.iterate(job.run()))
-    assert lens == [1] * 5
+    assert [len(run) for run in runtime.runs] == [1] * 5
 
 
-def test_a_trace_begins_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_begins_with_the_job() -> None:
     runtime = ShufflingRuntime()
     job = Job(runtime, keep_steps=True)
     job.prepare([_request(0)])

@@ -343,4 +343,4 @@ def test_a_row_that_generates_nothing_is_refused_by_row(decode_len: int) -> None
 
 def test_an_unknown_order_is_refused_with_those_there_are() -> None:
     with pytest.raises(WorkloadError, match="one of lexicographic, input, ratio, paper, balanced, not 'fastest'"):
-        plan_batch(TokenTable.from_lists([[1]]), group_order="fastest")  # type: ignore[arg-type]
+        plan_batch(TokenTable.from_lists([[1]]), group_order="fastest")
