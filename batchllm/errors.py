@@ -7,6 +7,7 @@
     ├── PlanError           a plan contradicts itself or its prompts
     └── EngineError         the runtime
         ├── EngineDiedError     a runtime process ended before all answers were there
+        ├── LayoutError         a step's attention layout does not match the KV tables
         └── SeamError           SGLang is not what we extend: another version, or a hook that did not take
 
 Messages name what was wrong, where (file, line, row id, flag), and what to do.
@@ -53,6 +54,10 @@ class EngineError(BatchLLMError):
 
 class EngineDiedError(EngineError):
     """A runtime process ended before every request was answered."""
+
+
+class LayoutError(EngineError):
+    """A step's attention layout does not match the KV tables."""
 
 
 class SeamError(EngineError):

@@ -22,7 +22,8 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
-from batchllm.srt import compat, radix_cache, sampling
+from batchllm.srt import attention_backend, compat, cpu_ops, radix_cache, sampling
+from batchllm.srt.attention_backend import SharedCpuAttnBackend
 from batchllm.srt.io_struct import (
     JobCounters,
     PlannedAbortReqInput,
@@ -36,6 +37,7 @@ from batchllm.srt.radix_cache import PlannedRadixCache
 from batchllm.srt.schedule_batch import DecodingReqs, PlannedReq, give_estimate
 from batchllm.srt.schedule_policy import PlannedPrefillAdder
 from batchllm.srt.server_args import kv_limit_tokens
+from batchllm.srt.shared_prefixes import SharedPrefixes
 from batchllm.srt.step_recorder import StepRecorder
 
 
@@ -56,6 +58,10 @@ class BatchScheduler(Scheduler):
         # Requests running when the last decision admitted nothing; None when something has changed since.
         self._settled_at: int | None = None
         self._any_finished = False
+        self.shared_prefixes = SharedPrefixes(self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token))
+        backend = self.tp_worker.model_runner.attn_backend
+        if isinstance(backend, SharedCpuAttnBackend):
+            backend.follow(self.shared_prefixes)
         # With overlap a request that has ended runs one more step.
         self.planned_runs = RunReader(
             self.tree_cache.ledger,
@@ -102,6 +108,7 @@ class BatchScheduler(Scheduler):
     def handle_planned_run(self, message: PlannedRunReqInput) -> None:
         """Take the next requests of a job into the window."""
         self.planned_counters.setdefault(message.job_id, JobCounters())
+        self.shared_prefixes.drop_released()
         for req in self.planned_runs.read(message):
             self._take_in(req)
         self._settled_at = None
@@ -263,6 +270,8 @@ class BatchScheduler(Scheduler):
     # What is counted, where it happens
 
     def run_batch(self, batch: Any, pp_proxy_tensors: Any = None) -> Any:
+        if batch.forward_mode.is_extend():  # where every request gets its table row
+            self.shared_prefixes.start(batch.reqs)
         if not self.unfinished_planned:
             return super().run_batch(batch, pp_proxy_tensors)
         self._count(batch)
@@ -318,17 +327,20 @@ class OfflineBatchScheduler(BatchScheduler):
             os.unlink(writer.path)
 
 
-def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
+def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own
     function.
     """
-    install(OfflineBatchScheduler)
-    upstream.run_scheduler_process(*args, **kwargs)
+    install(server_args, OfflineBatchScheduler)
+    upstream.run_scheduler_process(server_args, *args, **kwargs)
 
 
-def install(scheduler_class: type[BatchScheduler] = BatchScheduler) -> None:
+def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchScheduler) -> None:
     """Put our parts where SGLang's scheduler process looks for them, and verify the ground they stand on."""
     compat.check()
+    if server_args.shares_attention:
+        attention_backend.register()
+        cpu_ops.install()
     radix_cache.register()
     sampling.install()
     upstream.Scheduler = scheduler_class

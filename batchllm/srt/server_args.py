@@ -15,11 +15,12 @@ from typing import Any, Literal, Optional
 
 import torch
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
-from sglang.srt.server_args import ServerArgs
+from sglang.srt.server_args import ServerArgs, add_attention_backend_choices
 
 from batchllm.errors import ConfigError
 from batchllm.srt import radix_cache
 
+ATTENTION_BACKEND = "batchllm"
 _CPU_KV_TOKENS = 131_072
 """KV pool on CPU unless ``--max-total-tokens`` says otherwise: SGLang would take most of the machine's
 memory.
@@ -45,6 +46,8 @@ class BatchServerArgs(ServerArgs):
         ),
         NS("batchllm"),
     ] = "learned"
+    shares_attention: bool = False
+    """Whether the scheduler process computes with `batchllm.srt.attention_backend`; follows from the attention backend."""
 
 
 def kv_limit_tokens(server_args: Any, kv_capacity_tokens: int) -> int:
@@ -93,7 +96,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     _check_environment()
     radix_cache.register()
     try:
-        return BatchServerArgs(**(_defaults(model_path) | server_args | {"model_path": model_path}))
+        return BatchServerArgs(**_attention(_defaults(model_path) | server_args | {"model_path": model_path}))
     except (OSError, ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"-m {model_path}: {error}") from error
 
@@ -104,6 +107,7 @@ def parse_server_flags(flags: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: A flag is unknown or its value is wrong.
     """
+    add_attention_backend_choices([ATTENTION_BACKEND])
     parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     ServerArgs.add_cli_args(parser)
     own = {"kv_limit", "output_lengths"}
@@ -130,7 +134,7 @@ def _defaults(model_path: str) -> dict[str, Any]:
         # FlashInfer's sampling kernels take no seed per request.
         "sampling_backend": "pytorch",
     }
-    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if not _has_accelerator():
         defaults |= {"device": "cpu", "max_total_tokens": _CPU_KV_TOKENS}
         if _is_float32(model_path):
             # SGLang's "auto" would make it bfloat16, which a CPU computes no faster and less exactly.
@@ -139,6 +143,17 @@ def _defaults(model_path: str) -> dict[str, Any]:
         # On CPU a decoding row of a mixed step costs SGLang's attention as much as its whole prompt.
         defaults["enable_mixed_chunk"] = True
     return defaults
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.xpu.is_available()
+
+
+def _attention(server_args: dict[str, Any]) -> dict[str, Any]:
+    """Our attention backend by the name that SGLang knows it under, see `batchllm.srt.attention_backend.register`."""
+    if _has_accelerator() or server_args.get("attention_backend", ATTENTION_BACKEND) != ATTENTION_BACKEND:
+        return server_args
+    return server_args | {"attention_backend": "torch_native", "shares_attention": True}
 
 
 def _is_float32(model_path: str) -> bool:

@@ -1,0 +1,434 @@
+// Attention of one step and layer on a CPU: each segment of shared KV is read once for a block of rows that share it.
+//
+// The layout is that of batchllm/attention/layout.py. The query rows, in its order, are cut into blocks; a task is a
+// block and a KV head. Within a task the KV goes by in tiles: first those of the segments, each for the rows of the block
+// that read it, then those of each sequence's private part. The softmax is the running one of FlashAttention (Dao et al.
+// 2022), which merges the parts by their log-sum-exp as it goes. A tile that enough rows read is packed (keys transposed) and
+// multiplied in register tiles; for a few rows, packing would cost more than it saves, and plain dot products are used.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include <omp.h>
+
+#include "vector.h"
+
+extern "C" {
+
+// One step. All sizes in elements; the arrays are those of AttentionLayout.
+struct BatchllmAttentionStep {
+    int64_t num_sequences;
+    int64_t num_segments;
+    int64_t num_query_tokens;
+    const int32_t* table;  // slot of (row, position): table[row * table_stride + position]
+    int64_t table_stride;
+    const int32_t* table_rows;
+    const int32_t* qo_indptr;
+    const int32_t* kv_len;
+    const int32_t* order;
+    const int32_t* private_start;
+    const int32_t* segment_readers;
+    const int32_t* segment_span;
+    const int32_t* segment_table_row;
+};
+
+// One layer. Strides are those of a token; heads and head elements are contiguous.
+struct BatchllmAttentionLayer {
+    const void* query;
+    int64_t query_stride;
+    const void* key_cache;
+    const void* value_cache;
+    int64_t key_stride;
+    int64_t value_stride;
+    void* output;
+    int64_t output_stride;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    float scale;
+};
+}
+
+namespace batchllm {
+namespace {
+
+constexpr int kTileTokens = 64;    // KV tokens of a tile
+constexpr int kBlockVectors = 96;  // query vectors of a block: rows times query heads of a KV head
+constexpr int kMinPackedVectors = 8;
+constexpr int kTasksPerThread = 3;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// C[rows x columns vectors] (+)= A[rows x depth] B[depth x columns vectors], kept in registers.
+template <int kRows, int kColumns, bool kAccumulate>
+inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth) {
+    Vec sum[kRows][kColumns];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = kAccumulate ? load(c + i * ldc + j * kLanes) : Vec{};
+    for (int k = 0; k < depth; ++k) {
+        Vec right[kColumns];
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; ++j) right[j] = load(b + k * ldb + j * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            Vec left = broadcast(a[i * lda + k]);
+#pragma GCC unroll 8
+            for (int j = 0; j < kColumns; ++j) sum[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
+}
+
+template <int kColumns, bool kAccumulate>
+inline void multiply_columns(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                             int depth) {
+    int i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows)
+        multiply_tile<kTileRows, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth);
+    for (; i + 2 <= rows; i += 2)
+        multiply_tile<2, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth);
+    for (; i < rows; ++i)
+        multiply_tile<1, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth);
+}
+
+// C (+)= A B with columns a multiple of the vector width.
+template <int kNumColumns, bool kAccumulate>
+inline void multiply(int rows, const float* a, int64_t lda, const float* b, float* c, int depth) {
+    constexpr int kWhole = kNumColumns / kLanes / kTileColumns * kTileColumns;
+    constexpr int kRest = kNumColumns / kLanes - kWhole;
+    for (int j = 0; j < kWhole; j += kTileColumns)
+        multiply_columns<kTileColumns, kAccumulate>(rows, a, lda, b + j * kLanes, kNumColumns, c + j * kLanes, kNumColumns,
+                                                    depth);
+    if constexpr (kRest > 0)
+        multiply_columns<kRest, kAccumulate>(rows, a, lda, b + kWhole * kLanes, kNumColumns, c + kWhole * kLanes,
+                                             kNumColumns, depth);
+}
+
+template <int kStride>
+inline void interleave(Vec* rows) {
+    for (int i = 0; i < kLanes; ++i) {
+        if (i & kStride) continue;
+        Vec low = rows[i], high = rows[i + kStride];
+        IntVec from_low, from_high;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            bool is_odd = lane & kStride;
+            from_low[lane] = is_odd ? lane - kStride + kLanes : lane;
+            from_high[lane] = is_odd ? lane + kLanes : lane + kStride;
+        }
+        rows[i] = __builtin_shuffle(low, high, from_low);
+        rows[i + kStride] = __builtin_shuffle(low, high, from_high);
+    }
+}
+
+// In place: element j of row i becomes element i of row j.
+inline void transpose(Vec* rows) {
+    interleave<1>(rows);
+    interleave<2>(rows);
+    if constexpr (kLanes > 4) interleave<4>(rows);
+    if constexpr (kLanes > 8) interleave<8>(rows);
+}
+
+// What a task works with: the query vectors of its rows for each of its KV heads, and their running softmax.
+template <int kHeadDim>
+class Workspace {
+   public:
+    explicit Workspace(int num_vectors)
+        : query(num_vectors * kHeadDim), sum(num_vectors * kHeadDim), maximum(num_vectors), weight(num_vectors) {}
+
+    std::vector<float> query;
+    std::vector<float> sum;
+    std::vector<float> maximum;
+    std::vector<float> weight;
+    alignas(64) float score[kBlockVectors * kTileTokens];
+    alignas(64) float key[kHeadDim * kTileTokens];  // transposed
+    alignas(64) float value[kTileTokens * kHeadDim];
+};
+
+// The query rows of a step in the layout's order: where the sequence of each stands in the order, its query token in the batch,
+// and one beyond the last position that it reads.
+struct Rows {
+    explicit Rows(const BatchllmAttentionStep& step) {
+        for (int32_t place = 0; place < step.num_sequences; ++place) {
+            int32_t sequence = step.order[place];
+            int32_t begin = step.qo_indptr[sequence], end = step.qo_indptr[sequence + 1];
+            for (int32_t token_id = begin; token_id < end; ++token_id) {
+                place_of.push_back(place);
+                token.push_back(token_id);
+                visible_end.push_back(step.kv_len[sequence] - (end - 1 - token_id));
+            }
+        }
+    }
+    std::vector<int32_t> place_of, token, visible_end;
+};
+
+template <typename Scalar, int kHeadDim>
+class BlockAttention {
+   public:
+    BlockAttention(const BatchllmAttentionStep& step, const BatchllmAttentionLayer& layer, const Rows& rows,
+                   Workspace<kHeadDim>& work)
+        : step_(step), layer_(layer), rows_(rows), work_(work), group_(layer.num_heads / layer.num_kv_heads) {}
+
+    // Query rows [begin, end) for KV heads [first_head, last_head).
+    void run(int begin, int end, int first_head, int last_head) {
+        begin_ = begin;
+        num_vectors_ = (end - begin) * group_;
+        first_head_ = first_head;
+        last_head_ = last_head;
+        read_queries(end);
+        const auto& place_of = rows_.place_of;
+        const int first = place_of[begin], last = place_of[end - 1];
+        for (int64_t g = 0; g < step_.num_segments; ++g) {
+            const int from = std::max(step_.segment_readers[2 * g], first);
+            const int to = std::min(step_.segment_readers[2 * g + 1] - 1, last);
+            if (from > to) continue;
+            int row = begin, row_end = end;
+            while (place_of[row] < from) ++row;
+            while (place_of[row_end - 1] > to) --row_end;
+            if (row >= row_end) continue;  // its readers in this block have no query tokens
+            attend(row, row_end, step_.segment_table_row[g], step_.segment_span[2 * g], step_.segment_span[2 * g + 1]);
+        }
+        for (int row = begin; row < end;) {
+            int row_end = row;
+            while (row_end < end && place_of[row_end] == place_of[row]) ++row_end;
+            const int32_t sequence = step_.order[place_of[row]];
+            attend(row, row_end, step_.table_rows[sequence], step_.private_start[sequence],
+                   rows_.visible_end[row_end - 1]);
+            row = row_end;
+        }
+        write_outputs(end);
+    }
+
+   private:
+    float* query(int head, int vector) { return work_.query.data() + at(head, vector) * kHeadDim; }
+    float* sum(int head, int vector) { return work_.sum.data() + at(head, vector) * kHeadDim; }
+    int at(int head, int vector) const { return (head - first_head_) * num_vectors_ + vector; }
+
+    void read_queries(int end) {
+        for (int head = first_head_; head < last_head_; ++head)
+            for (int row = begin_; row < end; ++row) {
+                const Scalar* from = static_cast<const Scalar*>(layer_.query) + rows_.token[row] * layer_.query_stride +
+                                     static_cast<int64_t>(head) * group_ * kHeadDim;
+                float* to = query(head, (row - begin_) * group_);
+                for (int i = 0; i < group_ * kHeadDim; ++i) to[i] = to_float(from[i]) * layer_.scale;
+            }
+        const int num_vectors = num_vectors_ * (last_head_ - first_head_);
+        std::fill_n(work_.sum.begin(), num_vectors * kHeadDim, 0.0f);
+        std::fill_n(work_.maximum.begin(), num_vectors, kMinusInfinity);
+        std::fill_n(work_.weight.begin(), num_vectors, 0.0f);
+    }
+
+    void write_outputs(int end) {
+        for (int head = first_head_; head < last_head_; ++head)
+            for (int row = begin_; row < end; ++row) {
+                Scalar* to = static_cast<Scalar*>(layer_.output) + rows_.token[row] * layer_.output_stride +
+                             static_cast<int64_t>(head) * group_ * kHeadDim;
+                for (int h = 0; h < group_; ++h) {
+                    const int vector = (row - begin_) * group_ + h;
+                    const float inverse = 1.0f / work_.weight[at(head, vector)];
+                    const float* from = sum(head, vector);
+                    for (int i = 0; i < kHeadDim; ++i) to[h * kHeadDim + i] = from_float<Scalar>(from[i] * inverse);
+                }
+            }
+    }
+
+    // Rows [row, row_end) read positions [start, end) of a table row, each as far as it sees.
+    void attend(int row, int row_end, int32_t table_row, int start, int end) {
+        const int32_t* slots = step_.table + table_row * step_.table_stride;
+        const bool is_packed = (row_end - row) * group_ >= kMinPackedVectors;
+        for (int position = start; position < end; position += kTileTokens) {
+            // The first rows of a prompt see nothing of its last tiles.
+            while (rows_.visible_end[row] <= position) ++row;
+            const Tile tile = {row, row_end, position, std::min(kTileTokens, end - position), slots + position};
+            if (is_packed)
+                attend_packed(tile);
+            else
+                attend_plainly(tile);
+        }
+    }
+
+    // KV tokens, and the rows that read them.
+    struct Tile {
+        int row, row_end;
+        int position, num_tokens;
+        const int32_t* slots;
+    };
+
+    void attend_packed(const Tile& tile) {
+        const int vector = (tile.row - begin_) * group_, num_vectors = (tile.row_end - tile.row) * group_;
+        for (int head = first_head_; head < last_head_; ++head) {
+            pack_keys(head, tile);
+            multiply<kTileTokens, false>(num_vectors, query(head, vector), kHeadDim, work_.key, work_.score, kHeadDim);
+            hide(tile, work_.score);
+            for (int v = 0; v < num_vectors; ++v) weigh(head, vector + v, work_.score + v * kTileTokens);
+            pack_values(head, tile);
+            multiply<kHeadDim, true>(num_vectors, work_.score, kTileTokens, work_.value, sum(head, vector),
+                                     tile.num_tokens);
+        }
+    }
+
+    void attend_plainly(const Tile& tile) {
+        const int vector = (tile.row - begin_) * group_, num_vectors = (tile.row_end - tile.row) * group_;
+        for (int head = first_head_; head < last_head_; ++head) {
+            for (int t = 0; t < tile.num_tokens; ++t)
+                score_token(head, vector, num_vectors, tile.slots[t], work_.score + t);
+            hide(tile, work_.score);
+            for (int v = 0; v < num_vectors; ++v) weigh(head, vector + v, work_.score + v * kTileTokens);
+            add_values(head, vector, num_vectors, tile);
+        }
+    }
+
+    const Scalar* key(int head, int32_t slot) const {
+        return static_cast<const Scalar*>(layer_.key_cache) + slot * layer_.key_stride + head * kHeadDim;
+    }
+    const Scalar* value(int head, int32_t slot) const {
+        return static_cast<const Scalar*>(layer_.value_cache) + slot * layer_.value_stride + head * kHeadDim;
+    }
+
+    void pack_keys(int head, const Tile& tile) {
+        for (int t = 0; t < tile.num_tokens; t += kLanes)
+            for (int d = 0; d < kHeadDim; d += kLanes) {
+                Vec block[kLanes];
+                for (int i = 0; i < kLanes; ++i)
+                    block[i] = t + i < tile.num_tokens ? load(key(head, tile.slots[t + i]) + d) : Vec{};
+                transpose(block);
+                for (int i = 0; i < kLanes; ++i) store(work_.key + (d + i) * kTileTokens + t, block[i]);
+            }
+    }
+
+    void pack_values(int head, const Tile& tile) {
+        for (int t = 0; t < tile.num_tokens; ++t) {
+            const Scalar* v = value(head, tile.slots[t]);
+            for (int d = 0; d < kHeadDim; d += kLanes) store(work_.value + t * kHeadDim + d, load(v + d));
+        }
+    }
+
+    void score_token(int head, int vector, int num_vectors, int32_t slot, float* score) {
+        const Scalar* k = key(head, slot);
+        Vec part[kHeadDim / kLanes];
+        for (int j = 0; j < kHeadDim / kLanes; ++j) part[j] = load(k + j * kLanes);
+        for (int v = 0; v < num_vectors; ++v) {
+            const float* q = query(head, vector + v);
+            Vec products = part[0] * load(q);
+            for (int j = 1; j < kHeadDim / kLanes; ++j) products += part[j] * load(q + j * kLanes);
+            score[v * kTileTokens] = total(products);
+        }
+    }
+
+    void add_values(int head, int vector, int num_vectors, const Tile& tile) {
+        for (int v = 0; v < num_vectors; ++v) {
+            const float* weight = work_.score + v * kTileTokens;
+            float* to = sum(head, vector + v);
+            Vec part[kHeadDim / kLanes];
+            for (int j = 0; j < kHeadDim / kLanes; ++j) part[j] = load(to + j * kLanes);
+            for (int t = 0; t < tile.num_tokens; ++t) {
+                const Scalar* from = value(head, tile.slots[t]);
+                const Vec w = broadcast(weight[t]);
+                for (int j = 0; j < kHeadDim / kLanes; ++j) part[j] += w * load(from + j * kLanes);
+            }
+            for (int j = 0; j < kHeadDim / kLanes; ++j) store(to + j * kLanes, part[j]);
+        }
+    }
+
+    // Scores of the positions that a row does not see, and of those beyond the tile's end.
+    void hide(const Tile& tile, float* score) {
+        for (int row = tile.row; row < tile.row_end; ++row) {
+            const int visible = std::min(rows_.visible_end[row] - tile.position, tile.num_tokens);
+            if (visible == kTileTokens) break;  // later rows see more
+            for (int h = 0; h < group_; ++h, score += kTileTokens)
+                std::fill(score + visible, score + kTileTokens, kMinusInfinity);
+        }
+    }
+
+    // Scores of a tile to weights relative to the running maximum.
+    void weigh(int head, int vector, float* score) {
+        Vec high = load(score);
+        for (int t = kLanes; t < kTileTokens; t += kLanes) high = max(high, load(score + t));
+        float& before = work_.maximum[at(head, vector)];
+        float& weight = work_.weight[at(head, vector)];
+        const float maximum = std::max(before, highest(high));
+        if (maximum > before) {
+            const float shrink = std::exp(before - maximum);
+            before = maximum;
+            weight *= shrink;
+            float* to = sum(head, vector);
+            for (int d = 0; d < kHeadDim; ++d) to[d] *= shrink;
+        }
+        Vec weights = Vec{};
+        for (int t = 0; t < kTileTokens; t += kLanes) {
+            const Vec w = exp_negative(load(score + t) - broadcast(maximum));
+            store(score + t, w);
+            weights += w;
+        }
+        weight += total(weights);
+    }
+
+    const BatchllmAttentionStep& step_;
+    const BatchllmAttentionLayer& layer_;
+    const Rows& rows_;
+    Workspace<kHeadDim>& work_;
+    const int group_;  // query heads of a KV head
+    int begin_ = 0;
+    int num_vectors_ = 0;  // of each KV head
+    int first_head_ = 0;
+    int last_head_ = 0;
+};
+
+template <typename Scalar, int kHeadDim>
+void attention(const BatchllmAttentionStep& step, const BatchllmAttentionLayer& layer) {
+    const Rows rows(step);
+    const int num_rows = static_cast<int>(rows.token.size());
+    const int group = layer.num_heads / layer.num_kv_heads;
+    const int block_rows = std::max(1, kBlockVectors / group);
+    const int num_blocks = (num_rows + block_rows - 1) / block_rows;
+    // All heads of a token lie side by side in memory: a task takes as many as leave each thread enough tasks.
+    const int num_heads = layer.num_kv_heads;
+    int task_heads = num_heads;
+    while (task_heads > 1 && num_blocks * (num_heads / task_heads) < kTasksPerThread * omp_get_max_threads()) task_heads /= 2;
+    const int num_head_parts = (num_heads + task_heads - 1) / task_heads;
+#pragma omp parallel
+    {
+        auto work = std::make_unique<Workspace<kHeadDim>>(block_rows * group * task_heads);
+        BlockAttention<Scalar, kHeadDim> block_attention(step, layer, rows, *work);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int block = 0; block < num_blocks; ++block)
+            for (int part = 0; part < num_head_parts; ++part)
+                block_attention.run(block * block_rows, std::min(num_rows, (block + 1) * block_rows), part * task_heads,
+                                    std::min(num_heads, (part + 1) * task_heads));
+    }
+}
+
+template <typename Scalar>
+int dispatch(const BatchllmAttentionStep& step, const BatchllmAttentionLayer& layer) {
+    if (layer.num_heads / layer.num_kv_heads > kBlockVectors) return 1;
+    switch (layer.head_dim) {
+        case 32: attention<Scalar, 32>(step, layer); return 0;
+        case 64: attention<Scalar, 64>(step, layer); return 0;
+        case 80: attention<Scalar, 80>(step, layer); return 0;
+        case 96: attention<Scalar, 96>(step, layer); return 0;
+        case 128: attention<Scalar, 128>(step, layer); return 0;
+        case 256: attention<Scalar, 256>(step, layer); return 0;
+        default: return 1;
+    }
+}
+
+}  // namespace
+}  // namespace batchllm
+
+extern "C" {
+
+// 0, or 1 where the shape of the heads is not supported; nothing is written then.
+int batchllm_attention_float32(const BatchllmAttentionStep* step, const BatchllmAttentionLayer* layer) {
+    return batchllm::dispatch<float>(*step, *layer);
+}
+
+int batchllm_attention_bfloat16(const BatchllmAttentionStep* step, const BatchllmAttentionLayer* layer) {
+    return batchllm::dispatch<batchllm::BFloat16>(*step, *layer);
+}
+}

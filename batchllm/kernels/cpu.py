@@ -1,0 +1,273 @@
+"""The C++ kernels of this folder, loaded for the processor at hand, as functions of torch tensors.
+
+They are built when the package is installed (`pyproject.toml`), where a C++ compiler is at hand; `load` says why not.
+OpenMP runs them with as many threads as torch has (`torch.set_num_threads`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+# What torch calls the instruction sets, best first, each with those that run on it too.
+_LEVELS = ("avx512", "avx2", "default")
+
+HEAD_DIMS = frozenset({32, 64, 80, 96, 128, 256})
+"""Sizes of heads that the attention kernel is compiled for."""
+MAX_GROUP = 96
+"""Most query heads of a KV head."""
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012  # ctypes reads a plain list
+        ("num_sequences", _I64),
+        ("num_segments", _I64),
+        ("num_query_tokens", _I64),
+        ("table", _P),
+        ("table_stride", _I64),
+        ("table_rows", _P),
+        ("qo_indptr", _P),
+        ("kv_len", _P),
+        ("order", _P),
+        ("private_start", _P),
+        ("segment_readers", _P),
+        ("segment_span", _P),
+        ("segment_table_row", _P),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012  # ctypes reads a plain list
+        ("query", _P),
+        ("query_stride", _I64),
+        ("key_cache", _P),
+        ("value_cache", _P),
+        ("key_stride", _I64),
+        ("value_stride", _I64),
+        ("output", _P),
+        ("output_stride", _I64),
+        ("num_heads", _I32),
+        ("num_kv_heads", _I32),
+        ("head_dim", _I32),
+        ("scale", _F32),
+    ]
+
+
+_ARGUMENTS = {
+    "attention": [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)],
+    "rms_norm": [_P, _P, _P, _P, _I64, _I64, _F32],
+    "silu_and_mul": [_P, _P, _I64, _I64],
+    "rotary_embedding": [_P, _P, _P, _I64, _I64, _P, _I64, _I32, _I32, _I32, _I32, _I32],
+}
+_STORE_ROWS_ARGUMENTS = [_P, _I64, _P, _I64, _P, _I64, _I64]
+
+
+class AttentionStep:
+    """One step's layout, ready for the kernel. Keeps what it points to alive.
+
+    Args:
+        table: [rows, positions] int32 on the CPU: slots of KV.
+        layout: The arrays of `batchllm.attention.AttentionLayout` by name, int32.
+    """
+
+    def __init__(self, table: torch.Tensor, **layout: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        if table.dtype != torch.int32 or table.stride(1) != 1 or table.device.type != "cpu":
+            raise ValueError(f"the table of slots must be int32 on the CPU with contiguous rows, not {table.dtype}")
+        self._arrays = {name: np.ascontiguousarray(array, np.int32) for name, array in layout.items()}
+        self._table = table
+        self.num_query_tokens = int(self._arrays["qo_indptr"][-1])
+        self.struct = _Step(
+            num_sequences=len(self._arrays["table_rows"]),
+            num_segments=len(self._arrays["segment_table_row"]),
+            num_query_tokens=self.num_query_tokens,
+            table=table.data_ptr(),
+            table_stride=table.stride(0),
+            **{name: array.ctypes.data for name, array in self._arrays.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKernels:
+    """The kernels of one instruction set.
+
+    Tensors are on the CPU, float32 or bfloat16, all of one call of the same dtype, contiguous in the last dimension.
+
+    Attributes:
+        level: ``avx512``, ``avx2`` or ``default``.
+    """
+
+    level: str
+    _functions: dict[tuple[str, torch.dtype], Any]
+    _store_rows: Any
+
+    def attention(
+        self,
+        step: AttentionStep,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Attention of one layer, shared segments read once for their readers.
+
+        Args:
+            step: From the step's layout.
+            query: [num_query_tokens, num_heads, head_dim].
+            key_cache: [num_slots, num_kv_heads, head_dim].
+            value_cache: The same shape.
+            output: The shape of ``query``; is overwritten.
+            scale: Of the scores.
+
+        Raises:
+            ValueError: The heads have a shape, or the tensors a dtype, that `supports_heads` denies.
+        """
+        _, num_heads, head_dim = query.shape
+        num_kv_heads = key_cache.shape[1]
+        function = self._functions.get(("attention", query.dtype))
+        if function is None or key_cache.dtype != query.dtype or query.shape[0] < step.num_query_tokens:
+            raise ValueError(f"attention of {query.dtype} queries {tuple(query.shape)} over {key_cache.dtype} KV")
+        layer = _Layer(
+            query=query.data_ptr(),
+            query_stride=query.stride(0),
+            key_cache=key_cache.data_ptr(),
+            value_cache=value_cache.data_ptr(),
+            key_stride=key_cache.stride(0),
+            value_stride=value_cache.stride(0),
+            output=output.data_ptr(),
+            output_stride=output.stride(0),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=scale,
+        )
+        if function(step.struct, layer):
+            raise ValueError(f"{num_heads} heads over {num_kv_heads} of {head_dim} elements are not supported")
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """RMS norm over the last dimension; with a residual, that of ``residual += x``, in place."""
+        out = torch.empty_like(x)
+        size = x.shape[-1]
+        self._functions["rms_norm", x.dtype](
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // size,
+            size,
+            epsilon,
+        )
+        return out
+
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """``silu(x[..., :n]) * x[..., n:]`` of a contiguous [..., 2 n]."""
+        size = x.shape[-1] // 2
+        out = x.new_empty(*x.shape[:-1], size)
+        self._functions["silu_and_mul", x.dtype](x.data_ptr(), out.data_ptr(), out.numel() // max(1, size), size)
+        return out
+
+    def rotary_embedding(
+        self,
+        positions: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        *,
+        head_dim: int,
+        rotary_dim: int,
+        is_neox: bool,
+    ) -> None:
+        """Turn queries and keys in place.
+
+        Args:
+            positions: [num_tokens] int64.
+            query: [num_tokens, num_heads * head_dim].
+            key: [num_tokens, num_kv_heads * head_dim].
+            cos_sin_cache: [num_positions, rotary_dim], cosines before sines.
+            head_dim: Of queries and keys.
+            rotary_dim: Elements of a head that are turned, the first ones.
+            is_neox: Pairs are halves of a head; else neighbours.
+        """
+        self._functions["rotary_embedding", query.dtype](
+            positions.data_ptr(),
+            query.data_ptr(),
+            key.data_ptr(),
+            query.stride(0),
+            key.stride(0),
+            cos_sin_cache.data_ptr(),
+            len(positions),
+            query.shape[1] // head_dim,
+            key.shape[1] // head_dim,
+            head_dim,
+            rotary_dim,
+            is_neox,
+        )
+
+    def store_rows(self, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """``cache[slots] = rows``; ``slots`` int64, the elements of a row contiguous in both."""
+        size = rows.element_size()
+        self._store_rows(
+            rows.data_ptr(),
+            rows.stride(0) * size,
+            cache.data_ptr(),
+            cache.stride(0) * size,
+            slots.data_ptr(),
+            len(slots),
+            rows[0].numel() * size if len(slots) else 0,
+        )
+
+
+def supports_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the attention kernel takes heads of this shape and dtype."""
+    return head_dim in HEAD_DIMS and num_heads // num_kv_heads <= MAX_GROUP and dtype in _DTYPES
+
+
+@functools.cache
+def load(level: str | None = None) -> CpuKernels | str:
+    """The kernels for this processor, or in one sentence why there are none.
+
+    Args:
+        level: An instruction set that the processor has; the best one by default.
+    """
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    best = next((i for i, name in enumerate(_LEVELS) if capability.startswith(name)), len(_LEVELS) - 1)
+    levels = _LEVELS[best:] if level is None else (level,)
+    problems = []
+    for name in levels:
+        spec = importlib.util.find_spec(f"batchllm.kernels._cpu_{name}")
+        if spec is None or spec.origin is None:
+            problems.append(f"{name} was not built")
+            continue
+        try:
+            library = ctypes.CDLL(spec.origin)
+        except OSError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        return _bind(name, library)
+    return (
+        f"no compiled kernels ({', '.join(problems)}): install a C++ compiler (Debian: apt install g++) and batchllm again"
+    )
+
+
+def _bind(level: str, library: ctypes.CDLL) -> CpuKernels:
+    functions = {}
+    for name, arguments in _ARGUMENTS.items():
+        for dtype, suffix in _DTYPES.items():
+            function = library[f"batchllm_{name}_{suffix}"]
+            function.argtypes = arguments
+            function.restype = ctypes.c_int if name == "attention" else None
+            functions[name, dtype] = function
+    store_rows = library["batchllm_store_rows"]
+    store_rows.argtypes, store_rows.restype = _STORE_ROWS_ARGUMENTS, None
+    return CpuKernels(level, functions, store_rows)

@@ -1,0 +1,115 @@
+// Vectors of the width that this file is compiled for, through the compiler's vector extension: one source for AVX-512,
+// AVX2, NEON and whatever else.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace batchllm {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileColumns = 4;  // vectors of a register tile: kTileRows x kTileColumns accumulators, of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kTileColumns = 2;  // of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kTileColumns = 4;
+#endif
+constexpr int kTileRows = 6;
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+
+typedef uint32_t UnsignedVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
+
+// bfloat16 is the upper half of a float32.
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec load(const BFloat16* p) {
+    UnsignedVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), UnsignedVec) << 16;
+    return reinterpret_cast<Vec&>(bits);
+}
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// Each lane beside the one `kStride` away.
+template <int kStride>
+inline Vec swap_lanes(Vec x) {
+    IntVec from;
+    for (int lane = 0; lane < kLanes; ++lane) from[lane] = lane ^ kStride;
+    return __builtin_shuffle(x, from);
+}
+
+// Sum of all lanes.
+inline float total(Vec x) {
+    if constexpr (kLanes > 8) x += swap_lanes<8>(x);
+    if constexpr (kLanes > 4) x += swap_lanes<4>(x);
+    x += swap_lanes<2>(x);
+    x += swap_lanes<1>(x);
+    return x[0];
+}
+
+// The largest lane.
+inline float highest(Vec x) {
+    if constexpr (kLanes > 8) x = max(x, swap_lanes<8>(x));
+    if constexpr (kLanes > 4) x = max(x, swap_lanes<4>(x));
+    x = max(x, swap_lanes<2>(x));
+    x = max(x, swap_lanes<1>(x));
+    return x[0];
+}
+
+template <typename T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};               // NaN stays NaN
+    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};  // nearest, ties to even
+}
+
+// e to the x for x <= 0, within 2 units in the last place; 0 below -87.
+inline Vec exp_negative(Vec x) {
+    const Vec low = broadcast(-87.0f);
+    IntVec is_zero = x < low;
+    x = is_zero ? low : x;
+    // x = n ln 2 + r with |r| <= ln(2)/2; the magic number rounds to the nearest integer in its low bits.
+    const Vec magic = broadcast(12582912.0f);
+    Vec shifted = x * 1.44269504088896341f + magic;
+    Vec n = shifted - magic;
+    Vec r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Vec p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    IntVec exponent = (reinterpret_cast<IntVec&>(shifted) << 23) + 0x3f800000;
+    // The low bits of `shifted` hold n; what the magic number itself adds is shifted out, up to its sign.
+    Vec scale = reinterpret_cast<Vec&>(exponent);
+    Vec result = p * scale;
+    return is_zero ? Vec{} : result;
+}
+
+}  // namespace batchllm

@@ -1,0 +1,168 @@
+"""Attention that reads each shared prefix once a step, as a backend of SGLang.
+
+(Upstream: ``srt/layers/attention/torch_native_backend.py``, ``attention_registry.py``.)
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from batchllm.attention.base import StepAttention
+from batchllm.attention.cpu_shared import make_cpu_attention
+from batchllm.attention.layout import AttentionLayout, check_layout, plan_layout
+from batchllm.kernels.cpu import CpuKernels
+from batchllm.kernels.cpu import load as load_kernels
+from batchllm.srt.shared_prefixes import SharedPrefixes
+
+logger = logging.getLogger(__name__)
+
+_MIN_SEGMENT_LEN = 16
+"""Tokens. Shorter shared parts are read by each request: what sharing saves does not pay for a segment's overhead."""
+
+
+class SharedCpuAttnBackend(TorchNativeAttnBackend):
+    """On CPU: `batchllm.attention` for decoder layers, SGLang's own for all others."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__(model_runner)
+        self._table = self.req_to_token_pool.req_to_token
+        self._prefixes: SharedPrefixes | None = None
+        self._layout: AttentionLayout | None = None
+        self._checked_rows = b""
+        self._kernels = load_kernels()
+        # By head shape, and per layer which one it takes; None where SGLang's code does.
+        self._attention: dict[tuple[int, int, int, torch.dtype], StepAttention] = {}
+        self._of_layer: dict[int, StepAttention | None] = {}
+        # The first call of a process loads compiled code; not while requests wait.
+        nothing = np.empty(0, np.int32)
+        self._plan(nothing, nothing, nothing, SharedPrefixes.empty())
+
+    def follow(self, prefixes: SharedPrefixes) -> None:
+        """Share what these rows share. Without a call nothing is shared."""
+        self._prefixes = prefixes
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)
+        rows = forward_batch.req_pool_indices.numpy().astype(np.int32)
+        kv_len = forward_batch.seq_lens_cpu.numpy().astype(np.int32)
+        if forward_batch.forward_mode.is_extend():
+            qo_len = np.asarray(forward_batch.extend_seq_lens_cpu, np.int32)
+        else:
+            qo_len = np.ones(len(rows), np.int32)
+        layout = self._plan(rows, qo_len, kv_len, self._prefixes)
+        if len(layout.segment_span) and rows.tobytes() != self._checked_rows:
+            # The same rows were found right when they came together; what is shared does not change while they run.
+            check_layout(layout, self._table.numpy())
+            self._checked_rows = rows.tobytes()
+        self._layout = layout
+        for attention in self._attention.values():
+            attention.plan(layout, self._table)
+
+    def _plan(
+        self, rows: np.ndarray, qo_len: np.ndarray, kv_len: np.ndarray, prefixes: SharedPrefixes | None
+    ) -> AttentionLayout:
+        prefixes = prefixes or SharedPrefixes.empty()
+        return plan_layout(
+            table_rows=rows,
+            qo_len=qo_len,
+            kv_len=kv_len,
+            leaf=prefixes.leaf_of(rows),
+            paths=prefixes.paths,
+            min_segment_len=_MIN_SEGMENT_LEN,
+        )
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        attention = self._attention_of(layer, q)
+        if attention is None:
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._run(attention, q, k, v, layer, forward_batch, save_kv_cache)
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        attention = self._attention_of(layer, q)
+        if attention is None:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._run(attention, q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _run(
+        self,
+        attention: StepAttention,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        if save_kv_cache and k is not None and v is not None:
+            self._store(k, v, keys, values, layer, forward_batch.out_cache_loc)
+        output = torch.empty(q.shape, dtype=q.dtype)
+        heads = (-1, layer.tp_q_head_num, layer.head_dim)
+        attention.run(q.view(heads), keys, values, output.view(heads), layer.scaling)
+        return output
+
+    def _store(
+        self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: Any, slots: torch.Tensor
+    ) -> None:
+        if isinstance(self._kernels, CpuKernels):
+            self._kernels.store_rows(k, keys, slots)
+            self._kernels.store_rows(v, values, slots)
+        else:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
+
+    def _attention_of(self, layer: Any, q: torch.Tensor) -> StepAttention | None:
+        if layer.layer_id not in self._of_layer:
+            self._of_layer[layer.layer_id] = self._choose(layer, q)
+        return self._of_layer[layer.layer_id]
+
+    def _choose(self, layer: Any, q: torch.Tensor) -> StepAttention | None:
+        reason = _why_unsupported(layer, q, self.token_to_kv_pool.get_key_buffer(layer.layer_id))
+        if reason is not None:
+            logger.warning("layer %d: %s; SGLang's torch_native computes it", layer.layer_id, reason)
+            return None
+        shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, q.dtype)
+        if shape not in self._attention:
+            attention, reason = make_cpu_attention(*shape)
+            if reason is not None:
+                logger.warning("attention: %s", reason)
+            assert self._layout is not None
+            attention.plan(self._layout, self._table)
+            self._attention[shape] = attention
+        return self._attention[shape]
+
+
+def _why_unsupported(layer: Any, q: torch.Tensor, key_buffer: torch.Tensor) -> str | None:
+    """Why a layer is not one for `batchllm.attention`; None if it is."""
+    if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
+        return "not causal self-attention"
+    if layer.sliding_window_size > -1:
+        return f"a sliding window of {layer.sliding_window_size} tokens"
+    if layer.logit_cap:
+        return f"scores capped at {layer.logit_cap}"
+    if layer.qk_head_dim != layer.v_head_dim:
+        return f"keys of {layer.qk_head_dim} and values of {layer.v_head_dim} elements"
+    if key_buffer.dtype != q.dtype:
+        return f"{q.dtype} queries over {key_buffer.dtype} KV"
+    return None
+
+
+def register() -> None:
+    """Make `SharedCpuAttnBackend` what SGLang makes for ``torch_native`` in this process.
+
+    Under a name of its own SGLang would launch Triton kernels beside it, which a CPU has not
+    (``support_triton`` in ``srt/utils/common.py``, ``srt/mem_cache/allocation.py``).
+    """
+    ATTENTION_BACKENDS["torch_native"] = SharedCpuAttnBackend

@@ -1,0 +1,61 @@
+"""Which planned prefix each row of the request-to-token table reads from: what the attention of a step plans by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from batchllm.attention.layout import PrefixPaths
+from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
+from batchllm.srt.schedule_batch import PlannedReq
+
+
+class SharedPrefixes:
+    """Kept by the scheduler as requests start and prefixes are released, read by the attention backend.
+
+    Args:
+        ledger: Knows each prefix's path.
+        num_table_rows: Rows of the request-to-token table.
+
+    Attributes:
+        paths: Parents and ends of the prefixes that some row reads.
+        leaf: [num_table_rows] int32: id in ``paths`` of the deepest prefix of the request in a row, or -1.
+    """
+
+    def __init__(self, ledger: PinLedger, num_table_rows: int) -> None:
+        self._ledger = ledger
+        self._ids: dict[int, int] = {}
+        self.paths = PrefixPaths()
+        self.leaf = np.full(num_table_rows, -1, np.int32)
+
+    @classmethod
+    def empty(cls) -> SharedPrefixes:
+        """Where nothing is shared."""
+        return cls(PinLedger(), 0)
+
+    def leaf_of(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Ids in ``paths`` for these table rows."""
+        return self.leaf[rows] if len(self.leaf) else np.full(len(rows), -1, np.int32)
+
+    def start(self, reqs: list[Any]) -> None:
+        """These requests hold their table rows now."""
+        for req in reqs:
+            self.leaf[req.req_pool_idx] = self._id(req.prefix_id) if isinstance(req, PlannedReq) else -1
+
+    def drop_released(self) -> None:
+        """Forget the prefixes that the ledger has released; no request in a table row reads them any more."""
+        for prefix_id in [prefix_id for prefix_id in self._ids if prefix_id not in self._ledger]:
+            self.paths.release(self._ids.pop(prefix_id))
+
+    def _id(self, prefix_id: int) -> int:
+        if prefix_id == NO_PREFIX:
+            return -1
+        if prefix_id not in self._ids:
+            parent = -1
+            for ancestor in reversed(self._ledger.path(prefix_id)):
+                if ancestor not in self._ids:
+                    self._ids[ancestor] = self.paths.add(parent, self._ledger.end_len(ancestor))
+                parent = self._ids[ancestor]
+        return self._ids[prefix_id]
