@@ -15,15 +15,21 @@ _MEASURE = Path(__file__).with_name("measure.py")
 Result = dict[str, Any]
 
 
-def measure(engine: str, workloads: list[str], *flags: str) -> list[Result]:
+def measure(engine: str, workloads: list[str], *flags: str, python: str = sys.executable) -> list[Result]:
     """Results of one process, one per workload and repetition.
+
+    Args:
+        engine: Of ``measure.py``.
+        workloads: Expressions.
+        flags: Of ``measure.py``.
+        python: The interpreter that has the engine.
 
     Raises:
         RuntimeError: The process failed; its last words are in the message.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(_MEASURE), engine, *workloads, *flags],
+        [python, "-W", "ignore", str(_MEASURE), engine, *workloads, *flags],
         capture_output=True,
         text=True,
         env=environment,

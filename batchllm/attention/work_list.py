@@ -1,0 +1,229 @@
+"""The tiles of one step: which query rows read which KV positions, cut so that all processors have the same to do.
+
+Knows: the layout of the step, tile sizes, how many programs will run. Must not know: torch, triton, any tensor.
+Invariant: every (query token, position it may read) is in exactly one tile, and a query token's tiles write its
+partial results into neighbouring slots, in the order outer segments, inner segments, private part.
+
+A piece is a segment with its readers, or a sequence with its private part. Its query rows are cut into row blocks
+(a block reads the KV once for all its rows), its KV range into splits. Splitting a long prefix is what the BatchLLM
+kernel leaves open (paper, section 5: a common part much longer than the distinct parts needs split-K).
+
+Rows are numbered in the order of the layout, in which the readers of every segment are neighbours; the batch index of
+each row stands in ``q_rows``. As the readers of a segment are cut at the same KV positions, each of them has the same
+number of partial results before the segment's: one number per tile, and no list of slots per row, is enough.
+
+Legend of shapes: S sequences in the step, G segments, P pieces, T query tokens, N tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batchllm.attention.layout import AttentionLayout
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+# Columns of a tile: first row, number of rows, row of the request-to-token table, KV positions [start, end), and the
+# slot of its partial result, counted from the first slot of each of its rows. Two are spare: 32 bytes load at once.
+TILE_FIELDS = 8
+
+# A tile of many rows takes about so much longer per KV token than one of few.
+_WIDE_COST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """How a step is cut.
+
+    Attributes:
+        rows_wide: Query tokens of a wide tile (each with all query heads of one KV head).
+        rows_narrow: Query tokens of a narrow tile, for blocks that are not larger.
+        block_n: KV tokens read at a time; splits are multiples of it.
+        min_split: A KV range is not cut into splits shorter than this.
+        min_split_wide: The same where rows are many: their partial results cost more than the KV they read.
+        target_tiles: So many tiles, over all KV heads together, keep the device busy to the end.
+    """
+
+    rows_wide: int
+    rows_narrow: int
+    block_n: int
+    min_split: int
+    min_split_wide: int
+    target_tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """What the device needs to know of a step.
+
+    Attributes:
+        tiles: [N, TILE_FIELDS] wide ones first, then narrow ones, long before short.
+        num_wide: How many of them are wide.
+        q_rows: [T] batch index of each row.
+        q_pos: [T] position of each row in its sequence.
+        slot_indptr: [T + 1] partial results of row ``r`` are in slots ``[slot_indptr[r], slot_indptr[r + 1])``.
+    """
+
+    tiles: Int32Array
+    num_wide: int
+    q_rows: Int32Array
+    q_pos: Int32Array
+    slot_indptr: Int32Array
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.slot_indptr[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Segments, then private parts in the order of the layout; all [P]. ``num_readers`` counts query tokens."""
+
+    first_row: Int64Array
+    num_readers: Int64Array
+    table_row: Int64Array
+    kv_start: Int64Array
+    kv_end: Int64Array
+
+    def rows_per_block(self, shape: TileShape) -> Int64Array:
+        rows: Int64Array = np.where(self.num_readers > shape.rows_narrow, shape.rows_wide, shape.rows_narrow)
+        return rows
+
+
+def build_work_list(
+    layout: AttentionLayout, shape: TileShape, num_kv_heads: int, max_slots: int | None = None
+) -> WorkList:
+    """Cut a step into tiles.
+
+    Args:
+        layout: The step.
+        shape: Sizes of the tiles.
+        num_kv_heads: Every tile is worked through once for each.
+        max_slots: Upper bound for the partial results; ranges are then split less than would be best.
+
+    Raises:
+        ValueError: Even without any split there are more partial results than ``max_slots``.
+    """
+    order = layout.order.astype(np.int64)
+    row_indptr, q_rows = ordered_rows(layout)
+    num_tokens = np.diff(row_indptr)
+    q_pos = np.repeat(layout.kv_len[order] - num_tokens, num_tokens) + _within(num_tokens)
+
+    pieces = _pieces(layout, order, row_indptr)
+    split_len = _split_len(pieces, shape, num_kv_heads)
+    while True:
+        tiles, num_wide, slots_per_row = _cut(layout, pieces, q_pos, split_len, shape)
+        num_slots = int(slots_per_row.sum())
+        if max_slots is None or num_slots <= max_slots:
+            break
+        if (split_len >= pieces.kv_end - pieces.kv_start).all():
+            raise ValueError(f"the step has {num_slots} partial results, but there is room for {max_slots}")
+        split_len = 2 * split_len
+    return WorkList(
+        tiles, num_wide, q_rows.astype(np.int32), q_pos.astype(np.int32), _indptr(slots_per_row).astype(np.int32)
+    )
+
+
+def ordered_rows(layout: AttentionLayout) -> tuple[Int64Array, Int64Array]:
+    """[S + 1] where the rows of each sequence begin, in the layout's order; [T] the batch index of each row."""
+    num_tokens = np.diff(layout.qo_indptr).astype(np.int64)[layout.order]
+    return _indptr(num_tokens), np.repeat(layout.qo_indptr[layout.order], num_tokens) + _within(num_tokens)
+
+
+def _indptr(counts: Int64Array) -> Int64Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _within(counts: Int64Array) -> Int64Array:
+    """0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ..."""
+    indptr = _indptr(counts)
+    return np.arange(indptr[-1], dtype=np.int64) - np.repeat(indptr[:-1], counts)
+
+
+def _pieces(layout: AttentionLayout, order: Int64Array, row_indptr: Int64Array) -> _Pieces:
+    first, last = layout.segment_readers[:, 0], layout.segment_readers[:, 1]
+    first_row = np.concatenate([row_indptr[first], row_indptr[:-1]])
+    return _Pieces(
+        first_row,
+        np.concatenate([row_indptr[last], row_indptr[1:]]) - first_row,
+        np.concatenate([layout.segment_table_row, layout.table_rows[order]]).astype(np.int64),
+        np.concatenate([layout.segment_span[:, 0], layout.private_start[order]]).astype(np.int64),
+        np.concatenate([layout.segment_span[:, 1], layout.kv_len[order]]).astype(np.int64),
+    )
+
+
+def _split_len(pieces: _Pieces, shape: TileShape, num_kv_heads: int) -> Int64Array:
+    """[P] longest split of each piece, so that the tiles are about ``target_tiles`` of equal cost."""
+    is_wide = pieces.num_readers > shape.rows_narrow
+    num_blocks = -(-pieces.num_readers // pieces.rows_per_block(shape))
+    cost = np.where(is_wide, _WIDE_COST, 1)
+    total = int((num_blocks * (pieces.kv_end - pieces.kv_start) * cost).sum()) * num_kv_heads
+    share = -(-total // (shape.target_tiles * cost))
+    split_len: Int64Array = np.maximum(share, np.where(is_wide, shape.min_split_wide, shape.min_split))
+    return split_len
+
+
+def _cut(
+    layout: AttentionLayout, pieces: _Pieces, q_pos: Int64Array, split_len: Int64Array, shape: TileShape
+) -> tuple[Int32Array, int, Int64Array]:
+    """Tiles, how many are wide, and the number of partial results of each row."""
+    num_segments = len(layout.segment_readers)
+    rows_per_block = pieces.rows_per_block(shape)
+    num_blocks = -(-pieces.num_readers // rows_per_block)
+    piece = np.repeat(np.arange(len(num_blocks)), num_blocks)
+    first = _within(num_blocks) * rows_per_block[piece]
+    block_rows = np.minimum(rows_per_block[piece], pieces.num_readers[piece] - first)
+    block_first = pieces.first_row[piece] + first
+    kv_start = pieces.kv_start[piece]
+    # No row of the block reads beyond the last row's own position. Segments end before any of their readers' rows.
+    kv_end = np.minimum(pieces.kv_end[piece], q_pos[block_first + block_rows - 1] + 1)
+
+    # Splits of the same length rather than a short one at the end.
+    kv_len = kv_end - kv_start
+    num_splits = -(-kv_len // split_len[piece])
+    block_split = -(-kv_len // np.maximum(num_splits, 1))
+    block_split = np.maximum(-(-block_split // shape.block_n) * shape.block_n, 1)
+    num_splits = -(-kv_len // block_split)
+
+    splits_of_segment = np.zeros(num_segments, np.int64)
+    is_shared = piece < num_segments
+    splits_of_segment[piece[is_shared]] = num_splits[is_shared]
+    before, shared_slots = sum_of_enclosing(layout, splits_of_segment)
+    slots_per_row = np.repeat(shared_slots, pieces.num_readers[num_segments:])
+    slots_per_row += np.repeat(num_splits[~is_shared], block_rows[~is_shared])
+
+    block = np.repeat(np.arange(len(num_splits)), num_splits)
+    split = _within(num_splits)
+    start = kv_start[block] + split * block_split[block]
+    end = np.minimum(start + block_split[block], kv_end[block])
+    tile_is_wide = (block_rows > shape.rows_narrow)[block]
+    tiles = np.zeros((len(block), TILE_FIELDS), np.int32)
+    fields = (block_first, block_rows, pieces.table_row[piece], np.concatenate([before, shared_slots])[piece])
+    for column, field in zip((0, 1, 2, 5), fields, strict=True):
+        tiles[:, column] = field[block]
+    tiles[:, 3], tiles[:, 4] = start, end
+    tiles[:, 5] += split.astype(np.int32)
+    # Stable: the row blocks of one KV range stay together, so that only the first of them reads it from memory.
+    longest_first = np.lexsort((start - end, ~tile_is_wide))
+    return tiles[longest_first], int(tile_is_wide.sum()), slots_per_row
+
+
+def sum_of_enclosing(layout: AttentionLayout, values: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Of a number for each segment: [G] its sum over all segments around each; [S] over those around each sequence.
+
+    The second is in the layout's order. Readers of two segments are nested or disjoint, so what encloses a segment is
+    what opened before it and is still open where its readers begin.
+    """
+    first, last = layout.segment_readers[:, 0], layout.segment_readers[:, 1]
+    outer_first = np.lexsort((layout.segment_span[:, 0], first))
+    opened = np.empty_like(values)
+    opened[outer_first] = np.cumsum(values[outer_first]) - values[outer_first]
+    by_end = np.argsort(last, kind="stable")
+    closed = _indptr(values[by_end])[np.searchsorted(last[by_end], first, side="right")]
+    num_sequences = len(layout.order)
+    steps = np.bincount(first, values, num_sequences + 1) - np.bincount(last, values, num_sequences + 1)
+    return opened - closed, np.cumsum(steps[:-1]).astype(np.int64)

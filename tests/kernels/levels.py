@@ -1,0 +1,34 @@
+"""The instruction sets that the compiled kernels are tested on: all that this processor has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from batchllm.kernels.cpu import CpuKernels, load
+
+_ALL = ("avx512", "avx2", "default")
+_CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
+
+LEVELS = _ALL[_ALL.index(_CAPABILITY) if _CAPABILITY in _ALL else -1 :]
+"""Best first."""
+
+
+def kernels_of(level: str) -> CpuKernels:
+    """The kernels; a test that needs them fails where they were not built, with the reason."""
+    kernels = load(level)
+    assert isinstance(kernels, CpuKernels), kernels
+    return kernels
+
+
+@contextmanager
+def num_threads(number: int) -> Iterator[None]:
+    """So many threads within, as many as before behind it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
