@@ -50,6 +50,12 @@ class AttentionLayout:
     segment_span: Int32Array
     segment_table_row: Int32Array
 
+    @property
+    def num_kv_read_tokens(self) -> int:
+        """KV tokens that the step reads, each segment once."""
+        num_shared = (self.segment_span[:, 1] - self.segment_span[:, 0]).sum()
+        return int(num_shared + (self.kv_len - self.private_start).sum())
+
 
 class PrefixPaths:
     """The planned prefixes that sequences may share: a parent and an end position for each id.

@@ -58,6 +58,7 @@ namespace {
 constexpr int kTileTokens = 64;    // KV tokens of a tile
 constexpr int kBlockVectors = 96;  // query vectors of a block: rows times query heads of a KV head
 constexpr int kMinPackedVectors = 8;
+constexpr int kMinComputeBound = 64;  // vectors; with as many, memory keeps up whatever the order of reading
 constexpr int kMinBlockVectors = 32;
 constexpr int kTasksPerThread = 2;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -99,17 +100,19 @@ inline void multiply_columns(int rows, const float* a, int64_t lda, const float*
         multiply_tile<1, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth);
 }
 
-// C (+)= A B with columns a multiple of the vector width.
-template <int kNumColumns, bool kAccumulate>
-inline void multiply(int rows, const float* a, int64_t lda, const float* b, float* c, int depth) {
-    constexpr int kWhole = kNumColumns / kLanes / kTileColumns * kTileColumns;
-    constexpr int kRest = kNumColumns / kLanes - kWhole;
-    for (int j = 0; j < kWhole; j += kTileColumns)
-        multiply_columns<kTileColumns, kAccumulate>(rows, a, lda, b + j * kLanes, kNumColumns, c + j * kLanes, kNumColumns,
-                                                    depth);
-    if constexpr (kRest > 0)
-        multiply_columns<kRest, kAccumulate>(rows, a, lda, b + kWhole * kLanes, kNumColumns, c + kWhole * kLanes,
-                                             kNumColumns, depth);
+// C (+)= A B; columns in vectors, `ldb` and `ldc` in elements.
+template <bool kAccumulate>
+inline void multiply(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth,
+                     int columns) {
+    int j = 0;
+    for (; j + kTileColumns <= columns; j += kTileColumns)
+        multiply_columns<kTileColumns, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth);
+    if (j + 2 <= columns && kTileColumns > 2) {
+        multiply_columns<2, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth);
+        j += 2;
+    }
+    for (; j < columns; ++j)
+        multiply_columns<1, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth);
 }
 
 template <int kStride>
@@ -248,7 +251,7 @@ class BlockAttention {
             // The first rows of a prompt see nothing of its last tiles.
             while (rows_.visible_end[row] <= position) ++row;
             const Tile tile = {row, row_end, position, std::min(kTileTokens, end - position), slots + position};
-            fetch(tile);
+            if ((row_end - row) * group_ < kMinComputeBound) fetch(tile);
             if (is_packed)
                 attend_packed(tile);
             else
@@ -284,12 +287,13 @@ class BlockAttention {
         const int vector = (tile.row - begin_) * group_, num_vectors = (tile.row_end - tile.row) * group_;
         for (int head = first_head_; head < last_head_; ++head) {
             pack_keys(head, tile);
-            multiply<kTileTokens, false>(num_vectors, query(head, vector), kHeadDim, work_.key, work_.score, kHeadDim);
+            multiply<false>(num_vectors, query(head, vector), kHeadDim, work_.key, kTileTokens, work_.score, kTileTokens,
+                            kHeadDim, (tile.num_tokens + kLanes - 1) / kLanes);
             hide(tile, work_.score);
             for (int v = 0; v < num_vectors; ++v) weigh(head, vector + v, work_.score + v * kTileTokens);
             pack_values(head, tile);
-            multiply<kHeadDim, true>(num_vectors, work_.score, kTileTokens, work_.value, sum(head, vector),
-                                     tile.num_tokens);
+            multiply<true>(num_vectors, work_.score, kTileTokens, work_.value, kHeadDim, sum(head, vector), kHeadDim,
+                           tile.num_tokens, kHeadDim / kLanes);
         }
     }
 

@@ -28,7 +28,7 @@ _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012  # ctypes reads a plain list
+    _fields_ = [  # ctypes reads a plain list
         ("num_sequences", _I64),
         ("num_segments", _I64),
         ("num_query_tokens", _I64),
@@ -46,7 +46,7 @@ class _Step(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012  # ctypes reads a plain list
+    _fields_ = [  # ctypes reads a plain list
         ("query", _P),
         ("query_stride", _I64),
         ("key_cache", _P),
@@ -62,13 +62,13 @@ class _Layer(ctypes.Structure):
     ]
 
 
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "attention": [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)],
     "rms_norm": [_P, _P, _P, _P, _I64, _I64, _F32],
     "silu_and_mul": [_P, _P, _I64, _I64],
     "rotary_embedding": [_P, _P, _P, _I64, _I64, _P, _I64, _I32, _I32, _I32, _I32, _I32],
 }
-_STORE_ROWS_ARGUMENTS = [_P, _I64, _P, _I64, _P, _I64, _I64]
+_STORE_ROWS_ARGUMENTS: list[Any] = [_P, _I64, _P, _I64, _P, _I64, _I64]
 
 
 class AttentionStep:
@@ -255,9 +255,8 @@ def load(level: str | None = None) -> CpuKernels | str:
             problems.append(f"{name}: {error}")
             continue
         return _bind(name, library)
-    return (
-        f"no compiled kernels ({', '.join(problems)}): install a C++ compiler (Debian: apt install g++) and batchllm again"
-    )
+    remedy = "install a C++ compiler (Debian: apt install g++) and batchllm again"
+    return f"no compiled kernels ({', '.join(problems)}): {remedy}"
 
 
 def _bind(level: str, library: ctypes.CDLL) -> CpuKernels:

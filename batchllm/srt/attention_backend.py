@@ -49,6 +49,11 @@ class SharedCpuAttnBackend(TorchNativeAttnBackend):
         """Share what these rows share. Without a call nothing is shared."""
         self._prefixes = prefixes
 
+    @property
+    def kv_read_tokens(self) -> int:
+        """KV tokens that attention reads in the step that was planned last."""
+        return 0 if self._layout is None else self._layout.num_kv_read_tokens
+
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
         rows = forward_batch.req_pool_indices.numpy().astype(np.int32)
@@ -115,7 +120,13 @@ class SharedCpuAttnBackend(TorchNativeAttnBackend):
         return output
 
     def _store(
-        self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: Any, slots: torch.Tensor
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: Any,
+        slots: torch.Tensor,
     ) -> None:
         if isinstance(self._kernels, CpuKernels):
             self._kernels.store_rows(k, keys, slots)

@@ -52,14 +52,16 @@ class BatchScheduler(Scheduler):
         self.planned_policy = PlannedPolicy()
         self.output_lengths = OutputLengths()
         self.kv_limit_tokens = kv_limit_tokens(self.server_args, self.max_total_num_tokens)
-        self.step_recorder = StepRecorder()
         self.planned_counters: dict[int, JobCounters] = {}
         self.unfinished_planned: dict[tuple[int, int], PlannedReq] = {}
         # Requests running when the last decision admitted nothing; None when something has changed since.
         self._settled_at: int | None = None
         self._any_finished = False
-        self.shared_prefixes = SharedPrefixes(self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token))
+        self.shared_prefixes = SharedPrefixes(
+            self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token), self.page_size
+        )
         backend = self.tp_worker.model_runner.attn_backend
+        self.step_recorder = StepRecorder(backend)
         if isinstance(backend, SharedCpuAttnBackend):
             backend.follow(self.shared_prefixes)
         # With overlap a request that has ended runs one more step.

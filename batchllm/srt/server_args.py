@@ -47,7 +47,7 @@ class BatchServerArgs(ServerArgs):
         NS("batchllm"),
     ] = "learned"
     shares_attention: bool = False
-    """Whether the scheduler process computes with `batchllm.srt.attention_backend`; follows from the attention backend."""
+    """Whether the scheduler process computes with `batchllm.srt.attention_backend`: by ``attention_backend``."""
 
 
 def kv_limit_tokens(server_args: Any, kv_capacity_tokens: int) -> int:

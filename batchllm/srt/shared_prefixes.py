@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from batchllm.attention.layout import PrefixPaths
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
+from batchllm.scheduler.admission import reusable_len
 from batchllm.srt.schedule_batch import PlannedReq
 
 
@@ -18,14 +19,16 @@ class SharedPrefixes:
     Args:
         ledger: Knows each prefix's path.
         num_table_rows: Rows of the request-to-token table.
+        page_size: Of the cache.
 
     Attributes:
         paths: Parents and ends of the prefixes that some row reads.
         leaf: [num_table_rows] int32: id in ``paths`` of the deepest prefix of the request in a row, or -1.
     """
 
-    def __init__(self, ledger: PinLedger, num_table_rows: int) -> None:
+    def __init__(self, ledger: PinLedger, num_table_rows: int, page_size: int) -> None:
         self._ledger = ledger
+        self._page_size = page_size
         self._ids: dict[int, int] = {}
         self.paths = PrefixPaths()
         self.leaf = np.full(num_table_rows, -1, np.int32)
@@ -33,7 +36,7 @@ class SharedPrefixes:
     @classmethod
     def empty(cls) -> SharedPrefixes:
         """Where nothing is shared."""
-        return cls(PinLedger(), 0)
+        return cls(PinLedger(), num_table_rows=0, page_size=1)
 
     def leaf_of(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Ids in ``paths`` for these table rows."""
@@ -47,15 +50,20 @@ class SharedPrefixes:
     def drop_released(self) -> None:
         """Forget the prefixes that the ledger has released; no request in a table row reads them any more."""
         for prefix_id in [prefix_id for prefix_id in self._ids if prefix_id not in self._ledger]:
-            self.paths.release(self._ids.pop(prefix_id))
+            path_id = self._ids.pop(prefix_id)
+            if path_id >= 0:
+                self.paths.release(path_id)
 
     def _id(self, prefix_id: int) -> int:
         if prefix_id == NO_PREFIX:
             return -1
         if prefix_id not in self._ids:
-            parent = -1
+            parent, start = -1, 0
             for ancestor in reversed(self._ledger.path(prefix_id)):
+                # A prompt that ends with the prefix computes its last token, or page, in slots of its own.
+                end_len = self._ledger.end_len(ancestor)
+                end = reusable_len(end_len, end_len, self._page_size)
                 if ancestor not in self._ids:
-                    self._ids[ancestor] = self.paths.add(parent, self._ledger.end_len(ancestor))
-                parent = self._ids[ancestor]
+                    self._ids[ancestor] = self.paths.add(parent, end) if end > start else -1
+                parent, start = self._ids[ancestor], end
         return self._ids[prefix_id]

@@ -18,11 +18,15 @@ class StepRecorder:
     before and the scheduling of this one are its host time. With overlap scheduling the forward pass only *begins*
     in `end`, and host time is what the device can hide.
 
+    Args:
+        backend: The attention backend; one that shares reads says in ``kv_read_tokens`` how much it reads.
+
     Attributes:
         num_retracted: Requests retracted since the last step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
         self.num_retracted = 0
         self._steps: list[tuple[Any, ...]] = []
         self._step: tuple[Any, ...] = ()
@@ -49,7 +53,6 @@ class StepRecorder:
         extend_lens = batch.extend_lens[:num_prefill] if num_prefill else ()
         cached_lens = batch.prefix_lens[:num_prefill] if num_prefill else ()
         num_prefill_tokens = sum(extend_lens)
-        # SGLang's own attention backends read the KV of every row, shared or not.
         num_kv_read = int(batch.seq_lens_cpu.sum())
         self._began = now
         self._step = (
@@ -75,8 +78,10 @@ class StepRecorder:
     def end(self) -> None:
         """The step has run, or has been launched."""
         now = self._last_end = time.monotonic()
-        start = self._step[0]
-        self._steps.append((start, now - start, *self._step[2:]))
+        start, num_kv_read = self._step[0], self._step[-1]
+        # SGLang's own attention backends read the KV of every row, shared or not.
+        num_kv_read = getattr(self._backend, "kv_read_tokens", num_kv_read)
+        self._steps.append((start, now - start, *self._step[2:-1], num_kv_read))
 
     def take_steps(self) -> StepArray:
         """The steps since the last call; ``start_s`` is this machine's monotonic clock."""
