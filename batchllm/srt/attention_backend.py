@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from batchllm.attention.base import StepAttention
 from batchllm.attention.cpu_shared import make_cpu_attention
-from batchllm.attention.layout import AttentionLayout, check_layout, plan_layout
+from batchllm.attention.layout import AttentionLayout
 from batchllm.kernels.cpu import CpuKernels
 from batchllm.kernels.cpu import load as load_kernels
-from batchllm.srt.shared_prefixes import SharedPrefixes
+from batchllm.srt.step_layout import SharesPrefixes, StepPlanner, why_unsupported
+from batchllm.srt.wanted_rows import WANTED, last_rows, narrowed
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +28,23 @@ _MIN_SEGMENT_LEN = 16
 """Tokens. Shorter shared parts are read by each request: what sharing saves does not pay for a segment's overhead."""
 
 
-class SharedCpuAttnBackend(TorchNativeAttnBackend):
+class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
     """On CPU: `batchllm.attention` for decoder layers, SGLang's own for all others."""
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._table = self.req_to_token_pool.req_to_token
-        self._prefixes: SharedPrefixes | None = None
+        self._planner = StepPlanner(min_segment_len=_MIN_SEGMENT_LEN, max_nested_segments=8)
         self._layout: AttentionLayout | None = None
-        self._checked_rows = b""
         self._kernels = load_kernels()
         # By head shape, and per layer which one it takes; None where SGLang's code does.
         self._attention: dict[tuple[int, int, int, torch.dtype], StepAttention] = {}
         self._of_layer: dict[int, StepAttention | None] = {}
-        # The first call of a process loads compiled code; not while requests wait.
-        nothing = np.empty(0, np.int32)
-        self._plan(nothing, nothing, nothing, SharedPrefixes.empty())
-
-    def follow(self, prefixes: SharedPrefixes) -> None:
-        """Share what these rows share. Without a call nothing is shared."""
-        self._prefixes = prefixes
+        config = model_runner.model_config
+        self._architectures: list[str] = config.hf_config.architectures or []
+        self._last_layer_id: int = config.num_hidden_layers - 1
+        self._wanted_rows: torch.Tensor | None = None
+        self._last_attention: StepAttention | None = None
 
     @property
     def kv_read_tokens(self) -> int:
@@ -62,27 +59,13 @@ class SharedCpuAttnBackend(TorchNativeAttnBackend):
             qo_len = np.asarray(forward_batch.extend_seq_lens_cpu, np.int32)
         else:
             qo_len = np.ones(len(rows), np.int32)
-        layout = self._plan(rows, qo_len, kv_len, self._prefixes)
-        if len(layout.segment_span) and rows.tobytes() != self._checked_rows:
-            # The same rows were found right when they came together; what is shared does not change while they run.
-            check_layout(layout, self._table.numpy())
-            self._checked_rows = rows.tobytes()
+        layout = self._planner.plan(rows, qo_len, kv_len)
+        self._planner.check(layout, self._table.numpy)
         self._layout = layout
         for attention in self._attention.values():
             attention.plan(layout, self._table)
-
-    def _plan(
-        self, rows: np.ndarray, qo_len: np.ndarray, kv_len: np.ndarray, prefixes: SharedPrefixes | None
-    ) -> AttentionLayout:
-        prefixes = prefixes or SharedPrefixes.empty()
-        return plan_layout(
-            table_rows=rows,
-            qo_len=qo_len,
-            kv_len=kv_len,
-            leaf=prefixes.leaf_of(rows),
-            paths=prefixes.paths,
-            min_segment_len=_MIN_SEGMENT_LEN,
-        )
+        WANTED.widen()
+        self._wanted_rows = last_rows(forward_batch, layout, self._architectures)
 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
@@ -114,10 +97,23 @@ class SharedCpuAttnBackend(TorchNativeAttnBackend):
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         if save_kv_cache and k is not None and v is not None:
             self._store(k, v, keys, values, layer, forward_batch.out_cache_loc)
+        is_narrowed = self._wanted_rows is not None and layer.layer_id == self._last_layer_id
+        if is_narrowed:
+            WANTED.narrow(self._wanted_rows, len(q))
+            q = q.index_select(0, self._wanted_rows)
+            attention = self._attention_of_last_rows(layer, q)
         output = torch.empty(q.shape, dtype=q.dtype)
         heads = (-1, layer.tp_q_head_num, layer.head_dim)
         attention.run(q.view(heads), keys, values, output.view(heads), layer.scaling)
-        return output
+        return WANTED.put_back(output) if is_narrowed else output
+
+    def _attention_of_last_rows(self, layer: Any, q: torch.Tensor) -> StepAttention:
+        if self._last_attention is None:
+            shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, q.dtype)
+            self._last_attention, _ = make_cpu_attention(*shape)
+        assert self._layout is not None
+        self._last_attention.plan(narrowed(self._layout), self._table)
+        return self._last_attention
 
     def _store(
         self,
@@ -140,7 +136,9 @@ class SharedCpuAttnBackend(TorchNativeAttnBackend):
         return self._of_layer[layer.layer_id]
 
     def _choose(self, layer: Any, q: torch.Tensor) -> StepAttention | None:
-        reason = _why_unsupported(layer, q, self.token_to_kv_pool.get_key_buffer(layer.layer_id))
+        reason = why_unsupported(layer, q, self.token_to_kv_pool.get_key_buffer(layer.layer_id))
+        if reason is None and layer.logit_cap:
+            reason = f"scores capped at {layer.logit_cap}"
         if reason is not None:
             logger.warning("layer %d: %s; SGLang's torch_native computes it", layer.layer_id, reason)
             return None
@@ -153,21 +151,6 @@ class SharedCpuAttnBackend(TorchNativeAttnBackend):
             attention.plan(self._layout, self._table)
             self._attention[shape] = attention
         return self._attention[shape]
-
-
-def _why_unsupported(layer: Any, q: torch.Tensor, key_buffer: torch.Tensor) -> str | None:
-    """Why a layer is not one for `batchllm.attention`; None if it is."""
-    if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
-        return "not causal self-attention"
-    if layer.sliding_window_size > -1:
-        return f"a sliding window of {layer.sliding_window_size} tokens"
-    if layer.logit_cap:
-        return f"scores capped at {layer.logit_cap}"
-    if layer.qk_head_dim != layer.v_head_dim:
-        return f"keys of {layer.qk_head_dim} and values of {layer.v_head_dim} elements"
-    if key_buffer.dtype != q.dtype:
-        return f"{q.dtype} queries over {key_buffer.dtype} KV"
-    return None
 
 
 def register() -> None:

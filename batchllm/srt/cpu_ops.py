@@ -21,6 +21,7 @@ from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
 
 from batchllm.kernels.cpu import CpuKernels, load
 from batchllm.srt.platform_cpu import CpuPlatform
+from batchllm.srt.wanted_rows import WANTED
 
 _DISPATCH_KEY = CpuPlatform().get_dispatch_key_name()
 logger = logging.getLogger(__name__)
@@ -66,8 +67,11 @@ def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> to
 
 
 def _linear(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    output = _packed_linear(layer, x, bias)
-    return _stock_linear(self, layer, x, bias) if output is None else output
+    wanted = WANTED.take(x)
+    output = _packed_linear(layer, x if wanted is None else wanted, bias)
+    if output is None:
+        output = _stock_linear(self, layer, x if wanted is None else wanted, bias)
+    return output if wanted is None else WANTED.put_back(output)
 
 
 def _compute_lm_head(

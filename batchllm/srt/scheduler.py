@@ -12,6 +12,7 @@ import gc
 import os
 from typing import Any, cast
 
+import numpy as np
 import sglang.srt.managers.scheduler as upstream
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -23,7 +24,6 @@ from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt import attention_backend, compat, cpu_ops, radix_cache, sampling
-from batchllm.srt.attention_backend import SharedCpuAttnBackend
 from batchllm.srt.io_struct import (
     JobCounters,
     PlannedAbortReqInput,
@@ -36,8 +36,9 @@ from batchllm.srt.planned_run import RunReader
 from batchllm.srt.radix_cache import PlannedRadixCache
 from batchllm.srt.schedule_batch import DecodingReqs, PlannedReq, give_estimate
 from batchllm.srt.schedule_policy import PlannedPrefillAdder
-from batchllm.srt.server_args import kv_limit_tokens
+from batchllm.srt.server_args import ATTENTION_BACKEND, kv_limit_tokens
 from batchllm.srt.shared_prefixes import SharedPrefixes
+from batchllm.srt.step_layout import SharesPrefixes
 from batchllm.srt.step_recorder import StepRecorder
 
 
@@ -60,10 +61,10 @@ class BatchScheduler(Scheduler):
         self.shared_prefixes = SharedPrefixes(
             self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token), self.page_size
         )
-        backend = self.tp_worker.model_runner.attn_backend
-        self.step_recorder = StepRecorder(backend)
-        if isinstance(backend, SharedCpuAttnBackend):
-            backend.follow(self.shared_prefixes)
+        self.attention = self.tp_worker.model_runner.attn_backend
+        self.step_recorder = StepRecorder(self.attention)
+        if isinstance(self.attention, SharesPrefixes):
+            self.attention.follow(self.shared_prefixes)
         # With overlap a request that has ended runs one more step.
         self.planned_runs = RunReader(
             self.tree_cache.ledger,
@@ -274,6 +275,8 @@ class BatchScheduler(Scheduler):
     def run_batch(self, batch: Any, pp_proxy_tensors: Any = None) -> Any:
         if batch.forward_mode.is_extend():  # where every request gets its table row
             self.shared_prefixes.start(batch.reqs)
+        if isinstance(self.attention, SharesPrefixes):
+            self.attention.begin_step(batch.req_pool_indices_cpu.numpy().astype(np.int32))
         if not self.unfinished_planned:
             return super().run_batch(batch, pp_proxy_tensors)
         self._count(batch)
@@ -343,6 +346,10 @@ def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchSched
     if server_args.shares_attention:
         attention_backend.register()
         cpu_ops.install()
+    elif server_args.attention_backend == ATTENTION_BACKEND:
+        from batchllm.srt import gpu_attention_backend  # Triton's kernels, which a CPU has no use for
+
+        gpu_attention_backend.register()
     radix_cache.register()
     sampling.install()
     upstream.Scheduler = scheduler_class

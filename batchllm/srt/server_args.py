@@ -140,7 +140,7 @@ def _defaults(model_path: str) -> dict[str, Any]:
             # SGLang's "auto" would make it bfloat16, which a CPU computes no faster and less exactly.
             defaults["dtype"] = "float32"
     else:
-        # On CPU a decoding row of a mixed step costs SGLang's attention as much as its whole prompt.
+        # On CPU mixed steps win nothing: decoding rows alone fill it, and SGLang's own attention is quadratic there.
         defaults["enable_mixed_chunk"] = True
     return defaults
 

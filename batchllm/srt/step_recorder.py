@@ -80,7 +80,8 @@ class StepRecorder:
         now = self._last_end = time.monotonic()
         start, num_kv_read = self._step[0], self._step[-1]
         # SGLang's own attention backends read the KV of every row, shared or not.
-        num_kv_read = getattr(self._backend, "kv_read_tokens", num_kv_read)
+        planned = getattr(self._backend, "kv_read_tokens", None)
+        num_kv_read = num_kv_read if planned is None else planned
         self._steps.append((start, now - start, *self._step[2:-1], num_kv_read))
 
     def take_steps(self) -> StepArray:
