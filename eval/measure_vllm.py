@@ -50,7 +50,7 @@ def start(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callabl
     from vllm import LLM, SamplingParams
 
     options = {name: value for name, value in server_args.items() if name not in ("log_level", "random_seed")}
-    options["num_gpu_blocks_override"] = options.pop("max_total_tokens") // _BLOCK_SIZE
+    options["num_gpu_blocks_override"] = options.pop("max_total_tokens") // _BLOCK_SIZE + 1  # one stays empty
     options["max_num_batched_tokens"] = options.pop("chunked_prefill_size")
     defaults = {
         "block_size": _BLOCK_SIZE,
