@@ -2,10 +2,12 @@
 
 The 28M model, a pool of 8,192 tokens, one compute thread, float32, the paper's grid with lengths scaled by 1/8,
 log-normal outputs, and a workload that shares nothing. Every stock policy runs on two of them, shuffled and sorted; the
-two best run on all, and then ours and the best one of each workload alternate. "With patches" is the series of
-`patches/` applied to SGLang, for both. Takes half an hour.
+two best run on all, and then ours and the best one of each workload alternate. Ours runs twice: as it is, and on SGLang's
+own attention and operators (`--attention-backend torch_native`), which shows what scheduling alone wins. Takes 35 minutes,
+with the two candidates named 15.
 
     python eval/bench_scheduling.py --out eval/results/scheduling.md
+    python eval/bench_scheduling.py --candidates dfs-weight lof --out eval/results/scheduling.md
 """
 
 from __future__ import annotations
@@ -13,10 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import compare
 
@@ -32,49 +32,50 @@ _WORKLOADS = {
 _UNSHARED = "nothing shared"
 _SWEPT = ("250/25 x 16", "skewed outputs")
 _POLICIES = ("fcfs", "lpm", "dfs-weight", "lof")
-_APPLY_PATCHES = Path(__file__).parent.parent / "scripts" / "apply_patches"
+_STOCK_ATTENTION = '{"attention_backend": "torch_native"}'
+_OURS, _OURS_ON_STOCK, _STOCK = "ours", "ours on SGLang's attention", "stock"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="of ours and the best stock policy in turn")
+    parser.add_argument("--candidates", nargs="+", choices=_POLICIES, help="stock policies, shuffled: sweep no others")
     parser.add_argument("--out")
     args = parser.parse_args()
     sweep: list[compare.Result] = []
-    for policy in _POLICIES:
-        sweep += _run("stock", [w for name in _SWEPT for w in _both_orders(name)], policy)
-    candidates = _two_best(sweep)
-    results = _run("ours", list(_WORKLOADS.values()), "")
+    if args.candidates:
+        candidates = [(policy, False) for policy in args.candidates]
+    else:
+        for policy in _POLICIES:
+            sweep += _run(_STOCK, [w for name in _SWEPT for w in _both_orders(name)], policy)
+        candidates = _two_best(sweep)
+    results: list[compare.Result] = []
     for policy, is_sorted in candidates:
-        results += _run("stock", [_both_orders(name)[is_sorted] for name in _WORKLOADS], policy)
+        results += _run(_STOCK, [_both_orders(name)[is_sorted] for name in _WORKLOADS], policy)
     best = {name: _best_stock(results, name) for name in _WORKLOADS}
     by_policy: dict[str, list[str]] = defaultdict(list)
     for workload, policy in best.values():
         by_policy[policy].append(workload)
-    for is_patched in [False] * (args.rounds - 1) + [True]:
-        if is_patched:
-            _patch("apply")
-        try:
+    for round_ in range(args.rounds):
+        if round_:
             for policy, workloads in by_policy.items():
-                results += _run("stock", workloads, policy, is_patched)
-            results += _run("ours", list(_WORKLOADS.values()), "", is_patched)
-        finally:
-            if is_patched:
-                _patch("revert")
-    text = _table(results, best)
-    text += "\n\n" + _sweep_table(sweep)
-    compare.write(args.out, "Scheduling, end to end on a CPU", text, results + sweep)
+                results += _run(_STOCK, workloads, policy)
+        for name in (_OURS, _OURS_ON_STOCK):
+            results += _run(name, list(_WORKLOADS.values()), "")
+        text = _table(results, best)
+        if sweep:
+            text += "\n\n" + _sweep_table(sweep)
+        compare.write(args.out, "Scheduling, end to end on a CPU", text, results + sweep)
 
 
-def _patch(what: str) -> None:
-    subprocess.run([sys.executable, str(_APPLY_PATCHES), what], check=True)
-
-
-def _run(engine: str, workloads: list[str], policy: str, is_patched: bool = False) -> list[compare.Result]:
+def _run(name: str, workloads: list[str], policy: str) -> list[compare.Result]:
     flags = ["--model", "SHAPE_28M", "--threads", "1", *(["--policy", policy] if policy else [])]
-    results = [r | {"is_patched": is_patched} for r in compare.measure(engine, workloads, *flags)]
+    if name == _OURS_ON_STOCK:
+        flags += ["--server-args", _STOCK_ATTENTION]
+    engine = "stock" if name == _STOCK else "ours"
+    results = [r | {"name": name} for r in compare.measure(engine, workloads, *flags)]
     for r in results:
-        print(engine, policy, "patched" if is_patched else "", r["workload"], r["seconds"], file=sys.stderr, flush=True)
+        print(name, policy, r["workload"], r["seconds"], file=sys.stderr, flush=True)
     return results
 
 
@@ -93,7 +94,7 @@ def _two_best(sweep: list[compare.Result]) -> list[tuple[str, bool]]:
 
 def _best_stock(results: list[compare.Result], name: str) -> tuple[str, str]:
     """Workload as it was given, and policy, of stock's fastest run."""
-    of_workload = [r for r in results if r["engine"] == "stock" and r["workload"] in _both_orders(name)]
+    of_workload = [r for r in results if r["name"] == _STOCK and r["workload"] in _both_orders(name)]
     fastest = min(of_workload, key=lambda r: r["seconds"])
     return fastest["workload"], fastest["policy"]
 
@@ -102,38 +103,28 @@ def _table(results: list[compare.Result], best: dict[str, tuple[str, str]]) -> s
     rows, ratios = [], defaultdict(list)
     for name, expression in _WORKLOADS.items():
         stock_workload, policy = best[name]
-        row = [name, f"{policy}{', sorted' if stock_workload != expression else ''}"]
-        for is_patched in (False, True):
-            ours = [r for r in results if r["engine"] == "ours" and r["workload"] == expression]
-            ours = [r for r in ours if r["is_patched"] == is_patched]
-            stock = [
-                r
-                for r in results
-                if (r["engine"], r["workload"], r["policy"]) == ("stock", stock_workload, policy)
-                and r["is_patched"] == is_patched
-            ]
-            ours_s = statistics.median(r["seconds"] for r in ours)
-            stock_s = statistics.median(r["seconds"] for r in stock)
-            ratios[is_patched, name == _UNSHARED].append(stock_s / ours_s)
-            row += [f"{stock_s:.1f}", f"{ours_s:.1f}", f"{stock_s / ours_s:.2f}"]
-            if not is_patched:
-                ratios["series", name == _UNSHARED].append(0.0)
-                reuse = [1 - r["num_computed_prompt_tokens"] / r["num_prompt_tokens"] for r in (stock[0], ours[0])]
-                row += [f"{reuse[0]:.3f} / {reuse[1]:.3f}"]
-                unpatched_stock_s = stock_s
-            else:
-                ratios["series", name == _UNSHARED][-1] = unpatched_stock_s / ours_s
-                row += [f"{unpatched_stock_s / ours_s:.2f}"]
-        rows.append(row)
-    header = ["workload", "best stock policy", "stock s", "ours s", "ratio", "reuse stock / ours"]
-    header += ["with patches: stock s", "ours s", "ratio", "ours with patches : stock without"]
+        stock = [r for r in results if (r["name"], r["workload"], r["policy"]) == (_STOCK, stock_workload, policy)]
+        stock_s = compare.median(stock, "seconds")
+        row = [name, f"{policy}{', sorted' if stock_workload != expression else ''}", f"{stock_s:.1f}"]
+        reuse = [_reuse(stock[0])]
+        for ours_name in (_OURS, _OURS_ON_STOCK):
+            ours = [r for r in results if (r["name"], r["workload"]) == (ours_name, expression)]
+            ours_s = compare.median(ours, "seconds")
+            ratios[ours_name, name == _UNSHARED].append(stock_s / ours_s)
+            row += [f"{ours_s:.1f}", f"{stock_s / ours_s:.2f}"]
+            reuse.append(_reuse(ours[0]))
+        rows.append([*row, " / ".join(f"{share:.3f}" for share in reuse[:2])])
+    header = ["workload", "best stock policy", "stock s", "ours s", "ratio", f"{_OURS_ON_STOCK} s", "ratio"]
     lines = []
-    for key, words in ((False, "without patches"), (True, "both with patches"), ("series", "ours with, stock without")):
-        shared = math.exp(statistics.mean(map(math.log, ratios[key, False])))
-        lines.append(
-            f"Geometric mean over what shares, {words}: {shared:.2f}; nothing shared {ratios[key, True][0]:.2f}."
-        )
-    return compare.table(header, rows) + "\n\n" + "\n".join(lines)
+    for ours_name in (_OURS, _OURS_ON_STOCK):
+        shared = math.exp(statistics.mean(map(math.log, ratios[ours_name, False])))
+        nothing = ratios[ours_name, True][0]
+        lines.append(f"Geometric mean over what shares, {ours_name}: {shared:.2f}; nothing shared {nothing:.2f}.")
+    return compare.table([*header, "reuse stock / ours"], rows) + "\n\n" + "\n".join(lines)
+
+
+def _reuse(result: compare.Result) -> float:
+    return float(1 - result["num_computed_prompt_tokens"] / result["num_prompt_tokens"])
 
 
 def _sweep_table(sweep: list[compare.Result]) -> str:

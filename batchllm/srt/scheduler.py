@@ -9,6 +9,7 @@ afterwards.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from typing import Any, cast
 
@@ -343,6 +344,8 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
 def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchScheduler) -> None:
     """Put our parts where SGLang's scheduler process looks for them, and verify the ground they stand on."""
     compat.check()
+    # What we warn of is rare and worth a line, whatever level SGLang's own many lines have.
+    logging.getLogger("batchllm").setLevel(logging.WARNING)
     if server_args.shares_attention:
         attention_backend.register()
         cpu_ops.install()
