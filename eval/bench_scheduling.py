@@ -2,9 +2,9 @@
 
 The 28M model, a pool of 8,192 tokens, one compute thread, float32, the paper's grid with lengths scaled by 1/8,
 log-normal outputs, and a workload that shares nothing. Every stock policy runs on two of them, shuffled and sorted; the
-two best run on all, and then ours and the best one of each workload alternate. Ours runs twice: as it is, and on SGLang's
-own attention and operators (`--attention-backend torch_native`), which shows what scheduling alone wins. Takes 35 minutes,
-with the two candidates named 15.
+two best run on all, and then ours and the best one of each workload alternate. Ours runs twice: as it is, and on
+SGLang's own attention and operators (`--attention-backend torch_native`), which shows what scheduling alone wins. Takes
+35 minutes, with the two candidates named 15.
 
     python eval/bench_scheduling.py --out eval/results/scheduling.md
     python eval/bench_scheduling.py --candidates dfs-weight lof --out eval/results/scheduling.md

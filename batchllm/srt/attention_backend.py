@@ -145,7 +145,7 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
         shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, q.dtype)
         if shape not in self._attention:
             attention, reason = make_cpu_attention(*shape)
-            if reason is not None:
+            if reason is not None and isinstance(self._kernels, CpuKernels):  # else `cpu_ops` has said it
                 logger.warning("attention: %s", reason)
             assert self._layout is not None
             attention.plan(self._layout, self._table)
