@@ -141,6 +141,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         layout = self._plan_eager(forward_batch)
         if layout is not None:
             choice = self.dispatcher.choose(layout)
+            if self.dispatcher.counts[choice.path, choice.reason] == 1:
+                logger.info("attention: steps like this one take the path %s: %s", choice.path, choice.reason)
             self._begin(_Step(choice.path, layout, int(layout.qo_indptr[-1])))
 
     def init_cuda_graph_state(

@@ -345,7 +345,8 @@ def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchSched
     """Put our parts where SGLang's scheduler process looks for them, and verify the ground they stand on."""
     compat.check()
     # What we warn of is rare and worth a line, whatever level SGLang's own many lines have.
-    logging.getLogger("batchllm").setLevel(logging.WARNING)
+    level = logging.getLevelNamesMapping().get(server_args.log_level.upper(), logging.WARNING)
+    logging.getLogger("batchllm").setLevel(min(logging.WARNING, level))
     if server_args.shares_attention:
         attention_backend.register()
         cpu_ops.install()
