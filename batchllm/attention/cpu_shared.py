@@ -7,13 +7,13 @@ reason is given where it is the slower one.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
+import numpy as np
 import torch
 
 from batchllm.attention.base import StepAttention
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.torch_shared import TorchSharedAttention
+from batchllm.attention.work_list import ordered_rows
 from batchllm.kernels import cpu
 
 
@@ -35,7 +35,22 @@ class CompiledSharedAttention:
 
     def plan(self, layout: AttentionLayout, table: torch.Tensor) -> None:
         """Hand a step to the kernels; see `StepAttention`."""
-        self._step = cpu.AttentionStep(table, **{field.name: getattr(layout, field.name) for field in fields(layout)})
+        row_indptr, tokens = ordered_rows(layout)
+        place = np.repeat(np.arange(len(layout.order)), np.diff(row_indptr))
+        # A sequence's last row sees all of it, each one before that a token less.
+        num_after = row_indptr[1:][place] - 1 - np.arange(len(tokens))
+        self._step = cpu.AttentionStep(
+            table,
+            row_place=place,
+            row_token=tokens,
+            row_visible_end=layout.kv_len[layout.order][place] - num_after,
+            table_rows=layout.table_rows,
+            order=layout.order,
+            private_start=layout.private_start,
+            segment_readers=layout.segment_readers,
+            segment_span=layout.segment_span,
+            segment_table_row=layout.segment_table_row,
+        )
 
     def run(
         self,

@@ -18,16 +18,18 @@
 
 extern "C" {
 
-// One step. All sizes in elements; the arrays are those of AttentionLayout.
+// One step. All sizes in elements; the arrays without a comment are those of AttentionLayout.
 struct BatchllmAttentionStep {
-    int64_t num_sequences;
     int64_t num_segments;
-    int64_t num_query_tokens;
+    int64_t num_rows;
     const int32_t* table;  // slot of (row, position): table[row * table_stride + position]
     int64_t table_stride;
+    // The query rows in the layout's order: where the sequence of each stands in the order, its query token in the batch,
+    // and one beyond the last position that it reads.
+    const int32_t* row_place;
+    const int32_t* row_token;
+    const int32_t* row_visible_end;
     const int32_t* table_rows;
-    const int32_t* qo_indptr;
-    const int32_t* kv_len;
     const int32_t* order;
     const int32_t* private_start;
     const int32_t* segment_readers;
@@ -156,29 +158,12 @@ class Workspace {
     alignas(64) float value[kTileTokens * kHeadDim];
 };
 
-// The query rows of a step in the layout's order: where the sequence of each stands in the order, its query token in the batch,
-// and one beyond the last position that it reads.
-struct Rows {
-    explicit Rows(const BatchllmAttentionStep& step) {
-        for (int32_t place = 0; place < step.num_sequences; ++place) {
-            int32_t sequence = step.order[place];
-            int32_t begin = step.qo_indptr[sequence], end = step.qo_indptr[sequence + 1];
-            for (int32_t token_id = begin; token_id < end; ++token_id) {
-                place_of.push_back(place);
-                token.push_back(token_id);
-                visible_end.push_back(step.kv_len[sequence] - (end - 1 - token_id));
-            }
-        }
-    }
-    std::vector<int32_t> place_of, token, visible_end;
-};
-
 template <typename Scalar, int kHeadDim>
 class BlockAttention {
    public:
-    BlockAttention(const BatchllmAttentionStep& step, const BatchllmAttentionLayer& layer, const Rows& rows,
+    BlockAttention(const BatchllmAttentionStep& step, const BatchllmAttentionLayer& layer,
                    Workspace<kHeadDim>& work)
-        : step_(step), layer_(layer), rows_(rows), work_(work), group_(layer.num_heads / layer.num_kv_heads) {}
+        : step_(step), layer_(layer), work_(work), group_(layer.num_heads / layer.num_kv_heads) {}
 
     // Query rows [begin, end) for KV heads [first_head, last_head).
     void run(int begin, int end, int first_head, int last_head) {
@@ -187,7 +172,7 @@ class BlockAttention {
         first_head_ = first_head;
         last_head_ = last_head;
         read_queries(end);
-        const auto& place_of = rows_.place_of;
+        const int32_t* place_of = step_.row_place;
         const int first = place_of[begin], last = place_of[end - 1];
         for (int64_t g = 0; g < step_.num_segments; ++g) {
             const int from = std::max(step_.segment_readers[2 * g], first);
@@ -204,7 +189,7 @@ class BlockAttention {
             while (row_end < end && place_of[row_end] == place_of[row]) ++row_end;
             const int32_t sequence = step_.order[place_of[row]];
             attend(row, row_end, step_.table_rows[sequence], step_.private_start[sequence],
-                   rows_.visible_end[row_end - 1]);
+                   step_.row_visible_end[row_end - 1]);
             row = row_end;
         }
         write_outputs(end);
@@ -218,7 +203,7 @@ class BlockAttention {
     void read_queries(int end) {
         for (int head = first_head_; head < last_head_; ++head)
             for (int row = begin_; row < end; ++row) {
-                const Scalar* from = static_cast<const Scalar*>(layer_.query) + rows_.token[row] * layer_.query_stride +
+                const Scalar* from = static_cast<const Scalar*>(layer_.query) + step_.row_token[row] * layer_.query_stride +
                                      static_cast<int64_t>(head) * group_ * kHeadDim;
                 float* to = query(head, (row - begin_) * group_);
                 for (int i = 0; i < group_ * kHeadDim; ++i) to[i] = to_float(from[i]) * layer_.scale;
@@ -232,7 +217,7 @@ class BlockAttention {
     void write_outputs(int end) {
         for (int head = first_head_; head < last_head_; ++head)
             for (int row = begin_; row < end; ++row) {
-                Scalar* to = static_cast<Scalar*>(layer_.output) + rows_.token[row] * layer_.output_stride +
+                Scalar* to = static_cast<Scalar*>(layer_.output) + step_.row_token[row] * layer_.output_stride +
                              static_cast<int64_t>(head) * group_ * kHeadDim;
                 for (int h = 0; h < group_; ++h) {
                     const int vector = (row - begin_) * group_ + h;
@@ -249,7 +234,7 @@ class BlockAttention {
         const bool is_packed = (row_end - row) * group_ >= kMinPackedVectors;
         for (int position = start; position < end; position += kTileTokens) {
             // The first rows of a prompt see nothing of its last tiles.
-            while (rows_.visible_end[row] <= position) ++row;
+            while (step_.row_visible_end[row] <= position) ++row;
             const Tile tile = {row, row_end, position, std::min(kTileTokens, end - position), slots + position};
             if ((row_end - row) * group_ < kMinComputeBound) fetch(tile);
             if (is_packed)
@@ -363,7 +348,7 @@ class BlockAttention {
     // Scores of the positions that a row does not see, and of those beyond the tile's end.
     void hide(const Tile& tile, float* score) {
         for (int row = tile.row; row < tile.row_end; ++row) {
-            const int visible = std::min(rows_.visible_end[row] - tile.position, tile.num_tokens);
+            const int visible = std::min(step_.row_visible_end[row] - tile.position, tile.num_tokens);
             if (visible == kTileTokens) break;  // later rows see more
             for (int h = 0; h < group_; ++h, score += kTileTokens)
                 std::fill(score + visible, score + kTileTokens, kMinusInfinity);
@@ -395,7 +380,6 @@ class BlockAttention {
 
     const BatchllmAttentionStep& step_;
     const BatchllmAttentionLayer& layer_;
-    const Rows& rows_;
     Workspace<kHeadDim>& work_;
     const int group_;  // query heads of a KV head
     int begin_ = 0;
@@ -406,8 +390,7 @@ class BlockAttention {
 
 template <typename Scalar, int kHeadDim>
 void attention(const BatchllmAttentionStep& step, const BatchllmAttentionLayer& layer) {
-    const Rows rows(step);
-    const int num_rows = static_cast<int>(rows.token.size());
+    const int num_rows = static_cast<int>(step.num_rows);
     const int group = layer.num_heads / layer.num_kv_heads;
     // Large blocks read a shared segment fewer times, and memory is fastest where a task reads all heads of a token.
     int block_rows = std::max(1, kBlockVectors / group);
@@ -423,7 +406,7 @@ void attention(const BatchllmAttentionStep& step, const BatchllmAttentionLayer& 
 #pragma omp parallel
     {
         auto work = std::make_unique<Workspace<kHeadDim>>(block_rows * group * task_heads);
-        BlockAttention<Scalar, kHeadDim> block_attention(step, layer, rows, *work);
+        BlockAttention<Scalar, kHeadDim> block_attention(step, layer, *work);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int block = 0; block < num_blocks; ++block)
             for (int part = 0; part < num_head_parts; ++part)

@@ -29,14 +29,14 @@ _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c
 
 class _Step(ctypes.Structure):
     _fields_ = [  # ctypes reads a plain list
-        ("num_sequences", _I64),
         ("num_segments", _I64),
-        ("num_query_tokens", _I64),
+        ("num_rows", _I64),
         ("table", _P),
         ("table_stride", _I64),
+        ("row_place", _P),
+        ("row_token", _P),
+        ("row_visible_end", _P),
         ("table_rows", _P),
-        ("qo_indptr", _P),
-        ("kv_len", _P),
         ("order", _P),
         ("private_start", _P),
         ("segment_readers", _P),
@@ -76,19 +76,22 @@ class AttentionStep:
 
     Args:
         table: [rows, positions] int32 on the CPU: slots of KV.
-        layout: The arrays of `batchllm.attention.AttentionLayout` by name, int32.
+        **arrays: What the kernel's step has, by name: of `batchllm.attention.AttentionLayout`, and ``row_place``,
+            ``row_token`` and ``row_visible_end`` of the query rows in the layout's order (see ``attention.cpp``).
+
+    Attributes:
+        num_query_tokens: Rows of the step.
     """
 
-    def __init__(self, table: torch.Tensor, **layout: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    def __init__(self, table: torch.Tensor, **arrays: np.ndarray[Any, np.dtype[np.integer[Any]]]) -> None:
         if table.dtype != torch.int32 or table.stride(1) != 1 or table.device.type != "cpu":
             raise ValueError(f"the table of slots must be int32 on the CPU with contiguous rows, not {table.dtype}")
-        self._arrays = {name: np.ascontiguousarray(array, np.int32) for name, array in layout.items()}
+        self._arrays = {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()}
         self._table = table
-        self.num_query_tokens = int(self._arrays["qo_indptr"][-1])
+        self.num_query_tokens = len(self._arrays["row_token"])
         self.struct = _Step(
-            num_sequences=len(self._arrays["table_rows"]),
             num_segments=len(self._arrays["segment_table_row"]),
-            num_query_tokens=self.num_query_tokens,
+            num_rows=self.num_query_tokens,
             table=table.data_ptr(),
             table_stride=table.stride(0),
             **{name: array.ctypes.data for name, array in self._arrays.items()},

@@ -11,6 +11,7 @@ import sys
 from itertools import pairwise
 from typing import Any
 
+import flashinfer  # SGLang depends on it
 import pytest
 import torch
 
@@ -19,8 +20,6 @@ from batchllm.attention.flashinfer_shared import FlashInferSharedAttention, leve
 from batchllm.attention.merge_state import merge_states
 from batchllm.errors import ConfigError
 from tests.attention.cases import CASES, make_case
-
-flashinfer = pytest.importorskip("flashinfer", reason="an optional package of GPU machines")
 
 
 class _Wrapper:

@@ -89,8 +89,8 @@ def test_our_attention_is_the_default_and_can_be_declined() -> None:
 
     chosen = make_server_args(default_model_path(), skip_tokenizer_init=True)
     declined = make_server_args(default_model_path(), skip_tokenizer_init=True, attention_backend="torch_native")
-    assert (chosen.attention_backend, chosen.shares_attention) == ("torch_native", True)  # type: ignore[attr-defined]
-    assert (declined.attention_backend, declined.shares_attention) == ("torch_native", False)  # type: ignore[attr-defined]
+    assert (chosen.attention_backend, chosen.shares_attention) == ("torch_native", True)
+    assert (declined.attention_backend, declined.shares_attention) == ("torch_native", False)
     assert parse_server_flags(["--attention-backend", "batchllm"]) == {"attention_backend": "batchllm"}
 
 
