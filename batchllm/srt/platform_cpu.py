@@ -32,7 +32,7 @@ def set_environment_defaults() -> None:
 
     libgomp spins while it waits: beside a tokenizer and a detokenizer process on the same cores that makes two threads
     about ten times slower than one. ``torch.compile`` takes half a minute and a C++ compiler for the small functions
-    that SGLang compiles (sampling, penalties). With huge pages weights and KV are read half as fast again.
+    that SGLang compiles (sampling, penalties). Huge pages make reading weights and KV faster.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
