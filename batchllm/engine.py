@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -17,7 +18,10 @@ from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.job import Job
+from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
 from batchllm.offline.report import RunReport
+from batchllm.offline.stats import make_trace
+from batchllm.offline.token_store import TokenStore
 from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
 from batchllm.request import Completion, Request, SamplingParams
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 
 Sampling = SamplingParams | Mapping[str, Any]
 T = TypeVar("T")
+_IN_MEMORY = 1 << 60
+"""Bytes: what the caller holds in memory as Python objects fits there as an array too."""
 
 
 class BatchEngine:
@@ -144,23 +150,35 @@ class BatchEngine:
 
     def _generate(self, inputs: _Inputs) -> Iterator[Completion]:
         started = time.perf_counter()
-        job = Job(self.runtime, **self._job_options)
-        requests, rejected = _make_requests(inputs)
-        job.prepare(requests)
-        rejected += [(request.index, error) for request, error in job.rejected]
-        for index, error in rejected:
-            yield _rejection(index, error)
-        failed = {index for index, _ in rejected}
-        for completions in self.runtime.iterate(job.run()):
-            failed |= {c.index for c in completions if c.finish_reason == "abort"}
-            yield from completions
-        self.last_report = job.report(
+        with closing(TokenStore(None, _IN_MEMORY)) as store:
+            rows = JobRows(self.runtime.info, self.runtime.tokenizer, store)
+            requests, rejected = _make_requests(inputs)
+            for first in range(0, len(requests), ENCODE_SLICE):
+                requests_slice = requests[first : first + ENCODE_SLICE]
+                errors = zip(requests_slice, rows.add(requests_slice), strict=True)
+                rejected += [(request.index, error) for request, error in errors if error is not None]
+            tokenize_s = time.perf_counter() - started
+            for index, error in rejected:
+                yield _rejection(index, error)
+            job = Job(self.runtime, rows, **self._job_options)
+            job.stats.tokenize_s = tokenize_s
+            failed = {index for index, _ in rejected}
+            started_at = time.monotonic()
+            for finished in self.runtime.iterate(job.run()):
+                for row, sample, completion in zip(finished.rows, finished.samples, finished.completions, strict=True):
+                    index = int(rows.index[row])
+                    if completion.finish_reason == "abort":
+                        failed.add(index)
+                    yield replace(completion, index=index, sample=sample)
+        self.last_report = job.stats.report(
+            self.runtime.info,
             num_requests=len(inputs.values),
             num_failed=len(failed),
             elapsed_s=time.perf_counter() - started,
         )
         if self._trace_path is not None:
-            job.trace("batch_generate").write(self._trace_path)
+            trace = make_trace("batch_generate", job.steps or [], self.runtime.info, started_at)
+            trace.write(self._trace_path)
 
     def shutdown(self) -> None:
         """End all processes of the engine. Doing it twice does nothing."""

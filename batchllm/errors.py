@@ -5,6 +5,7 @@
     ├── WorkloadError       the input as a whole cannot be a job (empty file, not UTF-8, ...)
     │   └── RowError        one row is wrong; the others run
     ├── PlanError           a plan contradicts itself or its prompts
+    ├── JournalError        a job's results cannot be kept or read back: disk full, file gone, file damaged
     └── EngineError         the runtime
         ├── EngineDiedError     a runtime process ended before all answers were there
         ├── LayoutError         a step's attention layout does not match the KV tables
@@ -46,6 +47,10 @@ class RowError(WorkloadError):
 
 class PlanError(BatchLLMError):
     """A plan contradicts itself or the prompts it was made for."""
+
+
+class JournalError(BatchLLMError):
+    """A job's results cannot be kept, or cannot be read back. What was acknowledged before stays as safe as it says."""
 
 
 class EngineError(BatchLLMError):

@@ -1,127 +1,153 @@
-"""JSON lines in: a file or a binary stream becomes rows, one at a time.
+"""Rows in: the records of an input, JSON lines or a table's, become rows, one at a time.
 
-Knows lines, encodings, identifiers and which row kind a line is; the two kinds' fields are in
-`plain_rows` and `openai_rows`. Memory is one row plus 16 hashed bytes per identifier.
+Knows lines, encodings, identifiers and which row kind a record is; the two kinds' fields are in `plain_rows` and
+`openai_rows`, files and their formats in `sources` and `tables`, other columns than a row's in `column_map`. That no
+two rows have one identifier is for `row_ids`. Memory is one row, or one batch of a table.
 
-INVARIANT: every non-blank line yields exactly one `Row` or `BadRow`, with its own line number, in
-order; only a file that cannot be read, or has no rows at all, raises.
+INVARIANT: every non-blank line, and every row of a table, yields exactly one `Row` or `BadRow`, with its own line
+number, in order; only an input that cannot be read, or has no rows at all, raises.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 import orjson
 
+from batchllm.dataset.column_map import ColumnMap
 from batchllm.dataset.field_checks import show
 from batchllm.dataset.openai_rows import KIND_OF_URL, parse_openai, read_body_sampling
+from batchllm.dataset.openai_rows import ROW_FIELDS as OPENAI_FIELDS
 from batchllm.dataset.plain_rows import parse_plain
-from batchllm.dataset.records import BadRow, Row, RowKind
+from batchllm.dataset.records import BadRow, BrokenRecord, Row, RowKind
 from batchllm.dataset.sampling import SGLANG_FIELDS, apply_settings, read_settings
-from batchllm.errors import ConfigError, RowError, WorkloadError
+from batchllm.dataset.sources import Input, open_input
+from batchllm.dataset.tables import open_table
+from batchllm.errors import RowError, WorkloadError
 from batchllm.request import SamplingParams
 
-OPENAI_MARKS = frozenset({"custom_id", "method", "url", "body"})
 MAX_CACHED_SAMPLINGS = 1024
+MAX_LINE_LEN = 256 << 20
+"""Bytes of the longest line that is read: what decompresses without end must not fill the memory."""
 
 _BOM = b"\xef\xbb\xbf"
 
+_Record = dict[str, Any] | BrokenRecord
+
 
 def read_rows(
-    source: str | os.PathLike[str] | BinaryIO,
+    source: Input | str | os.PathLike[str] | BinaryIO,
     *,
     defaults: SamplingParams,
     default_max_new_tokens: int | None = None,
     flag: str = "-i",
+    columns: ColumnMap | None = None,
 ) -> Iterator[Row | BadRow]:
-    """Reads JSON lines; bad ones come out as data and the rest go on.
+    """Reads the rows of an input; bad ones come out as data and the rest go on.
 
     Blank lines yield nothing but count for line numbers. A byte order mark at the start, CRLF line
-    ends and a last line without an end are accepted. ``1`` and ``"1"`` are the same identifier.
+    ends and a last line without an end are accepted. A row's line in a table is its number, from 1.
 
     Args:
-        source: A path, or an open binary stream (which is not closed).
+        source: An input, the path of one, or an open binary stream of JSON lines (which is not closed).
         defaults: Sampling of every row where the row says nothing; see `openai_rows` for the one
             exception.
         default_max_new_tokens: Output limit of chat rows that set none, which in OpenAI's format
             means "whatever the context leaves"; None takes ``defaults.max_new_tokens``.
         flag: The command line flag that gave the path, for messages.
+        columns: Where the id and the prompt are, and what to carry to the output. With None, a line may have no
+            other fields than a row's, and of a table's columns those with the names of a row's fields are taken.
 
     Raises:
-        ConfigError: At once, if the path cannot be opened.
+        ConfigError: At once, if the input cannot be opened or has no such columns.
         WorkloadError: While iterating, if reading fails or there are no rows.
     """
     if default_max_new_tokens is None:
         default_max_new_tokens = defaults.max_new_tokens
     chat_defaults = dataclasses.replace(defaults, max_new_tokens=default_max_new_tokens)
-    reader = _Reader(defaults, chat_defaults)
-    if not isinstance(source, (str, os.PathLike)):
-        return reader.read(source, str(getattr(source, "name", "the input stream")))
-    path = os.fspath(source)
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: cannot be read: {error.strerror}") from error
-    return _read_path(path, reader)
+    if not isinstance(source, (Input, str, os.PathLike)):
+        name = str(getattr(source, "name", "the input stream"))
+        return _Reader(defaults, chat_defaults, columns).read(_parse_lines(source), name)
+    if not isinstance(source, Input):
+        source = open_input(os.fspath(source), spool_folder=None, flag=flag)
+    records: Iterator[tuple[int, _Record]]
+    if source.format == "jsonl":
+        records = _parse_file(source)
+    else:
+        columns = ColumnMap() if columns is None else columns
+        records = enumerate(open_table(source, columns), start=1)
+    return _Reader(defaults, chat_defaults, columns).read(records, source.name)
 
 
-def _read_path(path: str, reader: _Reader) -> Iterator[Row | BadRow]:
-    with open(path, "rb", buffering=1 << 20) as stream:
-        yield from reader.read(stream, path)
+def _parse_file(source: Input) -> Iterator[tuple[int, _Record]]:
+    with source.open_stream() as stream:
+        yield from _parse_lines(stream)
+
+
+def _parse_lines(stream: BinaryIO) -> Iterator[tuple[int, _Record]]:
+    """The record of every non-blank line, with its number."""
+    for line, raw in enumerate(iter(partial(stream.readline, MAX_LINE_LEN + 1), b""), start=1):
+        if len(raw) > MAX_LINE_LEN and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(1 << 20)
+            yield line, BrokenRecord(_line_too_long())
+            continue
+        data = raw.removeprefix(_BOM) if line == 1 else raw
+        if data.isspace() or not data:
+            continue
+        try:
+            yield line, _parse_object(data)
+        except RowError as error:
+            yield line, BrokenRecord(error, looks_openai=b'"custom_id"' in data)
 
 
 class _Reader:
     """The state of one pass over one input."""
 
-    __slots__ = ("_chat_defaults", "_defaults", "_kind", "_line_of_id", "_samplings")
+    __slots__ = ("_chat_defaults", "_columns", "_defaults", "_kind", "_samplings")
 
-    def __init__(self, defaults: SamplingParams, chat_defaults: SamplingParams) -> None:
+    def __init__(self, defaults: SamplingParams, chat_defaults: SamplingParams, columns: ColumnMap | None) -> None:
         self._defaults = defaults
         self._chat_defaults = chat_defaults
+        self._columns = columns
         self._kind: RowKind = "plain"
-        # Hashes, not strings, so that long identifiers do not hold memory. A collision would drop a
-        # good row as a duplicate: at 128 bits and 10 million rows its chance is below 1e-24.
-        self._line_of_id: dict[bytes, int] = {}
         self._samplings: dict[tuple[RowKind, bytes], tuple[SamplingParams, bool]] = {}
 
-    def read(self, stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:
+    def read(self, records: Iterable[tuple[int, _Record]], name: str) -> Iterator[Row | BadRow]:
         index = 0
         try:
-            for line, raw in enumerate(stream, start=1):
-                data = raw.removeprefix(_BOM) if line == 1 else raw
-                if data.isspace() or not data:
-                    continue
-                yield self._read_line(data, index, line)
+            for line, record in records:
+                yield self._read_record(record, index, line)
                 index += 1
         except OSError as error:
             raise WorkloadError(f"{name}: reading stopped after {index} rows: {error}") from error
         if index == 0:
-            raise WorkloadError(f"{name}: has no rows; write one JSON object per line")
+            raise WorkloadError(f"{name}: has no rows; there is nothing to answer")
 
-    def _read_line(self, data: bytes, index: int, line: int) -> Row | BadRow:
+    def _read_record(self, record: _Record, index: int, line: int) -> Row | BadRow:
         given_id: str | int | None = None
+        carried: dict[str, Any] | None = None
+        columns = self._columns
         try:
-            record = _parse_object(data)
-            self._kind = kind = _kind_of(record)
+            if isinstance(record, BrokenRecord):
+                raise record.error
+            self._kind = kind = _kind_of(record, columns)
+            id_column = columns.id_column if columns is not None else None
             if kind == "plain":
-                given_id = _checked_id(record, "id", str(index))
-                self._claim_id(given_id, line)
+                given_id = _checked_id(record, id_column or "id", None if id_column else str(index))
+                if columns is not None:
+                    carried = columns.carried(record)
+                    record = columns.apply(record, is_openai=False)
                 return parse_plain(
-                    record,
-                    given_id=given_id,
-                    index=index,
-                    line=line,
-                    sampling=self._plain_sampling,
+                    record, given_id=given_id, index=index, line=line, sampling=self._plain_sampling, carried=carried
                 )
-            given_id = _checked_id(record, "custom_id", None)
-            self._claim_id(given_id, line)
+            given_id = _checked_id(record, id_column or "custom_id", None)
             return parse_openai(
-                record,
+                record if columns is None else columns.apply(record, is_openai=True),
                 given_id=given_id,
                 index=index,
                 line=line,
@@ -131,24 +157,14 @@ class _Reader:
             return BadRow(
                 # A line that does not parse takes the format of the one before it, so that a file
                 # with one broken line still has one kind of output line.
-                kind="chat" if self._kind == "plain" and b'"custom_id"' in data else self._kind,
+                kind="chat" if self._kind == "plain" and _looks_openai(record) else self._kind,
                 given_id=given_id,
                 index=index,
                 line=line,
                 code=error.code,
                 message=error.message,
                 param=error.param,
-            )
-
-    def _claim_id(self, given_id: str | int, line: int) -> None:
-        key = blake2b(str(given_id).encode(), digest_size=16).digest()
-        first = self._line_of_id.setdefault(key, line)
-        if first != line:
-            raise RowError(
-                f"id {show(given_id)} is already used on line {first}; ids must be unique in a job "
-                "(a row without an id has its position as id)",
-                code="duplicate_id",
-                param="id" if self._kind == "plain" else "custom_id",
+                carried=carried,
             )
 
     def _plain_sampling(self, mapping: object) -> tuple[SamplingParams, bool]:
@@ -189,6 +205,10 @@ class _Reader:
         return found
 
 
+def _looks_openai(record: _Record) -> bool:
+    return isinstance(record, BrokenRecord) and record.looks_openai
+
+
 def _parse_object(data: bytes) -> dict[str, Any]:
     try:
         record = orjson.loads(data)
@@ -197,6 +217,13 @@ def _parse_object(data: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise RowError(f"a line must hold one JSON object, not {show(record)}", code="not_an_object")
     return record
+
+
+def _line_too_long() -> RowError:
+    return RowError(
+        f"the line is longer than {MAX_LINE_LEN >> 20} MiB; split it, or see whether the file is what it should be",
+        code="line_too_long",
+    )
 
 
 def _why_not_json(data: bytes, error: orjson.JSONDecodeError) -> RowError:
@@ -215,9 +242,9 @@ def _why_not_json(data: bytes, error: orjson.JSONDecodeError) -> RowError:
     return RowError(where, code="invalid_json")
 
 
-def _kind_of(record: dict[str, Any]) -> RowKind:
+def _kind_of(record: dict[str, Any], columns: ColumnMap | None) -> RowKind:
     """Plain unless a field of OpenAI's is there; chat where such a row's url says nothing known."""
-    if OPENAI_MARKS.isdisjoint(record):
+    if OPENAI_FIELDS.isdisjoint(record) if columns is None else not columns.is_openai(record):
         return "plain"
     url = record.get("url")
     return KIND_OF_URL.get(url, "chat") if isinstance(url, str) else "chat"

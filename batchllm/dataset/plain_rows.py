@@ -23,7 +23,15 @@ ReadSampling = Callable[[object], tuple[SamplingParams, bool]]
 """Gives the sampling of a row and whether the row set ``max_new_tokens`` itself."""
 
 
-def parse_plain(record: dict[str, Any], *, given_id: str | int, index: int, line: int, sampling: ReadSampling) -> Row:
+def parse_plain(
+    record: dict[str, Any],
+    *,
+    given_id: str | int,
+    index: int,
+    line: int,
+    sampling: ReadSampling,
+    carried: dict[str, Any] | None = None,
+) -> Row:
     """Reads one plain row.
 
     Raises:
@@ -31,10 +39,11 @@ def parse_plain(record: dict[str, Any], *, given_id: str | int, index: int, line
     """
     if not record.keys() <= ROW_FIELDS:
         raise _unknown_field(record)
-    prompt, input_ids, messages = map(record.get, PROMPT_FIELDS)
+    get = record.get
+    prompt, input_ids, messages = get("prompt"), get("input_ids"), get("messages")
     if (prompt is None) + (input_ids is None) + (messages is None) != 2:
         raise _not_one_prompt(record)
-    params, given = sampling(record.get("sampling_params"))
+    params, given = sampling(get("sampling_params"))
     request = Request(
         row_id=str(given_id),
         index=index,
@@ -42,12 +51,12 @@ def parse_plain(record: dict[str, Any], *, given_id: str | int, index: int, line
         prompt=None if prompt is None else check_text("prompt", prompt),
         input_ids=None if input_ids is None else token_ids("input_ids", input_ids),
         messages=None if messages is None else check_messages(messages),
-        namespace=_namespace(record.get("namespace")),
-        task=task_name(record.get("task")),
-        expected_new_tokens=expected_len(record.get("expected_new_tokens")),
+        namespace=_namespace(get("namespace")),
+        task=task_name(get("task")),
+        expected_new_tokens=expected_len(get("expected_new_tokens")),
         may_lower_max_new_tokens=not given,
     )
-    return Row(request=request, kind="plain", given_id=given_id, line=line)
+    return Row(request=request, kind="plain", given_id=given_id, line=line, carried=carried)
 
 
 def _namespace(value: object) -> str:
@@ -71,7 +80,7 @@ def _not_one_prompt(record: dict[str, Any]) -> RowError:
             param="prompt",
         )
     return RowError(
-        f"the row has {' and '.join(found)}; give exactly one",
+        f"the row has {' and '.join(found)}; give exactly one, or say which with --prompt-column or --messages-column",
         code="ambiguous_prompt",
         param=found[1],
     )

@@ -2,11 +2,12 @@
 
 Knows the shape of both, nothing of how they are parsed or written.
 
-INVARIANT: every non-blank input line becomes exactly one of the two, with its own ``index``.
+INVARIANT: every non-blank input line, or row of a table, becomes exactly one of the two, with its own ``index``.
 
 Codes of a `BadRow`; they are part of the output format and never change meaning:
 
-    the line      invalid_utf8, invalid_json, nested_too_deep, lone_surrogate, not_an_object
+    the line      invalid_utf8, invalid_json, nested_too_deep, lone_surrogate, not_an_object, line_too_long
+    its columns   missing_column, invalid_column, not_json
     its fields    unknown_field, invalid_method, invalid_url, invalid_body, invalid_namespace
     its id        missing_id, invalid_id, duplicate_id
     its prompt    missing_prompt, ambiguous_prompt, empty_prompt, invalid_prompt, multiple_prompts,
@@ -20,12 +21,47 @@ Codes of a `BadRow`; they are part of the output format and never change meaning
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from batchllm.errors import RowError
 from batchllm.request import Request
 
 RowKind = Literal["plain", "completions", "chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRecord:
+    """A line, or a row of a table, of which no record could be made.
+
+    Attributes:
+        error: Why not.
+        looks_openai: It seems to have been an OpenAI batch row; its output line takes that format.
+    """
+
+    error: RowError
+    looks_openai: bool = False
+
+
+class RowHead(NamedTuple):
+    """What the answer of a row needs of it: all but prompt and sampling. JSON values, so that it can wait on disk.
+
+    Attributes:
+        position: Among the rows of the input, from 0.
+        line: As in `Row`, like what follows.
+        num_samples: Samples that were asked for.
+        wants_logprobs: The answer has log probabilities.
+        num_alternatives: Most likely alternatives per token in them.
+    """
+
+    position: int
+    line: int
+    kind: RowKind
+    given_id: str | int
+    model: str | None
+    carried: dict[str, Any] | None
+    num_samples: int
+    wants_logprobs: bool
+    num_alternatives: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +71,9 @@ class Row:
     Attributes:
         request: What the inside of batchllm sees of it.
         given_id: The identifier exactly as the row gave it; ``request.row_id`` is its text.
-        line: Line number in the input, from 1, blank lines counted.
+        line: Line number in the input, from 1, blank lines counted; in tables the row's number, over all files.
         model: The model its body names, if it does.
+        carried: Columns of the input to be repeated in the output, JSON values; None where none were asked for.
     """
 
     request: Request
@@ -44,6 +81,28 @@ class Row:
     given_id: str | int
     line: int
     model: str | None = None
+    carried: dict[str, Any] | None = None
+
+    @property
+    def index(self) -> int:
+        """Position among the rows of the input, from 0."""
+        return self.request.index
+
+    @property
+    def head(self) -> RowHead:
+        """What its answer needs of it."""
+        sampling = self.request.sampling
+        return RowHead(
+            self.request.index,
+            self.line,
+            self.kind,
+            self.given_id,
+            self.model,
+            self.carried,
+            sampling.n,
+            sampling.logprobs,
+            sampling.top_logprobs,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +113,10 @@ class BadRow:
         kind: Which format the output line takes; a guess where the line could not be parsed.
         given_id: The identifier as given, or None where the row did not get that far.
         index: Position among the non-blank lines, from 0.
-        line: Line number in the input, from 1.
+        line: As in `Row`.
         param: The field at fault, if one is.
         status_code: HTTP status of an OpenAI output line: 400 the caller's mistake, 500 ours.
+        carried: As in `Row`; None too where the row did not get that far.
     """
 
     kind: RowKind
@@ -67,17 +127,19 @@ class BadRow:
     message: str
     param: str | None = None
     status_code: int = 400
+    carried: dict[str, Any] | None = None
 
 
-def reject(row: Row, error: RowError, *, status_code: int = 400) -> BadRow:
+def reject(head: RowHead, error: RowError, *, status_code: int = 400) -> BadRow:
     """Turns a row that read well into a bad one, for what only the engine could tell."""
     return BadRow(
-        kind=row.kind,
-        given_id=row.given_id,
-        index=row.request.index,
-        line=row.line,
+        kind=head.kind,
+        given_id=head.given_id,
+        index=head.position,
+        line=head.line,
         code=error.code,
         message=error.message,
         param=error.param,
         status_code=status_code,
+        carried=head.carried,
     )

@@ -5,6 +5,7 @@ Knows the OpenAI batch formats and the plain one; not files, and not how answers
     plain   {"id", "text", "output_ids", "finish_reason", "usage"} and, where there is one,
             "matched_stop", "logprobs". With n > 1: {"id", "choices": [those, "index"], "usage"}.
             Failed: {"id", "error": {"code", "message", "line", "param"}}.
+            Both end with "carried", the input's columns that were to be carried, where there are any.
     OpenAI  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null};
             the body is a chat.completion, a text_completion, or {"error": ...} with status >= 400.
 
@@ -21,22 +22,22 @@ from hashlib import blake2b
 from typing import Any
 
 from batchllm.dataset.logprobs import Decode, chat_logprobs, completion_logprobs, plain_logprobs
-from batchllm.dataset.records import BadRow, Row, reject
+from batchllm.dataset.records import BadRow, RowHead, reject
 from batchllm.errors import RowError
 from batchllm.request import Completion
 
 
-def find_abort(row: Row, completions: Sequence[Completion]) -> BadRow | None:
+def find_abort(head: RowHead, completions: Sequence[Completion]) -> BadRow | None:
     """The error record of a row of which a sample was aborted; None where all were finished."""
     for completion in completions:
         if completion.finish_reason == "abort":
             message = completion.error or "the runtime aborted the request and gave no reason"
-            return reject(row, RowError(message, code="aborted"), status_code=500)
+            return reject(head, RowError(message, code="aborted"), status_code=500)
     return None
 
 
 def render_success(
-    row: Row,
+    head: RowHead,
     completions: Sequence[Completion],
     *,
     model: str,
@@ -53,28 +54,28 @@ def render_success(
         decode: Text of one token id; used for OpenAI rows that ask for logprobs.
         job_seed: Goes into the generated identifiers.
     """
-    assert completions, f"row {row.given_id!r}: no completions to render"
+    assert completions, f"row {head.given_id!r}: no completions to render"
     samples = sorted(completions, key=lambda completion: completion.sample)
-    if row.kind == "plain":
-        return _plain_line(row, samples)
-    chat = row.kind == "chat"
-    digest = _digest(job_seed, row.given_id)
+    if head.kind == "plain":
+        return _plain_line(head, samples)
+    chat = head.kind == "chat"
+    digest = _digest(job_seed, head.given_id)
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
-        "model": row.model or model,
-        "choices": [_openai_choice(row, sample, decode) for sample in samples],
+        "model": head.model or model,
+        "choices": [_openai_choice(head, sample, decode) for sample in samples],
         "usage": _openai_usage(samples),
     }
-    return _openai_line(row.given_id, digest, 200, body)
+    return _openai_line(head.given_id, digest, 200, body)
 
 
 def render_error(bad: BadRow, *, job_seed: int = 0) -> dict[str, Any]:
     """Builds the output line of a row that could not be read or answered."""
     if bad.kind == "plain":
         error = {"code": bad.code, "message": bad.message, "line": bad.line, "param": bad.param}
-        return {"id": bad.given_id, "error": error}
+        return {"id": bad.given_id, "error": error, **_carried(bad)}
     body = {
         "error": {
             "message": f"line {bad.line}: {bad.message}",
@@ -88,20 +89,24 @@ def render_error(bad: BadRow, *, job_seed: int = 0) -> dict[str, Any]:
     return _openai_line(bad.given_id, digest, bad.status_code, body)
 
 
-def _plain_line(row: Row, samples: Sequence[Completion]) -> dict[str, Any]:
+def _plain_line(head: RowHead, samples: Sequence[Completion]) -> dict[str, Any]:
     num_prompt, num_cached, num_output = _counts(samples)
     usage = {
         "prompt_tokens": num_prompt,
         "cached_tokens": num_cached,
         "completion_tokens": num_output,
     }
-    if row.request.sampling.n == 1:
-        return {"id": row.given_id, **_plain_answer(row, samples[0]), "usage": usage}
-    choices = [{"index": s.sample, **_plain_answer(row, s)} for s in samples]
-    return {"id": row.given_id, "choices": choices, "usage": usage}
+    if head.num_samples == 1:
+        return {"id": head.given_id, **_plain_answer(head, samples[0]), "usage": usage, **_carried(head)}
+    choices = [{"index": s.sample, **_plain_answer(head, s)} for s in samples]
+    return {"id": head.given_id, "choices": choices, "usage": usage, **_carried(head)}
 
 
-def _plain_answer(row: Row, sample: Completion) -> dict[str, Any]:
+def _carried(row: RowHead | BadRow) -> dict[str, Any]:
+    return {} if row.carried is None else {"carried": row.carried}
+
+
+def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "text": sample.text,
         "output_ids": list(sample.output_ids),
@@ -109,24 +114,23 @@ def _plain_answer(row: Row, sample: Completion) -> dict[str, Any]:
     }
     if sample.matched_stop is not None:
         answer["matched_stop"] = sample.matched_stop
-    if row.request.sampling.logprobs and sample.logprobs is not None:
+    if head.wants_logprobs and sample.logprobs is not None:
         answer["logprobs"] = plain_logprobs(sample.logprobs)
     return answer
 
 
-def _openai_choice(row: Row, sample: Completion, decode: Decode) -> dict[str, Any]:
-    sampling = row.request.sampling
-    wanted = sampling.logprobs and sample.logprobs is not None
+def _openai_choice(head: RowHead, sample: Completion, decode: Decode) -> dict[str, Any]:
+    wanted = head.wants_logprobs and sample.logprobs is not None
     logprobs: dict[str, Any] | None = None
     answer: dict[str, Any]
-    if row.kind == "chat":
+    if head.kind == "chat":
         answer = {"message": {"role": "assistant", "content": sample.text, "refusal": None}}
         if wanted:
             logprobs = chat_logprobs(sample.logprobs or (), decode)
     else:
         answer = {"text": sample.text}
         if wanted:
-            logprobs = completion_logprobs(sample.logprobs or (), decode, with_top=sampling.top_logprobs > 0)
+            logprobs = completion_logprobs(sample.logprobs or (), decode, with_top=head.num_alternatives > 0)
     return {
         "index": sample.sample,
         **answer,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from batchllm.errors import ConfigError, RowError
 from batchllm.request import Request
 from batchllm.tokenizer import Tokenizer
@@ -44,11 +41,6 @@ def encode_requests(requests: Sequence[Request], tokenizer: Tokenizer | None) ->
         if not isinstance(result, RowError) and len(result) == 0:
             encoded[i] = RowError("the prompt has no tokens; give it some text", code="empty_prompt")
     return encoded
-
-
-def namespace_numbers(names: Sequence[str]) -> npt.NDArray[np.int64] | None:
-    """A number per namespace, or None where all are in the default one."""
-    return np.unique(names, return_inverse=True)[1] if any(names) else None
 
 
 def _need(tokenizer: Tokenizer | None) -> Tokenizer:

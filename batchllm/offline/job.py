@@ -1,307 +1,225 @@
-"""One job: requests in, completions out. Tokenize, check, plan, feed, collect."""
+"""One batch on a runtime: rows in, completions out. Plan, feed, collect."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ctypes
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
-from batchllm.dataset.limits import check_expected_len, check_prompt_len, check_token_ids, fit_max_new_tokens
-from batchllm.errors import ConfigError, RowError
-from batchllm.offline.encode import encode_requests, namespace_numbers
 from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
-from batchllm.offline.report import RunReport
-from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime, RuntimeInfo
+from batchllm.offline.job_rows import Int64Array, JobRows
+from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime
+from batchllm.offline.stats import JobStats
 from batchllm.planner import DEFAULT_GROUP_ORDER, BatchPlan, GroupOrder, plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
-from batchllm.request import Completion, Request, SamplingParams
-from batchllm.scheduler.output_length import PredictionError
-from batchllm.tokens import TokenTable
-from batchllm.trace import StepTrace
-from batchllm.trace.steps import STEP_DTYPE, StepArray
+from batchllm.request import Completion
+from batchllm.trace.steps import StepArray
 
-_ENCODE_SLICE = 1024
+TICK_S = 0.1
+"""A job that hears nothing for so long says so, for whoever has something else to do meanwhile."""
 
 
-@dataclass(slots=True)
-class JobStats:
-    """What a job has cost, all of it counted or timed where it happened."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedSamples:
+    """Samples that have finished together; item i of each list is of the same sample.
 
+    Attributes:
+        rows: Row numbers.
+        samples: Which of its row's samples each is, from 0.
+        completions: Their ``index`` and ``sample`` are still 0.
+        num_prompt_tokens: Of these samples.
+        num_output_tokens: Of these samples.
+        num_computed_prompt_tokens: Prompt tokens computed since the last of these, counted in the scheduler.
+    """
+
+    rows: list[int]
+    samples: list[int]
+    completions: list[Completion]
     num_prompt_tokens: int = 0
-    num_optimal_prompt_tokens: int = 0
-    num_computed_prompt_tokens: int = 0
     num_output_tokens: int = 0
-    num_retractions: int = 0
-    peak_kv_tokens: int = 0
-    prediction: PredictionError = field(default_factory=PredictionError)
-    tokenize_s: float = 0.0
-    plan_s: float = 0.0
-    run_s: float = 0.0
+    num_computed_prompt_tokens: int = 0
 
 
-class _Samples:
-    """Every sample of every request, as columns: the rows of the job's token table."""
+_NOTHING = FinishedSamples(rows=[], samples=[], completions=[])
 
-    def __init__(self) -> None:
-        self.token_ids: list[np.ndarray] = []
-        self.request_index: list[int] = []
-        self.sample: list[int] = []
-        self.sampling_index: list[int] = []
-        self.max_new_len: list[int] = []
-        self.known_len: list[int] = []
-        self.task: list[int] = []
-        self.seed: list[int] = []
-        self.namespace: list[str] = []
+
+def _give_memory_back() -> None:
+    """What a plan of millions of rows needed for a moment; the C library would keep it for this process."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
 
 
 class Job:
-    """A batch of requests on a runtime.
+    """Rows of a job on a runtime, planned together.
 
     Args:
         runtime: What runs them.
+        rows: The rows.
+        subset: Row numbers to run; None for all.
         group_order: Order of sibling groups in the plan.
         max_run_requests: Most requests that one message carries.
-        keep_steps: Keep what each forward step was like, for `trace`.
+        max_in_flight: Most requests submitted and not finished; None for as many as serve throughput.
+        keep_steps: Keep what each forward step was like, in ``steps``.
 
     Attributes:
-        rejected: Requests that cannot run, with the reason. The others go on.
         stats: Counts and times so far.
+        steps: Arrays of `batchllm.trace.STEP_DTYPE`, where they are kept.
+        is_stopping: Nothing more is admitted.
     """
 
     def __init__(
         self,
         runtime: Runtime,
+        rows: JobRows,
         *,
+        subset: Int64Array | None = None,
         group_order: GroupOrder = DEFAULT_GROUP_ORDER,
         max_run_requests: int = MAX_RUN_REQUESTS,
+        max_in_flight: int | None = None,
         keep_steps: bool = False,
     ) -> None:
         self._runtime = runtime
-        self._group_order: GroupOrder = group_order
+        self._rows = rows
         self._max_run_requests = max_run_requests
-        self._steps: list[StepArray] | None = [] if keep_steps else None
-        self._started_at = 0.0  # on the monotonic clock
-        self._task_ids: dict[str, int] = {"": -1}
-        self._samples = _Samples()
-        self._sampling_ids: dict[SamplingParams, int] = {}
-        self._plan: BatchPlan | None = None
-        self._table: TokenTable | None = None
-        self.rejected: list[tuple[Request, RowError]] = []
+        self._max_in_flight = max_in_flight
+        self._job_id: int | None = None
+        self._is_given_up = False
+        self.steps: list[StepArray] | None = [] if keep_steps else None
+        self.is_stopping = False
         self.stats = JobStats()
-
-    def prepare(self, requests: Iterable[Request]) -> None:
-        """Tokenize in bulk, check each request against the runtime, and plan the batch.
-
-        Raises:
-            ConfigError: A request fits the KV pool, but not the KV limit.
-        """
         started = time.perf_counter()
-        requests = iter(requests)
-        while requests_slice := list(islice(requests, _ENCODE_SLICE)):
-            encoded = encode_requests(requests_slice, self._runtime.tokenizer)
-            for request, token_ids in zip(requests_slice, encoded, strict=True):
-                try:
-                    self._add(request, token_ids)
-                except RowError as error:
-                    self.rejected.append((request, error))
-        self._check_kv_limit()
-        tokenized = time.perf_counter()
-        self._table = TokenTable.from_lists(self._samples.token_ids)
-        self._samples.token_ids = []
-        self._plan = plan_batch(
+        self._row_of, self._sample_of, self._table = rows.sample_table(subset)
+        self._plan = self._make_plan(group_order)
+        _give_memory_back()
+        self.stats.plan_s = time.perf_counter() - started
+        self.stats.num_optimal_prompt_tokens = self._plan.optimal_prefill_tokens
+        self._feeder = self._make_feeder()
+
+    def _make_plan(self, group_order: GroupOrder) -> BatchPlan:
+        rows = self._rows
+        known, limit = rows.known_len[self._row_of], rows.max_new_len[self._row_of]
+        return plan_batch(
             self._table,
             page_size=self._runtime.info.page_size,
-            namespaces=namespace_numbers(self._samples.namespace),
-            decode_lens=self._expected_lens(),
-            group_order=self._group_order,
+            namespaces=rows.namespaces(self._row_of),
+            decode_lens=np.where(known > 0, known, limit).astype(np.int64),
+            group_order=group_order,
         )
-        self.stats.num_prompt_tokens = self._plan.num_prompt_tokens
-        self.stats.num_optimal_prompt_tokens = self._plan.optimal_prefill_tokens
-        self.stats.tokenize_s = tokenized - started
-        self.stats.plan_s = time.perf_counter() - tokenized
 
-    async def run(self) -> AsyncGenerator[list[Completion], None]:
-        """Run the prepared batch.
+    def _make_feeder(self) -> Feeder:
+        rows = self._rows
+        cutter = RunCutter(
+            self._plan,
+            self._table,
+            rows.max_new_len[self._row_of],
+            rows.known_len[self._row_of],
+            rows.task(self._row_of),
+        )
+        return Feeder(
+            cutter,
+            self._runtime.info.kv_limit_tokens,
+            self._max_run_requests,
+            max_in_flight=self._max_in_flight,
+        )
+
+    async def run(self) -> AsyncGenerator[FinishedSamples, None]:
+        """Run the batch.
 
         Yields:
-            Completions as they finish, in no particular order.
+            Samples as they finish, in no particular order; none of them every `TICK_S` in which nothing happens.
 
         Raises:
             EngineDiedError: The runtime is gone.
         """
-        assert self._plan is not None and self._table is not None, "prepare() first"
         started = time.perf_counter()
-        self._started_at = time.monotonic()
-        cutter = RunCutter(
-            self._plan,
-            self._table,
-            np.array(self._samples.max_new_len, np.int64),
-            np.array(self._samples.known_len, np.int64),
-            np.array(self._samples.task, np.int32),
-        )
-        feeder = Feeder(cutter, self._runtime.info.kv_limit_tokens, self._max_run_requests)
-        job_id = self._runtime.open_job()
+        feeder, runtime = self._feeder, self._runtime
+        job_id = self._job_id = runtime.open_job()
+        receiving: asyncio.Task[FinishedRequests] | None = None
         try:
-            while not feeder.is_done:
-                while (run := feeder.take_run()) is not None:
-                    self._runtime.submit(job_id, self._with_sampling(run))
-                finished = await self._runtime.receive(job_id)
+            while not (feeder.is_done or self._is_given_up or (self.is_stopping and feeder.num_in_flight == 0)):
+                while not self.is_stopping and (run := feeder.take_run()) is not None:
+                    runtime.submit(job_id, self._with_sampling(run))
+                receiving = receiving or asyncio.ensure_future(runtime.receive(job_id))
+                await asyncio.wait([receiving], timeout=TICK_S)
+                if not receiving.done():
+                    yield _NOTHING
+                    continue
+                finished, receiving = receiving.result(), None
                 feeder.finish(finished.positions)
-                completions = self._collect(finished)
+                samples = self._collect(finished)
                 self.stats.run_s = time.perf_counter() - started
-                yield completions
+                yield samples
         finally:
-            self._runtime.close_job(job_id, is_complete=feeder.is_done)
+            if receiving is not None and not receiving.done():
+                receiving.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await receiving
+            runtime.close_job(job_id, is_complete=feeder.is_done)
 
-    def report(self, *, num_requests: int, num_failed: int, elapsed_s: float) -> RunReport:
-        """What the job has done.
+    def stop_admitting(self) -> None:
+        """Nothing more is submitted, and what has not started is withdrawn; what runs goes on."""
+        if not self.is_stopping:
+            self.is_stopping = True
+            if self._job_id is not None:
+                self._runtime.withdraw(self._job_id)
 
-        Args:
-            num_requests: Rows of the input, those that never became a request included.
-            num_failed: Those of them without an answer.
-            elapsed_s: Seconds of the whole job.
-        """
-        stats = self.stats
-        return RunReport(
-            num_requests=num_requests,
-            num_succeeded=num_requests - num_failed,
-            num_failed=num_failed,
-            num_prompt_tokens=stats.num_prompt_tokens,
-            num_computed_prompt_tokens=stats.num_computed_prompt_tokens,
-            num_optimal_prompt_tokens=stats.num_optimal_prompt_tokens,
-            num_output_tokens=stats.num_output_tokens,
-            elapsed_s=elapsed_s,
-            num_retractions=stats.num_retractions,
-            peak_kv_tokens=stats.peak_kv_tokens,
-            kv_capacity_tokens=self._runtime.info.kv_capacity_tokens,
-            num_predicted=stats.prediction.num_requests,
-            num_predicted_tokens=round(stats.prediction.num_predicted_tokens),
-            num_predicted_actual_tokens=stats.prediction.num_actual_tokens,
-            sum_prediction_error_tokens=round(stats.prediction.sum_absolute_error),
-            tokenize_s=stats.tokenize_s,
-            plan_s=stats.plan_s,
-            run_s=stats.run_s,
-        )
+    def give_up(self) -> None:
+        """End `run` when it goes on; what runs is aborted."""
+        self._is_given_up = True
 
-    def trace(self, label: str) -> StepTrace:
-        """What each forward step was like; the job must have been made with ``keep_steps``."""
-        assert self._steps is not None
-        steps = np.concatenate([*self._steps, np.zeros(0, STEP_DTYPE)])
-        # The first step may begin before the job: its results were those of the one before.
-        steps["start_s"] = np.maximum(steps["start_s"] - self._started_at, 0.0)
-        info = self._runtime.info
-        return StepTrace(
-            label=label,
-            kv_capacity_tokens=info.kv_capacity_tokens,
-            kv_limit_tokens=info.kv_limit_tokens,
-            steps=steps,
-        )
-
-    def _expected_lens(self) -> np.ndarray:
-        """Output tokens expected of each row: what is known, else its limit."""
-        known = np.array(self._samples.known_len, np.int64)
-        return np.where(known > 0, known, np.array(self._samples.max_new_len, np.int64))
-
-    def _check_kv_limit(self) -> None:
-        info = self._runtime.info
-        limit = info.max_request_len(info.kv_limit_tokens)
-        for ids, max_new_len, index in zip(
-            self._samples.token_ids, self._samples.max_new_len, self._samples.request_index, strict=True
-        ):
-            needed = len(ids) + max_new_len
-            if needed > limit:
-                enough = info.kv_limit_tokens + needed - limit
-                raise ConfigError(
-                    f"--kv-limit {info.kv_limit_tokens}: request {index} needs up to {needed} tokens "
-                    f"({len(ids)} prompt + {max_new_len} new); raise it to at least {enough}"
-                )
-
-    def _add(self, request: Request, token_ids: Sequence[int] | RowError) -> None:
-        if isinstance(token_ids, RowError):
-            raise token_ids
-        info, sampling = self._runtime.info, request.sampling
-        if request.input_ids is not None:
-            check_token_ids(token_ids, info.vocab_size)
-        if request.may_lower_max_new_tokens:
-            room = info.max_request_len(info.kv_limit_tokens)
-            sampling = fit_max_new_tokens(sampling, len(token_ids), context_len=info.context_len, kv_capacity=room)
-        room = info.max_request_len(info.kv_capacity_tokens)
-        check_prompt_len(len(token_ids), sampling, context_len=info.context_len, kv_capacity=room)
-        _check_supported(sampling, info)
-        # The limit travels per request; what is left is shared by many.
-        kind = replace(sampling, max_new_tokens=request.sampling.max_new_tokens, n=1, seed=None)
-        sampling_index = self._sampling_ids.setdefault(kind, len(self._sampling_ids))
-        check_expected_len(request.expected_new_tokens, len(token_ids), info.context_len)
-        known_len = sampling.max_new_tokens if sampling.has_known_len else request.expected_new_tokens or 0
-        task = self._task_ids.setdefault(request.task, len(self._task_ids) - 1)
-        ids = np.asarray(token_ids, dtype=np.int32)
-        samples = self._samples
-        for sample in range(sampling.n):
-            samples.token_ids.append(ids)
-            samples.request_index.append(request.index)
-            samples.sample.append(sample)
-            samples.sampling_index.append(sampling_index)
-            samples.max_new_len.append(sampling.max_new_tokens)
-            samples.known_len.append(known_len)
-            samples.task.append(task)
-            samples.seed.append(_seed(sampling.seed, info.random_seed, request.index, sample))
-            samples.namespace.append(request.namespace)
+    def rows_in_flight(self) -> Int64Array:
+        """Rows with samples that have been submitted and have not finished, ascending."""
+        return np.unique(self._row_of[self._plan.order[self._feeder.positions_in_flight()]])
 
     def _with_sampling(self, run: PlannedRun) -> RunRequests:
         """The run with only the sampling parameters that occur in it."""
-        samples, rows = self._samples, run.request_row.tolist()
-        kinds = list(self._sampling_ids)
-        used = sorted({samples.sampling_index[row] for row in rows})
-        place = {sampling_index: i for i, sampling_index in enumerate(used)}
-        namespaces = [samples.namespace[row] for row in rows]
+        rows = self._rows
+        row_numbers = self._row_of[run.request_row]
+        used, place = np.unique(rows.kind(row_numbers), return_inverse=True)
+        numbers = rows.namespace(row_numbers)
+        names = rows.namespace_names
+        seed_of = rows.sample_seed
         return RunRequests(
             run=run,
-            sampling=tuple(kinds[i] for i in used),
-            sampling_index=[place[samples.sampling_index[row]] for row in rows],
-            seeds=[samples.seed[row] for row in rows],
-            namespaces=namespaces if any(namespaces) else None,
+            sampling=tuple(rows.kinds[kind] for kind in used.tolist()),
+            sampling_index=place.tolist(),
+            seeds=[
+                seed_of(row, sample)
+                for row, sample in zip(row_numbers.tolist(), self._sample_of[run.request_row].tolist(), strict=True)
+            ],
+            namespaces=[names[number] for number in numbers.tolist()] if numbers.any() else None,
         )
 
-    def _collect(self, finished: FinishedRequests) -> list[Completion]:
-        assert self._plan is not None
-        samples = self._samples
-        completions = []
-        for position, completion in zip(finished.positions, finished.completions, strict=True):
-            row = int(self._plan.order[position])
-            self.stats.num_output_tokens += completion.completion_tokens
-            completions.append(replace(completion, index=samples.request_index[row], sample=samples.sample[row]))
-        self.stats.num_computed_prompt_tokens = finished.num_computed_prompt_tokens
-        self.stats.num_retractions = finished.num_retractions
-        self.stats.peak_kv_tokens = finished.peak_kv_tokens
-        self.stats.prediction = finished.prediction
-        if self._steps is not None:
-            self._steps.append(finished.steps)
-        return completions
-
-
-def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:
-    if sampling.seed is not None and not info.has_seeded_sampling:
-        raise RowError(
-            "a seed needs --sampling-backend pytorch; this engine runs another one",
-            code="seed_not_supported",
-            param="seed",
+    def _collect(self, finished: FinishedRequests) -> FinishedSamples:
+        stats = self.stats
+        num_computed = finished.num_computed_prompt_tokens - stats.num_computed_prompt_tokens
+        stats.num_computed_prompt_tokens = finished.num_computed_prompt_tokens
+        stats.num_retractions = finished.num_retractions
+        stats.peak_kv_tokens = finished.peak_kv_tokens
+        stats.prediction = finished.prediction
+        if self.steps is not None:
+            self.steps.append(finished.steps)
+        table_rows = self._plan.order[finished.positions]
+        rows, samples = self._row_of[table_rows].tolist(), self._sample_of[table_rows].tolist()
+        completions = finished.completions
+        if self.is_stopping:  # what was withdrawn has not been answered
+            kept = [i for i, completion in enumerate(completions) if completion.finish_reason != "abort"]
+            rows, samples, completions = ([items[i] for i in kept] for items in (rows, samples, completions))
+        num_prompt_tokens = sum([completion.prompt_tokens for completion in completions])
+        num_output_tokens = sum([completion.completion_tokens for completion in completions])
+        stats.num_prompt_tokens += num_prompt_tokens
+        stats.num_output_tokens += num_output_tokens
+        return FinishedSamples(
+            rows=rows,
+            samples=samples,
+            completions=completions,
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+            num_computed_prompt_tokens=num_computed,
         )
-    has_grammar = sampling.json_schema is not None or sampling.regex is not None
-    if has_grammar and not info.has_grammar:
-        raise RowError(
-            "structured output (json_schema, regex) is switched off; start the engine without --grammar-backend none",
-            code="grammar_not_supported",
-            param="json_schema" if sampling.json_schema is not None else "regex",
-        )
-
-
-def _seed(seed: int | None, job_seed: int, index: int, sample: int) -> int:
-    """Seed of one sample: what the row says, and something of its own for every further sample."""
-    if seed is not None and sample == 0:
-        return seed
-    text = f"{seed},{sample}" if seed is not None else f"{job_seed},{index},{sample}"
-    return xxhash.xxh64_intdigest(text.encode()) >> 1

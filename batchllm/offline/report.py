@@ -22,6 +22,10 @@ class RunReport:
     """Rows of the input, bad ones included."""
     num_succeeded: int
     num_failed: int
+    num_done_before: int
+    """Of all these, rows that earlier runs of the job had finished; every count below is of this run."""
+    num_engine_restarts: int
+    """Engines started in the place of one that died."""
     num_prompt_tokens: int
     """Prompt tokens of the answered rows."""
     num_computed_prompt_tokens: int
@@ -79,6 +83,8 @@ class RunReport:
             "num_requests": self.num_requests,
             "num_succeeded": self.num_succeeded,
             "num_failed": self.num_failed,
+            "num_done_before": self.num_done_before,
+            "num_engine_restarts": self.num_engine_restarts,
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_computed_prompt_tokens": self.num_computed_prompt_tokens,
             "num_optimal_prompt_tokens": self.num_optimal_prompt_tokens,
@@ -129,7 +135,9 @@ class RunReport:
         return "\n".join(f"{name:<{name_width}}  {value:>{value_width}}  {note}".rstrip() for name, value, note in rows)
 
     def _outcome(self) -> str:
-        return f"{self.num_succeeded:,} succeeded, {self.num_failed:,} failed"
+        before = f", {self.num_done_before:,} of them in earlier runs" if self.num_done_before else ""
+        restarts = f", {self.num_engine_restarts:,} engine restarts" if self.num_engine_restarts else ""
+        return f"{self.num_succeeded:,} succeeded, {self.num_failed:,} failed{before}{restarts}"
 
     def _prediction(self) -> str:
         if self.num_predicted == 0:

@@ -1,102 +1,307 @@
-"""Runs the rows of a file: every row gets its line, answered or failed, as soon as it has one."""
+"""Runs a job to its end: every row of the input gets its result, recorded once, whatever dies on the way.
+
+Rows come in as a stream and results go to the journal; what is needed between is columns, and heads of rows on disk. An
+engine that dies is started again.
+
+Knows the rooms below and the order of things; not how an engine is started, or what a file looks like.
+
+INVARIANT: a row is run only if it has no result, and never while another engine runs it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 
-from batchllm.dataset import (
-    BadRow,
-    JsonlSink,
-    Row,
-    find_abort,
-    reject,
-    render_error,
-    render_success,
-)
-from batchllm.errors import ConfigError
-from batchllm.offline.job import Job
+import numpy as np
+
+from batchllm.dataset import BadRow, Row, find_abort, reject
+from batchllm.errors import ConfigError, EngineDiedError, EngineError, RowError, WorkloadError
+from batchllm.offline.identical import IdenticalRows
+from batchllm.offline.ingest import Ingest
+from batchllm.offline.job import FinishedSamples, Job
+from batchllm.offline.job_rows import JobRows
+from batchllm.offline.journal import Journal
 from batchllm.offline.progress import Progress
-from batchllm.offline.runtime import Runtime
+from batchllm.offline.recorder import Recorder
+from batchllm.offline.recovery import RestartLimit, Work, WorkQueue
+from batchllm.offline.row_spool import RowSpool
+from batchllm.offline.runtime import Runtime, RuntimeInfo
+from batchllm.offline.stats import JobStats
+from batchllm.offline.stop import StopSignal
+from batchllm.offline.token_store import TokenStore
+from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
+from batchllm.planner.shards import split_by_prefix
 from batchllm.request import Completion
+from batchllm.trace.steps import StepArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a job is run; none of it changes an answer."""
+
+    num_retries: int = 0
+    """Times that a row which fails while it runs is run again."""
+    shares_answers: bool = False
+    """Run rows that must have the same answer once (`batchllm.offline.identical`)."""
+    max_token_bytes: int = 1 << 40
+    """Token ids held in memory; a larger job is planned in shards."""
+    group_order: GroupOrder = DEFAULT_GROUP_ORDER
+    keep_steps: bool = False
+    """Keep what each forward step was like."""
 
 
 class Runner:
-    """Writes each row's line as it becomes known.
+    """One run of a job.
 
     Args:
-        runtime: What answers.
-        sink: Where the lines go.
-        progress: Told of every row.
-        job_options: Keyword arguments of `Job`.
+        start_engine: Starts what answers; called again after a death.
+        journal: Has the results of earlier runs.
+        recorder: Takes the results.
+        progress: Told what goes on.
+        stop: Asked whether to stop.
+        folder: For what does not fit in memory.
+        options: How to run it.
 
     Attributes:
-        failed: Rows without an answer so far.
-        job: The job, for its report.
+        runtime: The engine of the moment; None before the first has started.
+        info: Its numbers.
+        restarts: Counts engines that died.
+        stats: What this run has cost.
+        steps: What each forward step was like, where that is kept.
+        started_at: When the first batch began, on the monotonic clock.
+        num_rows: Rows of the input.
+        num_lost_tokens: Prompt tokens computed more than once because the job was planned in shards.
     """
 
-    def __init__(self, runtime: Runtime, sink: JsonlSink, progress: Progress, **job_options: Any) -> None:
-        self._runtime = runtime
-        self._sink = sink
+    def __init__(
+        self,
+        start_engine: Callable[[], Runtime],
+        *,
+        journal: Journal,
+        recorder: Recorder,
+        progress: Progress,
+        stop: StopSignal,
+        folder: Path,
+        options: RunOptions,
+    ) -> None:
+        self._start_engine = start_engine
+        self._journal = journal
+        self._recorder = recorder
         self._progress = progress
+        self._stop = stop
+        self._options = options
+        self._spool = RowSpool(folder)
+        self._store = TokenStore(folder, options.max_token_bytes)
+        self._identical = IdenticalRows() if options.shares_answers else None
         self._samples: dict[int, list[Completion]] = {}
-        self._created = int(time.time())
-        self.failed: list[BadRow] = []
-        self.job = Job(runtime, **job_options)
+        self._num_tries: Counter[int] = Counter()
+        self._to_retry: list[int] = []
+        self.runtime: Runtime | None = None
+        self.info: RuntimeInfo | None = None
+        self.restarts = RestartLimit()
+        self.stats = JobStats()
+        self.steps: list[StepArray] = []
+        self.started_at = 0.0
+        self.num_rows = 0
+        self.num_lost_tokens = 0
 
-    def run(self, rows: Sequence[Row]) -> None:
-        """Answer these rows.
+    def run(self, rows: Iterable[Row | BadRow]) -> bool:
+        """Run what has no result yet.
+
+        Returns:
+            Whether every row has a result now; else a signal has asked to stop.
 
         Raises:
-            EngineDiedError: The runtime is gone; what had been answered is written.
+            EngineError: The engine does not start, or dies again and again. Results stay safe, here and below.
+            JournalError: The disk refuses.
+            WorkloadError: The input cannot be read, or too many rows have failed.
         """
-        waiting = {row.request.index: row for row in rows}
-        self.job.prepare(row.request for row in rows)
-        for request, error in self.job.rejected:
-            self.fail(reject(waiting.pop(request.index), error))
-        num_computed = 0
-        for completions in self._runtime.iterate(self.job.run()):
-            self._progress.update(
-                num_computed=self.job.stats.num_computed_prompt_tokens - num_computed,
-                num_prompt_tokens=sum(c.prompt_tokens for c in completions),
-                num_output_tokens=sum(c.completion_tokens for c in completions),
-            )
-            num_computed = self.job.stats.num_computed_prompt_tokens
-            for completion in completions:
-                self._take(waiting, completion)
-        assert not waiting, f"{len(waiting)} rows have no answer"
+        try:
+            self._progress.set_state("reading")
+            ingest = Ingest(np.sort(self._journal.finished()), self._recorder.fail, self._spool)
+            pending = ingest.take_pending(rows)
+            first = next(pending, None)
+            if first is not None:
+                self._start()
+                job_rows, works = self._take_in(ingest, chain([first], pending))
+            self.num_rows = ingest.num_rows
+            self._progress.set_num_rows(ingest.num_rows)
+            self._recorder.commit()
+            if first is not None:
+                self._run_works(job_rows, works)
+                self._recorder.commit()
+            return not self._stop.is_set
+        except (EngineError, KeyboardInterrupt, WorkloadError):
+            self._recorder.commit()  # what is there is good
+            raise
+        finally:
+            if self.runtime is not None:
+                self.runtime.shutdown()
 
-    def fail(self, bad: BadRow) -> None:
-        """This row has no answer."""
-        self.failed.append(bad)
-        self._sink.write_error(bad.index, render_error(bad))
-        self._progress.update(num_rows=1, num_failed=1)
+    def close(self) -> None:
+        """Give temporary files back."""
+        self._spool.close()
+        self._store.close()
 
-    def _take(self, waiting: dict[int, Row], completion: Completion) -> None:
-        index = completion.index
-        samples = self._samples.setdefault(index, [])
-        samples.append(completion)
-        if len(samples) < waiting[index].request.sampling.n:
-            return
-        row = waiting.pop(index)
-        bad = find_abort(row, self._samples.pop(index))
-        if bad is not None:
-            self.fail(bad)
-            return
-        self._sink.write(
-            index,
-            render_success(
-                row,
-                samples,
-                model=self._runtime.info.model_name,
-                created=self._created,
-                decode=self._decode,
-            ),
+    # Rows in
+
+    def _take_in(self, ingest: Ingest, pending: Iterator[Row]) -> tuple[JobRows, list[Work]]:
+        started = time.perf_counter()
+        self._progress.set_state("reading")
+        assert self.runtime is not None
+        job_rows = JobRows(self.runtime.info, self.runtime.tokenizer, self._store, self._identical)
+        is_out = ingest.load(pending, job_rows, self._progress.tick)
+        if self._identical is not None:
+            self._identical.find(np.flatnonzero(~is_out))
+            is_out |= self._identical.is_follower
+        self.stats.tokenize_s = time.perf_counter() - started
+        return job_rows, self._first_works(job_rows, is_out)
+
+    def _first_works(self, job_rows: JobRows, is_out: np.ndarray) -> list[Work]:
+        left = np.flatnonzero(~is_out)
+        if not self._store.is_spilled:
+            return [Work(rows=None if len(left) == len(is_out) else left)] if len(left) else []
+        started = time.perf_counter()
+        assert self.runtime is not None
+        everything = np.arange(len(job_rows))
+        shards = split_by_prefix(
+            self._store,
+            max_shard_tokens=self._options.max_token_bytes // 4,
+            namespaces=job_rows.namespace(everything).astype(np.int64),
+            num_samples=job_rows.num_samples(everything).astype(np.int64),
+            page_size=self.runtime.info.page_size,
         )
-        self._progress.update(num_rows=1)
+        self.num_lost_tokens = shards.num_lost_tokens
+        self.stats.plan_s += time.perf_counter() - started
+        chosen = [left[shards.row_shard[left] == shard] for shard in range(shards.num_shards)]
+        return [Work(rows=rows) for rows in chosen if len(rows)]
+
+    # Rows through the engine
+
+    def _start(self) -> None:
+        self._progress.set_state("starting")
+        self.runtime = self._start_engine()
+        self.info = self.runtime.info
+
+    def _run_works(self, job_rows: JobRows, works: list[Work]) -> None:
+        self.started_at = time.monotonic()
+        self._is_done = np.zeros(len(job_rows), bool)
+        queue = WorkQueue(works)
+        while (work := queue.take()) is not None and not self._stop.is_set:
+            self._run_work(job_rows, work, queue)
+            if self._to_retry:
+                queue.add(np.array(self._to_retry, np.int64))
+                self._to_retry = []
+
+    def _run_work(self, job_rows: JobRows, work: Work, queue: WorkQueue) -> None:
+        assert self.runtime is not None
+        self._progress.set_state("running")
+        job = Job(
+            self.runtime,
+            job_rows,
+            subset=work.rows,
+            group_order=self._options.group_order,
+            max_in_flight=work.max_in_flight,
+            keep_steps=self._options.keep_steps,
+        )
+        try:
+            with self._stop.heeded():
+                self._run_job(job, job_rows)
+        except EngineDiedError as death:
+            rows = np.arange(len(job_rows)) if work.rows is None else work.rows
+            unfinished = np.setdiff1d(rows[~self._is_done[rows]], self._to_retry)
+            self._recover(death, queue.split_after_death(work, unfinished, job.rows_in_flight()))
+        finally:
+            self._samples.clear()  # of rows that have not finished; they run whole again
+            self.stats += job.stats
+            self.steps += job.steps or []
+
+    def _run_job(self, job: Job, job_rows: JobRows) -> None:
+        assert self.runtime is not None
+        for finished in self.runtime.iterate(job.run()):
+            self._take(finished, job_rows)
+            self._recorder.commit_if_due()
+            self._progress.tick()
+            if self._stop.is_overdue:
+                job.give_up()
+            elif self._stop.is_set and not job.is_stopping:
+                self._progress.set_state("stopping")
+                job.stop_admitting()
+
+    def _recover(self, death: EngineDiedError, poison: list[int]) -> None:
+        """Record what the engine's death has settled, and start another."""
+        assert self.runtime is not None
+        self._journal.event("engine_death", str(death))
+        for row in poison:
+            error = RowError(f"the engine died each time this row ran alone: {death}", code="engine_died")
+            self._fail(row, reject(self._spool.read(row), error, status_code=500))
+            self.restarts.condemned()
+        self._recorder.commit()
+        self.runtime.shutdown()
+        self._progress.set_state("starting")
+        reason: EngineError = death
+        while True:
+            time.sleep(self.restarts.next_pause_s(reason))
+            self._progress.set_num_engine_restarts(self.restarts.num_deaths)
+            try:
+                self._start()
+                return
+            except EngineError as error:  # e.g. a device whose memory is not free yet
+                reason = error
+
+    # Answers out
+
+    def _take(self, finished: FinishedSamples, job_rows: JobRows) -> None:
+        self._progress.update(
+            num_computed=finished.num_computed_prompt_tokens,
+            num_prompt_tokens=finished.num_prompt_tokens,
+            num_output_tokens=finished.num_output_tokens,
+        )
+        num_samples = job_rows.num_samples(np.array(finished.rows, np.int64)).tolist()
+        for row, sample, completion, num in zip(
+            finished.rows, finished.samples, finished.completions, num_samples, strict=True
+        ):
+            if num == 1:
+                self._finish(row, [completion])
+                continue
+            samples = self._samples.setdefault(row, [])
+            samples.append(replace(completion, sample=sample))
+            if len(samples) == num:
+                self._finish(row, self._samples.pop(row))
+
+    def _finish(self, row: int, completions: list[Completion]) -> None:
+        assert self.runtime is not None
+        head = self._spool.read(row)
+        bad = find_abort(head, completions)
+        if bad is not None:
+            if self._num_tries[row] < self._options.num_retries:
+                self._num_tries[row] += 1
+                self._to_retry.append(row)
+            else:
+                self._fail(row, bad)
+            return
+        for number in self._with_followers(row):
+            head = head if number == row else self._spool.read(number)
+            self._recorder.answer(head, completions, model=self.runtime.info.model_name, decode=self._decode)
+            self._is_done[number] = True
+        self.restarts.answered()
+
+    def _fail(self, row: int, bad: BadRow) -> None:
+        for number in self._with_followers(row):
+            head = self._spool.read(number)
+            self._is_done[number] = True
+            self._recorder.fail(replace(bad, given_id=head.given_id, index=head.position, line=head.line))
+
+    def _with_followers(self, row: int) -> list[int]:
+        return [row] if self._identical is None else [row, *self._identical.followers(row)]
 
     def _decode(self, token_id: int) -> str:
-        if self._runtime.tokenizer is None:
+        assert self.runtime is not None
+        if self.runtime.tokenizer is None:
             raise ConfigError("--skip-tokenizer-init: OpenAI rows with logprobs need a tokenizer")
-        return self._runtime.tokenizer.decode_token(token_id)
+        return self.runtime.tokenizer.decode_token(token_id)

@@ -117,5 +117,11 @@ class Runtime(Protocol):
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         """An asynchronous generator as an ordinary iterator, driven on the runtime's event loop."""
 
+    def withdraw(self, job_id: int) -> None:
+        """Take back the requests of a job that have not started; each comes back as aborted."""
+
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
         """End a job; one that is not complete is aborted."""
+
+    def shutdown(self) -> None:
+        """End all processes of the runtime; works on one that has died, and twice."""

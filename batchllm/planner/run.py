@@ -78,17 +78,19 @@ class RunCutter:
         self,
         plan: BatchPlan,
         table: TokenTable,
-        max_new_len: Int64,
-        known_len: Int64 | None = None,
+        max_new_len: npt.NDArray[np.integer],
+        known_len: npt.NDArray[np.integer] | None = None,
         task: Int32 | None = None,
     ) -> None:
         self.plan = plan
         self.table = table
-        self.max_new_len = max_new_len[plan.order]
-        self.known_len = np.zeros_like(self.max_new_len) if known_len is None else known_len[plan.order]
+        # A job of millions of rows holds these for all of them: no wider than they need be.
+        self.max_new_len = max_new_len.astype(np.int32, copy=False)[plan.order]
+        no_known_len = np.zeros_like(self.max_new_len)
+        self.known_len = no_known_len if known_len is None else known_len.astype(np.int32, copy=False)[plan.order]
         self.task = np.full(len(plan.order), -1, np.int32) if task is None else task[plan.order]
-        self.prompt_len = plan.prompt_lens.astype(np.int64)
-        total_len = self.prompt_len + self.max_new_len
+        self.prompt_len = plan.prompt_lens
+        total_len = self.prompt_len + self.max_new_len.astype(np.int64)
         self.longest_consumer_len = _max_over_ranges(total_len, plan.first, plan.num_consumers)
         # An output that may end anywhere counts little: a window too long costs nothing, too short a one an idle pool.
         self.kv_cost = plan.computed_lens() + np.maximum(self.known_len, 1)
@@ -122,8 +124,8 @@ class RunCutter:
                 plan.end_len[prefixes] - plan.start_len[prefixes],
             ),
             request_prefix=request_prefix,
-            request_max_new_len=self.max_new_len[first:last],
-            request_known_len=self.known_len[first:last],
+            request_max_new_len=self.max_new_len[first:last].astype(np.int64),
+            request_known_len=self.known_len[first:last].astype(np.int64),
             request_task=self.task[first:last],
             request_row=rows,
             private_len=private_len,

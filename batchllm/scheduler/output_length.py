@@ -73,6 +73,14 @@ class PredictionError:
             self.num_actual_tokens += num_generated
             self.sum_absolute_error += abs(estimate.predicted_len - num_generated)
 
+    def __add__(self, other: PredictionError) -> PredictionError:
+        return PredictionError(
+            num_requests=self.num_requests + other.num_requests,
+            num_predicted_tokens=self.num_predicted_tokens + other.num_predicted_tokens,
+            num_actual_tokens=self.num_actual_tokens + other.num_actual_tokens,
+            sum_absolute_error=self.sum_absolute_error + other.sum_absolute_error,
+        )
+
 
 class _Kind:
     """Finished lengths of one kind, and the distribution made of them."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -39,4 +40,5 @@ class BatchDetokenizerManager(DetokenizerManager):
 
 def run_detokenizer_process(*args: Any, **kwargs: Any) -> None:
     """Target of the detokenizer process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the scheduler's
     run_upstream(*args, **kwargs, detokenizer_manager_class=BatchDetokenizerManager)

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,6 +40,7 @@ from batchllm.srt.server_args import kv_limit_tokens, make_server_args
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
 from batchllm.tokenizer import Tokenizer
 
+_SOCKET_DIR_PREFIX = "batchllm-"
 _GRACE_S = 5
 _STOP_TIMEOUT_S = 30
 T = TypeVar("T")
@@ -63,7 +65,8 @@ class _PlannedEngine(Engine):
 
     def _launch_subprocesses(self, server_args: ServerArgs, **kwargs: Any) -> Any:
         # Upstream makes socket files in the temporary directory and never removes them.
-        self.socket_dir = tempfile.mkdtemp(prefix="batchllm-")
+        _remove_dead_socket_dirs()
+        self.socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-")
         before, tempfile.tempdir = tempfile.tempdir, self.socket_dir
         try:
             port_args = PortArgs.init_new(server_args)
@@ -108,6 +111,17 @@ class _PlannedEngine(Engine):
                 socket.close(linger=0)
         shutil.rmtree(self.socket_dir, ignore_errors=True)
         self.socket_dir = None
+
+
+def _remove_dead_socket_dirs() -> None:
+    """Directories of engines whose process was killed before it could remove its own."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_SOCKET_DIR_PREFIX}*-*"):
+        pid = path.name.removeprefix(_SOCKET_DIR_PREFIX).partition("-")[0]
+        if not pid.isdecimal() or psutil.pid_exists(int(pid)):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another engine that starts does the same
+            if path.stat().st_uid == os.getuid():
+                shutil.rmtree(path)
 
 
 def _command(process: psutil.Process) -> str:
@@ -195,6 +209,9 @@ class SrtRuntime:
             prediction=output.counters.prediction,
             steps=output.steps,
         )
+
+    def withdraw(self, job_id: int) -> None:
+        self._manager.send(PlannedAbortReqInput(job_id=job_id, spares_running=True))
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
         self._manager.close_job(job_id)

@@ -37,9 +37,15 @@ class PlannedRunReqInput(BaseReq):
 
 
 class PlannedAbortReqInput(BaseReq):
-    """Driver to scheduler: drop what is left of a job. Each of its requests is answered as aborted."""
+    """Driver to scheduler: drop what is left of a job. Each of its requests is answered as aborted.
+
+    Attributes:
+        job_id: The job.
+        spares_running: Only those that have not started.
+    """
 
     job_id: int
+    spares_running: bool = False
 
 
 class PlannedCloseReqInput(BaseReq):

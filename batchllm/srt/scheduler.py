@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 from typing import Any, cast
 
 import numpy as np
@@ -128,7 +129,8 @@ class BatchScheduler(Scheduler):
     def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
         """Drop what is left of a job."""
         for req in list(self.unfinished_planned.values()):
-            if req.job_id == message.job_id:
+            is_running = req is self.chunked_req or req.req_pool_idx is not None
+            if req.job_id == message.job_id and not (is_running and message.spares_running):
                 self._abort_planned(req)
 
     def handle_planned_close(self, message: PlannedCloseReqInput) -> None:
@@ -337,6 +339,8 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own
     function.
     """
+    # Ctrl-C in a terminal reaches every process of the job; the driver decides what still runs.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     install(server_args, OfflineBatchScheduler)
     upstream.run_scheduler_process(server_args, *args, **kwargs)
 

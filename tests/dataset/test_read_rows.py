@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batchllm.dataset import BadRow, Row, read_rows
+from batchllm.dataset import BadRow, Row, jsonl, read_rows
 from batchllm.errors import ConfigError, WorkloadError
 from batchllm.request import SamplingParams
 
@@ -261,33 +261,14 @@ def test_sampling_nested_deeper_than_can_be_written_is_a_bad_row() -> None:
     assert row.code == "invalid_json_schema"
 
 
-def test_second_use_of_an_id_is_bad_and_names_the_first_line() -> None:
-    rows = read(b'{"id":"a","prompt":"x"}\n\n{"id":"a","prompt":"y"}\n{"id":"a","prompt":"z"}\n')
-    assert isinstance(rows[0], Row)
-    for row, line in zip(rows[1:], (3, 4), strict=True):
-        assert isinstance(row, BadRow)
-        assert (row.code, row.line, row.given_id) == ("duplicate_id", line, "a")
-        assert "line 1" in row.message
+def test_ids_are_read_and_not_compared() -> None:
+    """One pass over the file keeps nothing of a row; `RowIds` finds who repeats whom."""
+    rows = read(b'{"id":"a","prompt":"x"}\n{"id":"a","prompt":"y"}\n')
+    assert [(type(row), row.given_id) for row in rows] == [(Row, "a"), (Row, "a")]
 
 
-def test_the_id_of_a_bad_row_is_taken_too() -> None:
-    _, second = read(b'{"id":"a"}\n{"id":"a","prompt":"y"}\n')
-    assert isinstance(second, BadRow) and second.code == "duplicate_id"
-
-
-def test_integer_and_string_of_one_text_are_one_id_across_row_kinds() -> None:
-    rows = read(
-        b'{"id":1,"prompt":"x"}\n{"id":"1","prompt":"x"}\n'
-        b'{"custom_id":"1","method":"POST","url":"/v1/completions","body":{"prompt":"x"}}\n'
-    )
-    assert [type(row) for row in rows] == [Row, BadRow, BadRow]
-    assert isinstance(rows[2], BadRow) and rows[2].param == "custom_id"
-
-
-def test_position_as_id_clashes_openly_with_a_given_one() -> None:
-    _, second = read(b'{"id":"1","prompt":"x"}\n{"prompt":"x"}\n')
-    assert isinstance(second, BadRow) and second.code == "duplicate_id"
-    assert "position" in second.message
+def test_a_bad_row_keeps_the_id_it_takes() -> None:
+    assert bad({"id": "a"}).given_id == "a"
 
 
 def test_unparsed_line_takes_the_format_of_the_file() -> None:
@@ -296,6 +277,19 @@ def test_unparsed_line_takes_the_format_of_the_file() -> None:
     assert (first.kind, second.kind) == ("chat", "plain")
     rows = read(b'{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"prompt":"x"}}\n{\n')
     assert isinstance(rows[1], BadRow) and rows[1].kind == "completions"
+
+
+def test_line_that_is_too_long_is_a_bad_row_and_its_neighbours_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_LEN", 40)
+    longest = b'{"prompt":"' + b"x" * 27 + b'"}'
+    rows = read(longest + b"\n" + longest[:-2] + b'y"}\n' + b"z" * 3_000_000 + b"\n" + longest + b"\n" + b"z" * 41)
+    assert [(row.line, row.code if isinstance(row, BadRow) else "good") for row in rows] == [
+        (1, "good"),
+        (2, "line_too_long"),
+        (3, "line_too_long"),
+        (4, "good"),
+        (5, "line_too_long"),
+    ]
 
 
 # ---- files

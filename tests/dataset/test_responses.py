@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -15,6 +16,7 @@ from openai.types.chat import ChatCompletion
 from batchllm.dataset import (
     BadRow,
     Row,
+    duplicate_error,
     find_abort,
     read_rows,
     reject,
@@ -76,7 +78,7 @@ def sample(**fields: Any) -> Completion:
 
 def render(row: Row, *samples: Completion, job_seed: int = 0) -> dict[str, Any]:
     line = render_success(
-        row,
+        row.head,
         samples,
         model="served",
         created=1700000000,
@@ -150,7 +152,7 @@ def test_alternatives_that_look_alike_keep_the_likelier() -> None:
 
 def test_decode_may_give_text_instead_of_bytes() -> None:
     line = render_success(
-        completion_row(logprobs=0),
+        completion_row(logprobs=0).head,
         [sample(logprobs=LOGPROBS[:2])],
         model="m",
         created=0,
@@ -206,8 +208,8 @@ def test_same_row_answer_and_seed_give_the_same_bytes() -> None:
 def test_an_aborted_sample_makes_the_row_an_error_of_ours() -> None:
     row = chat_row(n=2)
     done = sample()
-    assert find_abort(row, [done]) is None
-    bad = find_abort(row, [done, sample(sample=1, finish_reason="abort", error="pool is gone")])
+    assert find_abort(row.head, [done]) is None
+    bad = find_abort(row.head, [done, sample(sample=1, finish_reason="abort", error="pool is gone")])
     assert bad is not None
     line = render_error(bad)
     assert line["response"]["status_code"] == 500
@@ -219,7 +221,7 @@ def test_an_aborted_sample_makes_the_row_an_error_of_ours() -> None:
 
 def test_openai_error_line_has_the_status_and_body_of_an_http_failure() -> None:
     error = RowError("too long", code="prompt_too_long", param="prompt")
-    line = render_error(reject(chat_row(), error))
+    line = render_error(reject(chat_row().head, error))
     assert line["custom_id"] == "c-1"
     assert line["response"]["status_code"] == 400
     assert line["error"] is None
@@ -234,7 +236,7 @@ def test_openai_error_line_has_the_status_and_body_of_an_http_failure() -> None:
 
 
 def test_plain_error_line_has_code_message_line_and_field() -> None:
-    line = render_error(reject(plain_row(), RowError("no", code="empty_prompt", param="prompt")))
+    line = render_error(reject(plain_row().head, RowError("no", code="empty_prompt", param="prompt")))
     assert line == {
         "id": 7,
         "error": {"code": "empty_prompt", "message": "no", "line": 1, "param": "prompt"},
@@ -257,5 +259,23 @@ def test_a_duplicates_error_line_has_an_id_of_its_own() -> None:
         }
     ).encode()
     first, second = read_rows(io.BytesIO(data + b"\n" + data), defaults=SamplingParams())
-    assert isinstance(first, Row) and isinstance(second, BadRow)
-    assert render(first, sample())["id"] != render_error(second)["id"]
+    assert isinstance(first, Row) and isinstance(second, Row)
+    refused = reject(second.head, duplicate_error("a", first.line, second.kind))
+    assert render(first, sample())["id"] != render_error(refused)["id"]
+
+
+@pytest.mark.parametrize("carried", [None, {}, {"text": "t", "n": None, "of": [{"a": 1}]}])
+def test_plain_lines_end_with_what_is_carried_and_openai_lines_have_none(carried: dict[str, Any] | None) -> None:
+    row = replace(plain_row(), carried=carried)
+    many = replace(plain_row(sampling_params={"n": 2}), carried=carried)
+    failed = reject(row.head, RowError("no", code="empty_prompt"))
+    for line in (render(row, sample()), render(many, sample(), sample(sample=1)), render_error(failed)):
+        if carried is None:
+            assert "carried" not in line
+        else:
+            assert line["carried"] == carried
+            assert list(line)[-1] == "carried"
+    openai = replace(chat_row(), carried=carried)
+    assert render(openai, sample()) == render(chat_row(), sample())
+    error = RowError("no", code="empty_prompt")
+    assert render_error(reject(openai.head, error)) == render_error(reject(chat_row().head, error))

@@ -16,7 +16,10 @@ from jinja2 import Environment
 
 from batchllm.errors import ConfigError, EngineDiedError, RowError
 from batchllm.offline.job import Job
+from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.stats import make_trace
+from batchllm.offline.token_store import TokenStore
 from batchllm.planner.run import PlannedRun
 from batchllm.request import Completion, Request, SamplingParams
 from batchllm.scheduler.output_length import PredictionError
@@ -80,6 +83,7 @@ class ShufflingRuntime:
     dies_after: int | None = None
     sent: list[Sent] = field(default_factory=list)
     closed: list[bool] = field(default_factory=list)
+    withdrawn: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.order_seed)
@@ -122,7 +126,7 @@ class ShufflingRuntime:
         self.num_answered += len(positions)
         return FinishedRequests(
             positions=positions,
-            completions=[self.answer(self.outstanding.pop(position)) for position in positions],
+            completions=[self.answer(self.outstanding.pop(p), p in self.withdrawn) for p in positions],
             num_computed_prompt_tokens=10 * self.num_answered,
             num_retractions=3,
             peak_kv_tokens=40,
@@ -130,8 +134,8 @@ class ShufflingRuntime:
             steps=np.zeros(1, STEP_DTYPE),
         )
 
-    def answer(self, sent: Sent) -> Completion:
-        is_aborted = self.random.random() < self.abort_share
+    def answer(self, sent: Sent, is_withdrawn: bool) -> Completion:
+        is_aborted = is_withdrawn or self.random.random() < self.abort_share
         return Completion(
             index=0,
             text=f"{bytes(sent.prompt)!r} {sent.seed}",
@@ -154,8 +158,16 @@ class ShufflingRuntime:
             loop.run_until_complete(stream.aclose())
             loop.close()
 
+    def withdraw(self, job_id: int) -> None:
+        """All but the first of what is outstanding has not started; it comes back as aborted."""
+        for position in list(self.outstanding)[1:]:
+            self.withdrawn.append(position)
+
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
         self.closed.append(is_complete)
+
+    def shutdown(self) -> None:
+        pass
 
 
 def _request(index: int, ids: Sequence[int] | None = (1, 2, 3), **fields: Any) -> Request:
@@ -165,10 +177,29 @@ def _request(index: int, ids: Sequence[int] | None = (1, 2, 3), **fields: Any) -
     return Request(row_id=str(index), index=index, input_ids=ids, sampling=sampling, **own)
 
 
-def _run(runtime: ShufflingRuntime, requests: Sequence[Request]) -> tuple[Job, list[Completion]]:
-    job = Job(runtime)
-    job.prepare(requests)
-    return job, [c for completions in runtime.iterate(job.run()) for c in completions]
+class Loaded(Job):
+    """A job of these requests, and those of them that cannot run."""
+
+    def __init__(self, runtime: ShufflingRuntime, requests: Sequence[Request], **options: Any) -> None:
+        self.rows = JobRows(runtime.info, runtime.tokenizer, TokenStore(None, 1 << 30))
+        self.rejected: list[tuple[Request, RowError]] = []
+        for first in range(0, len(requests), ENCODE_SLICE):
+            part = requests[first : first + ENCODE_SLICE]
+            self.rejected += [(r, e) for r, e in zip(part, self.rows.add(part), strict=True) if e is not None]
+        super().__init__(runtime, self.rows, **options)
+
+    def completions(self, runtime: ShufflingRuntime) -> list[Completion]:
+        """Run it; each with its index and sample."""
+        return [
+            replace(completion, index=int(self.rows.index[row]), sample=sample)
+            for finished in runtime.iterate(self.run())
+            for row, sample, completion in zip(finished.rows, finished.samples, finished.completions, strict=True)
+        ]
+
+
+def _run(runtime: ShufflingRuntime, requests: Sequence[Request]) -> tuple[Loaded, list[Completion]]:
+    job = Loaded(runtime, requests)
+    return job, job.completions(runtime)
 
 
 def _code_of(request: Request, runtime: ShufflingRuntime | None = None) -> str | None:
@@ -281,9 +312,7 @@ def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
     ]
     assert requests[0].sampling.max_new_tokens == 8
     runtime = RecordingRuntime()
-    job = Job(runtime, group_order="input")
-    job.prepare(requests)
-    list(runtime.iterate(job.run()))
+    Loaded(runtime, requests, group_order="input").completions(runtime)
     known = [n for run in runtime.runs for n in run.request_known_len.tolist()]
     tasks = [n for run in runtime.runs for n in run.request_task.tolist()]
     assert (known, tasks) == ([8, 0, 4, 0, 0], [-1, -1, 0, 0, 1])
@@ -291,18 +320,15 @@ def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
 
 def test_each_message_carries_at_most_as_many_requests_as_it_may() -> None:
     runtime = RecordingRuntime()
-    job = Job(runtime, max_run_requests=1)
-    job.prepare([_request(i, [i + 1]) for i in range(5)])
-    list(runtime.iterate(job.run()))
+    Loaded(runtime, [_request(i, [i + 1]) for i in range(5)], max_run_requests=1).completions(runtime)
     assert [len(run) for run in runtime.runs] == [1] * 5
 
 
 def test_a_trace_begins_with_the_job() -> None:
     runtime = ShufflingRuntime()
-    job = Job(runtime, keep_steps=True)
-    job.prepare([_request(0)])
-    list(runtime.iterate(job.run()))
-    trace = job.trace("x")
+    job = Loaded(runtime, [_request(0)], keep_steps=True)
+    job.completions(runtime)
+    trace = make_trace("x", job.steps or [], runtime.info, started_at=5.0)
     assert (trace.kv_capacity_tokens, trace.kv_limit_tokens) == (48, 48)
     assert trace.steps["start_s"].tolist() == [0.0]  # its runtime's clock stood at 0
 
@@ -333,9 +359,8 @@ def test_rejected_requests_do_not_stop_the_others() -> None:
 
 
 def test_text_without_a_tokenizer_is_the_job_s_mistake_not_the_row_s() -> None:
-    job = Job(ShufflingRuntime(tokenizer=None))
     with pytest.raises(ConfigError, match="--skip-tokenizer-init"):
-        job.prepare([_request(0, None, prompt="ab")])
+        Loaded(ShufflingRuntime(tokenizer=None), [_request(0, None, prompt="ab")])
 
 
 def test_a_default_output_limit_is_lowered_to_what_the_prompt_leaves() -> None:
@@ -351,10 +376,8 @@ def test_an_output_limit_that_was_asked_for_is_not_lowered() -> None:
 
 
 def test_requests_with_like_parameters_share_them() -> None:
-    runtime = ShufflingRuntime()
-    job = Job(runtime)
-    job.prepare([_request(i, [i + 1], seed=i, n=1 + i % 2, temperature=0.5 * (i % 2)) for i in range(6)])
-    assert len(job._sampling_ids) == 2
+    requests = [_request(i, [i + 1], seed=i, n=1 + i % 2, temperature=0.5 * (i % 2)) for i in range(6)]
+    assert len(Loaded(ShufflingRuntime(), requests).rows.kinds) == 2
 
 
 def test_each_sample_is_sampled_as_its_request_says() -> None:
@@ -404,8 +427,7 @@ def test_an_aborted_request_comes_back_with_its_reason() -> None:
 
 def test_dropping_the_iterator_closes_the_job_as_not_complete() -> None:
     runtime = ShufflingRuntime()
-    job = Job(runtime)
-    job.prepare([_request(i, [1] * 30 + [i]) for i in range(60)])
+    job = Loaded(runtime, [_request(i, [1] * 30 + [i]) for i in range(60)])
     stream = runtime.iterate(job.run())
     next(stream)
     stream.close()  # type: ignore[attr-defined]
@@ -422,7 +444,7 @@ def test_an_engine_that_dies_closes_the_job_as_not_complete_and_says_so() -> Non
 def test_the_job_counts_what_came_back() -> None:
     runtime = ShufflingRuntime()
     job, _ = _run(runtime, [_request(0), _request(1), _request(2, [9])])
-    report = job.report(num_requests=4, num_failed=1, elapsed_s=2.0)
+    report = job.stats.report(INFO, num_requests=4, num_failed=1, elapsed_s=2.0)
     assert (report.num_requests, report.num_succeeded, report.num_failed) == (4, 3, 1)
     assert (report.num_prompt_tokens, report.num_optimal_prompt_tokens) == (7, 5)
     assert (report.num_computed_prompt_tokens, report.num_output_tokens) == (30, 9)
@@ -441,3 +463,55 @@ def test_rejections_carry_a_sentence_and_the_field_at_fault() -> None:
     assert isinstance(error, RowError)
     assert error.param == "input_ids"
     assert "input_ids[1] is 999" in error.message
+
+
+def test_a_job_that_stops_answers_what_runs_and_no_more() -> None:
+    """Nothing is submitted after the stop, and what was withdrawn is neither answered nor failed."""
+    runtime = RecordingRuntime()
+    job = Loaded(runtime, [_request(i, [i, 1]) for i in range(100)], max_in_flight=10)
+    answered: list[int] = []
+    for finished in runtime.iterate(job.run()):
+        answered += finished.rows
+        if not job.is_stopping:
+            num_submitted = len(runtime.sent)
+            job.stop_admitting()
+    assert len(runtime.sent) == num_submitted < 100
+    assert len(answered) == num_submitted - len(runtime.withdrawn)
+    assert runtime.withdrawn
+    assert len(set(answered)) == len(answered)
+    assert runtime.closed == [False]
+
+
+def test_a_job_that_gives_up_ends_with_requests_in_flight() -> None:
+    runtime = ShufflingRuntime()
+    job = Loaded(runtime, [_request(i, [i, 1]) for i in range(100)], max_in_flight=50)
+    answered = set()
+    for finished in runtime.iterate(job.run()):
+        answered.update(finished.rows)
+        job.give_up()
+    in_flight = job.rows_in_flight().tolist()
+    assert len(in_flight) == len(runtime.outstanding) > 0
+    assert not answered & set(in_flight)
+    assert runtime.closed == [False]
+
+
+@given(st.integers(1, 20), st.integers(0, 2**16))
+@settings(deadline=None, max_examples=30, database=None)
+def test_never_more_in_flight_than_allowed(limit: int, order_seed: int) -> None:
+    class Watching(ShufflingRuntime):
+        def submit(self, job_id: int, requests: RunRequests) -> None:
+            super().submit(job_id, requests)
+            assert len(self.outstanding) <= limit
+
+    runtime = Watching(order_seed=order_seed)
+    job = Loaded(runtime, [_request(i, [i % 5, i % 3, i]) for i in range(60)], max_in_flight=limit)
+    assert len(job.completions(runtime)) == 60
+
+
+def test_a_subset_runs_only_its_rows_with_the_seeds_of_the_whole() -> None:
+    requests = [_request(i, [1, 2, i], n=1 + i % 3) for i in range(12)]
+    whole = _seeds(requests)
+    runtime = ShufflingRuntime()
+    job = Loaded(runtime, requests, subset=np.array([3, 5, 10]))
+    found = {(c.index, c.sample): c.text.rsplit(" ", 1)[1] for c in job.completions(runtime)}
+    assert found == {key: seed for key, seed in whole.items() if key[0] in (3, 5, 10)}

@@ -1,10 +1,18 @@
-"""The bar: right numbers by the given clock, and silence where there is no terminal."""
+"""Progress: right numbers by the given clock, silence where there is no terminal, and a file that never stops a job."""
 
 from __future__ import annotations
 
 import io
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
 
-from batchllm.offline.progress import REFRESH_EVERY_S, Progress
+import pytest
+
+from batchllm.errors import ConfigError
+from batchllm.offline.progress import HEARTBEAT_EVERY_S, REFRESH_EVERY_S, Progress
 
 
 class Clock:
@@ -92,3 +100,138 @@ def test_many_updates_draw_seldom() -> None:
         progress.update(num_rows=1)
     assert stream.getvalue().count("\r") - num_drawn <= 11
     progress.close()
+
+
+def test_a_resumed_job_begins_where_the_last_run_ended() -> None:
+    """The bar starts there; speed and time left are of this run alone."""
+    stream, clock = Terminal(), Clock()
+    with Progress(100, num_done_before=60, stream=stream, clock=clock) as progress:
+        assert "60/100 rows" in stream.getvalue()
+        assert progress.summary().endswith("? left")
+        clock.now += 10
+        progress.update(num_rows=10, num_output_tokens=100)
+        assert progress.summary() == "10 tok/s, 0:30 left"
+    assert "70/100 rows" in stream.getvalue()
+
+
+def test_rows_may_be_counted_later() -> None:
+    stream, clock = Terminal(), Clock()
+    with Progress(stream=stream, clock=clock) as progress:
+        clock.now += 1
+        progress.update(num_rows=1)
+        assert "1/? rows" in stream.getvalue() and progress.summary().endswith("? left")
+        progress.set_num_rows(4)
+        assert "1/4 rows" in stream.getvalue() and progress.summary().endswith("0:03 left")
+
+
+def test_ticks_keep_the_bar_alive() -> None:
+    stream, clock = Terminal(), Clock()
+    progress = Progress(10, stream=stream, clock=clock)
+    num_drawn = stream.getvalue().count("\r")
+    clock.now += REFRESH_EVERY_S
+    progress.tick()
+    assert stream.getvalue().count("\r") == num_drawn + 1
+    progress.close()
+
+
+def test_reuse_is_never_negative() -> None:
+    """Tokens of requests that run are counted as computed before they are counted as prompts."""
+    progress = Progress(10, show=False, clock=Clock())
+    progress.update(num_prompt_tokens=10, num_computed=50)
+    assert progress.snapshot().reuse == 0.0
+
+
+# ---- The progress file
+
+
+def heartbeats(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_heartbeat_has_every_count(tmp_path: Path) -> None:
+    clock = Clock()
+    path = tmp_path / "progress.jsonl"
+    before = time.time()
+    with Progress(100, num_done_before=60, file=path, show=False, clock=clock) as progress:
+        clock.now += 10
+        progress.set_num_engine_restarts(1)
+        progress.update(num_rows=10, num_failed=2, num_prompt_tokens=80, num_computed=20, num_output_tokens=20)
+    last = heartbeats(path)[-1]
+    assert before <= last.pop("time") <= time.time()
+    assert last == {
+        "state": "reading",
+        "num_rows": 100,
+        "num_done": 70,
+        "num_failed": 2,
+        "num_done_before": 60,
+        "num_prompt_tokens": 80,
+        "num_computed_prompt_tokens": 20,
+        "num_output_tokens": 20,
+        "tokens_per_s": 10.0,
+        "reuse": 0.75,
+        "time_left_s": 30.0,
+        "num_engine_restarts": 1,
+        "elapsed_s": 10.0,
+    }
+
+
+def test_what_is_not_known_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    Progress(file=path, show=False, clock=Clock()).close()
+    first, last = heartbeats(path)
+    assert first["num_rows"] is first["time_left_s"] is last["num_rows"] is last["time_left_s"] is None
+
+
+def test_heartbeats_are_the_first_the_last_each_change_and_one_a_second(tmp_path: Path) -> None:
+    clock = Clock()
+    path = tmp_path / "progress.jsonl"
+    with Progress(10, file=path, show=False, clock=clock) as progress:
+        assert len(heartbeats(path)) == 1
+        progress.set_state("starting")
+        progress.set_state("starting")
+        progress.set_state("running")
+        assert [beat["state"] for beat in heartbeats(path)] == ["reading", "starting", "running"]
+        for _ in range(40):
+            clock.now += HEARTBEAT_EVERY_S / 4
+            progress.tick()
+        assert len(heartbeats(path)) == 3 + 10
+        progress.update(num_rows=10)
+        assert len(heartbeats(path)) == 3 + 10
+        progress.close()
+    assert len(heartbeats(path)) == 3 + 10 + 1
+    assert heartbeats(path)[-1]["num_done"] == 10
+
+
+def test_a_resumed_job_goes_on_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    for num_done_before in (0, 5):
+        Progress(10, num_done_before=num_done_before, file=path, show=False, clock=Clock()).close()
+    assert [beat["num_done"] for beat in heartbeats(path)] == [0, 0, 5, 5]
+
+
+def test_a_file_that_takes_no_more_is_told_once_and_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(10, file=Path("/dev/full"), stream=stream, clock=clock) as progress:
+        clock.now += 10
+        progress.update(num_rows=1)
+        progress.set_state("running")
+        assert progress.snapshot().num_done == 1
+    assert stream.getvalue() == "--progress-file /dev/full: No space left on device; going on without it\n"
+
+
+def test_a_line_that_does_not_fit_whole_is_told(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    path = tmp_path / "progress.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        Progress(10, file=path, stream=stream, clock=Clock())  # writes its first line
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.stat().st_size == 100
+    assert stream.getvalue() == f"--progress-file {path}: No space left on device; going on without it\n"
+
+
+def test_a_file_that_cannot_be_opened_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--progress-file .*cannot be opened: No such file or directory"):
+        Progress(10, file=tmp_path / "none" / "progress.jsonl", show=False)

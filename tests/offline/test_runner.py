@@ -1,25 +1,35 @@
-"""Every row of a file gets its one line: answered, failed in the engine, or refused before it ran."""
+"""Every row of a job gets its one result: answered, failed, or refused, whatever dies or stops on the way."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
+import os
 import random
+import signal
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from batchllm.dataset import JsonlSink, Row, RowKind
-from batchllm.errors import ConfigError, EngineDiedError
+from batchllm.dataset import BadRow, Row, RowKind
+from batchllm.errors import ConfigError, EngineDiedError, EngineError, WorkloadError
+from batchllm.offline import recovery
+from batchllm.offline.fingerprint import Fingerprint
+from batchllm.offline.journal import Journal
+from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
-from batchllm.offline.runner import Runner
+from batchllm.offline.recorder import Recorder
+from batchllm.offline.runner import Runner, RunOptions
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.stop import StopSignal
 from batchllm.request import Completion, Request, SamplingParams, TokenLogprob
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
@@ -30,7 +40,7 @@ T = TypeVar("T")
 INFO = RuntimeInfo(
     model_name="tiny",
     context_len=64,
-    vocab_size=128,
+    vocab_size=1024,
     kv_capacity_tokens=64,
     kv_limit_tokens=64,
     num_unstored_tokens=1,
@@ -39,6 +49,13 @@ INFO = RuntimeInfo(
     has_seeded_sampling=True,
     has_grammar=True,
 )
+ABORTED, ABORTED_ONCE, POISON = 999, 998, 997
+"""Last tokens of prompts that are aborted every time, the first time, and that kill the engine."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "_FIRST_PAUSE_S", 0.0)
 
 
 class AsciiTokenizer:
@@ -49,24 +66,57 @@ class AsciiTokenizer:
 
 
 @dataclass
-class LeisurelyRuntime:
-    """Answers a few random requests at a time with their last token, and aborts those that end in 99."""
+class World:
+    """What engines share that run one after the other.
+
+    Attributes:
+        num_started: Engines started.
+        submitted: How often each prompt was submitted, by its last token.
+        death_chance: That an engine dies when asked for answers, for no reason.
+        fails_to_start: Engines, by number, that do not come up.
+    """
 
     tokenizer: Tokenizer | None = field(default_factory=lambda: Tokenizer(AsciiTokenizer()))
     info: RuntimeInfo = INFO
-    dies_after: int | None = None
+    death_chance: float = 0.0
+    fails_to_start: frozenset[int] = frozenset()
+    on_receive: Callable[[int], None] = lambda num_answered: None
+    num_started: int = 0
+    num_answered: int = 0
+    num_running: int = 0
+    submitted: Counter[int] = field(default_factory=Counter)
+    aborted_once: set[int] = field(default_factory=set)
     closed: list[bool] = field(default_factory=list)
+    random: random.Random = field(default_factory=lambda: random.Random(3))
 
-    def __post_init__(self) -> None:
-        self.random = random.Random(3)
+    def start(self) -> LeisurelyRuntime:
+        self.num_started += 1
+        if self.num_started in self.fails_to_start:
+            raise EngineError("no memory on the device")
+        assert self.num_running == 0, "two engines at once"
+        self.num_running += 1
+        return LeisurelyRuntime(self)
+
+
+class LeisurelyRuntime:
+    """Answers a few random requests at a time with their last token."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.info = world.info
+        self.tokenizer = world.tokenizer
         self.outstanding: dict[int, int] = {}
+        self.withdrawn: set[int] = set()
         self.last_of_prefix: dict[int, int] = {}
-        self.num_answered = 0
+        self.is_alive = True
 
     def open_job(self) -> int:
+        self.outstanding.clear()
+        self.last_of_prefix.clear()
         return 0
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
+        assert self.is_alive
         run = requests.run
         start = 0
         for i, (first, last) in enumerate(zip(run.prefix_start_len, run.prefix_end_len, strict=True)):
@@ -76,28 +126,38 @@ class LeisurelyRuntime:
         for i, private_len in enumerate(run.private_len.tolist()):
             start += private_len
             last_id = run.private_tokens[start - 1] if private_len else None
-            self.outstanding[run.first_position + i] = (
+            position = run.first_position + i
+            self.outstanding[position] = (
                 self.last_of_prefix[int(run.request_prefix[i])] if last_id is None else int(last_id)
             )
+            self.world.submitted[self.outstanding[position]] += 1
 
     async def receive(self, job_id: int) -> FinishedRequests:
         await asyncio.sleep(0)
-        if self.dies_after is not None and self.num_answered >= self.dies_after:
+        world = self.world
+        world.on_receive(world.num_answered)
+        num_chosen = min(3, len(self.outstanding))
+        positions = world.random.sample(list(self.outstanding), num_chosen)
+        dies = world.random.random() < world.death_chance
+        if dies or any(self.outstanding[position] == POISON for position in positions):
+            self.is_alive = False
             raise EngineDiedError("the scheduler is gone")
-        positions = self.random.sample(list(self.outstanding), min(3, len(self.outstanding)))
-        self.num_answered += len(positions)
+        world.num_answered += len(positions)
         return FinishedRequests(
             positions=positions,
-            completions=[self.answer(self.outstanding.pop(position)) for position in positions],
-            num_computed_prompt_tokens=self.num_answered,
+            completions=[self.answer(position) for position in positions],
+            num_computed_prompt_tokens=world.num_answered,
             num_retractions=0,
             peak_kv_tokens=1,
             prediction=PredictionError(),
             steps=np.zeros(1, STEP_DTYPE),
         )
 
-    def answer(self, last_id: int) -> Completion:
-        is_aborted = last_id == 99
+    def answer(self, position: int) -> Completion:
+        last_id = self.outstanding.pop(position)
+        is_first = last_id == ABORTED_ONCE and last_id not in self.world.aborted_once
+        self.world.aborted_once.add(last_id)
+        is_aborted = last_id == ABORTED or is_first or position in self.withdrawn
         return Completion(
             index=0,
             text=f"after {last_id}",
@@ -121,42 +181,97 @@ class LeisurelyRuntime:
             loop.run_until_complete(stream.aclose())
             loop.close()
 
+    def withdraw(self, job_id: int) -> None:
+        self.withdrawn = set(list(self.outstanding)[2:])
+
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
-        self.closed.append(is_complete)
+        self.world.closed.append(is_complete)
+
+    def shutdown(self) -> None:
+        self.world.num_running = 0
 
 
-def _row(index: int, ids: Sequence[int], kind: RowKind = "plain", **sampling: Any) -> Row:
+def _row(index: int, ids: Sequence[int], kind: RowKind = "plain", name: str | None = None, **sampling: Any) -> Row:
     params = SamplingParams(**({"max_new_tokens": 4} | sampling))
-    request = Request(row_id=f"r{index}", index=index, input_ids=ids, sampling=params)
-    return Row(request=request, kind=kind, given_id=f"r{index}", line=index + 1)
+    name = name or f"r{index}"
+    request = Request(row_id=name, index=index, input_ids=ids, sampling=params)
+    return Row(request=request, kind=kind, given_id=name, line=index + 1)
+
+
+def _bad(index: int) -> BadRow:
+    return BadRow(kind="plain", given_id=None, index=index, line=index + 1, code="invalid_json", message="no JSON")
 
 
 @dataclass
-class _Ran:
+class Ran:
     runner: Runner
+    recorder: Recorder
     progress: Progress
+    is_complete: bool
     lines: list[dict[str, Any]]
+    order: list[Any]
+    """Identifiers of the journal's lines, in the order in which they were recorded."""
+
+
+def _run(
+    rows: Iterable[Row | BadRow],
+    folder: Path,
+    world: World | None = None,
+    *,
+    max_failures: int | None = None,
+    grace_s: float = 30.0,
+    **options: Any,
+) -> Ran:
+    """One run of the job in a folder; called again, the next one."""
+    world = world or World()
+    job_folder = folder / "job"
+    rows = list(rows)
+    if Journal.exists(job_folder):
+        journal = Journal.open(job_folder)
+    else:
+        journal = Journal.create(job_folder, fingerprint=Fingerprint({}), command={})
+    out = folder / "out.jsonl"
+    with (
+        journal,
+        Progress(None, show=False, stream=io.StringIO(), clock=lambda: 0.0) as progress,
+        StopSignal(grace_s) as stop,
+    ):
+        outputs = Outputs(str(out), errors_path=None, order="input", journal=journal)
+        recorder = Recorder(journal, outputs, progress, max_failures)
+        runner = Runner(
+            world.start,
+            journal=journal,
+            recorder=recorder,
+            progress=progress,
+            stop=stop,
+            folder=folder,
+            options=RunOptions(**options),
+        )
+        outputs.begin()
+        try:
+            is_complete = runner.run(iter(rows))
+        finally:
+            runner.close()
+            assert world.num_running == 0
+        order = [json.loads(line)["id"] for line in journal.results("finished")]
+        if is_complete:
+            outputs.finish()
+    return Ran(runner, recorder, progress, is_complete, _lines(out) if is_complete else [], order)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _run(rows: Sequence[Row], folder: Path, runtime: LeisurelyRuntime | None = None) -> _Ran:
-    runtime = runtime or LeisurelyRuntime()
-    path = folder / "out.jsonl"
-    progress = Progress(len(rows), show=False, stream=io.StringIO(), clock=lambda: 0.0)
-    with JsonlSink(path) as sink:
-        runner = Runner(runtime, sink, progress)
-        runner.run(rows)
-    return _Ran(runner, progress, _lines(path))
+def _codes(lines: list[dict[str, Any]]) -> list[str | None]:
+    return [line["error"]["code"] if "error" in line else None for line in lines]
 
 
 def test_every_row_gets_one_line_with_its_own_answer_in_input_order(tmp_path: Path) -> None:
     ran = _run([_row(i, [1, 2, 3, i]) for i in range(50)], tmp_path)
     assert [line["id"] for line in ran.lines] == [f"r{i}" for i in range(50)]
     assert [line["text"] for line in ran.lines] == [f"after {i}" for i in range(50)]
-    assert ran.runner.failed == []
+    assert (ran.recorder.num_failed, ran.runner.num_rows) == (0, 50)
 
 
 def test_a_row_of_many_samples_gets_its_one_line_once_all_are_there(tmp_path: Path) -> None:
@@ -167,47 +282,33 @@ def test_a_row_of_many_samples_gets_its_one_line_once_all_are_there(tmp_path: Pa
         assert [choice["index"] for choice in choices] == list(range(len(choices)))
 
 
-def test_an_aborted_row_gets_an_error_line_and_the_others_go_on(tmp_path: Path) -> None:
-    ran = _run([_row(0, [5, 99]), _row(1, [5, 6])], tmp_path)
-    assert ran.lines[0]["error"] == {"code": "aborted", "message": "out of luck", "line": 1, "param": None}
-    assert ran.lines[1]["text"] == "after 6"
-    assert [bad.index for bad in ran.runner.failed] == [0]
+def test_bad_rows_get_their_error_lines_and_the_others_go_on(tmp_path: Path) -> None:
+    """Unreadable, too long, aborted, of many samples aborted, without a prompt."""
+    rows = [_bad(0), _row(1, [1] * 80), _row(2, [5, ABORTED]), _row(3, [6]), _row(4, [ABORTED], n=4), _row(5, [])]
+    ran = _run(rows, tmp_path)
+    assert _codes(ran.lines) == ["invalid_json", "prompt_too_long", "aborted", None, "aborted", "empty_prompt"]
+    assert ran.lines[2]["error"] == {"code": "aborted", "message": "out of luck", "line": 3, "param": None}
+    assert [bad.index for bad in sorted(ran.recorder.first_failed, key=lambda bad: bad.index)] == [0, 1, 2, 4, 5]
+    assert ran.recorder.num_failed == 5
 
 
-def test_a_row_of_which_every_sample_is_aborted_fails_once(tmp_path: Path) -> None:
-    ran = _run([_row(0, [5, 99], n=4)], tmp_path)
-    assert len(ran.lines) == len(ran.runner.failed) == 1
+def test_a_row_with_the_id_of_an_earlier_one_fails_and_names_its_line(tmp_path: Path) -> None:
+    ran = _run([_row(0, [1]), _row(1, [2], name="x"), _row(2, [3], name="x"), _row(3, [4], name="x")], tmp_path)
+    assert _codes(ran.lines) == [None, None, "duplicate_id", "duplicate_id"]
+    assert "line 2" in ran.lines[3]["error"]["message"]
 
 
 def test_an_aborted_openai_row_is_a_server_error(tmp_path: Path) -> None:
-    (line,) = _run([_row(0, [99], "completions")], tmp_path).lines
+    (line,) = _run([_row(0, [ABORTED], "completions")], tmp_path).lines
     assert line["response"]["status_code"] == 500
     assert line["custom_id"] == "r0"
 
 
-def test_a_row_that_can_never_run_gets_its_error_line(tmp_path: Path) -> None:
-    ran = _run([_row(0, [1] * 80), _row(1, [2])], tmp_path)
-    assert ran.lines[0]["error"]["code"] == "prompt_too_long"
-    assert ran.lines[1]["text"] == "after 2"
-    assert [bad.code for bad in ran.runner.failed] == ["prompt_too_long"]
-
-
-def test_rows_that_failed_to_read_leave_gaps_and_get_their_own_lines(tmp_path: Path) -> None:
-    """`Runner.run` sees only good rows; their indices are those of the file."""
-    ran = _run([_row(3, [1]), _row(8, [2])], tmp_path)
-    assert [line["id"] for line in ran.lines] == ["r3", "r8"]
-
-
-def test_a_job_of_bad_rows_only_writes_them_and_ends(tmp_path: Path) -> None:
-    ran = _run([_row(i, []) for i in range(3)], tmp_path)
-    assert [line["error"]["code"] for line in ran.lines] == ["empty_prompt"] * 3
-
-
-def test_every_row_is_counted_once_in_the_progress(tmp_path: Path) -> None:
-    rows = [_row(0, [99], n=2), _row(1, []), _row(2, [5], n=3), _row(3, [6])]
-    ran = _run(rows, tmp_path)
-    assert "2 failed" in ran.progress.summary()
-    assert ran.progress.summary().endswith("0:00 left")
+def test_a_job_of_bad_rows_only_starts_no_engine(tmp_path: Path) -> None:
+    world = World()
+    ran = _run([_bad(i) for i in range(3)], tmp_path, world)
+    assert _codes(ran.lines) == ["invalid_json"] * 3
+    assert world.num_started == 0
 
 
 def test_logprobs_of_openai_rows_are_decoded_by_the_tokenizer(tmp_path: Path) -> None:
@@ -218,22 +319,209 @@ def test_logprobs_of_openai_rows_are_decoded_by_the_tokenizer(tmp_path: Path) ->
 
 def test_logprobs_of_openai_rows_without_a_tokenizer_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="logprobs need a tokenizer"):
-        _run([_row(0, [5], "completions", logprobs=True)], tmp_path, LeisurelyRuntime(tokenizer=None))
+        _run([_row(0, [5], "completions", logprobs=True)], tmp_path, World(tokenizer=None))
 
 
-def test_an_engine_that_dies_leaves_what_was_answered_in_the_partial_file(tmp_path: Path) -> None:
-    runtime = LeisurelyRuntime(dies_after=9)
-    with pytest.raises(EngineDiedError) as caught:
-        _run([_row(i, [1, i]) for i in range(40)], tmp_path, runtime)
-    assert not (tmp_path / "out.jsonl").exists()
-    written = Counter(line["id"] for line in _lines(tmp_path / "out.jsonl.partial"))
-    assert len(written) == 9
-    assert set(written.values()) == {1}
-    assert runtime.closed == [False]
-    assert "9 finished rows are kept" in "".join(caught.value.__notes__)
+def test_every_row_is_counted_once_in_the_progress(tmp_path: Path) -> None:
+    rows = [_row(0, [ABORTED], n=2), _row(1, []), _row(2, [5], n=3), _row(3, [6])]
+    ran = _run(rows, tmp_path)
+    assert "2 failed" in ran.progress.summary()
+    assert ran.progress.summary().endswith("0:00 left")
 
 
-def test_a_job_that_ends_well_is_closed_as_complete(tmp_path: Path) -> None:
-    runtime = LeisurelyRuntime()
-    _run([_row(0, [1])], tmp_path, runtime)
-    assert runtime.closed == [True]
+# Rows that fail
+
+
+def test_a_row_that_fails_is_run_again_as_often_as_asked(tmp_path: Path) -> None:
+    world = World()
+    ran = _run([_row(0, [ABORTED_ONCE]), _row(1, [ABORTED]), _row(2, [5])], tmp_path, world, num_retries=2)
+    assert _codes(ran.lines) == [None, "aborted", None]
+    assert (world.submitted[ABORTED_ONCE], world.submitted[ABORTED], world.submitted[5]) == (2, 3, 1)
+
+
+def test_without_retries_a_row_fails_the_first_time(tmp_path: Path) -> None:
+    world = World()
+    assert _codes(_run([_row(0, [ABORTED_ONCE])], tmp_path, world).lines) == ["aborted"]
+    assert world.submitted[ABORTED_ONCE] == 1
+
+
+def test_one_failure_too_many_stops_the_job_and_keeps_what_is_done(tmp_path: Path) -> None:
+    rows = [_bad(0), _bad(1), *(_row(i, [i, ABORTED if i % 2 else i]) for i in range(2, 60))]
+    assert _run(rows, tmp_path / "enough", max_failures=31).is_complete
+    with pytest.raises(WorkloadError, match=r"--max-failures 3: 4 rows have failed.*line \d+: out of luck"):
+        _run(rows, tmp_path, max_failures=3)
+    with Journal.open(tmp_path / "job") as journal:
+        assert len(journal.failed()) == 4
+    with pytest.raises(WorkloadError, match="--max-failures 4: 5 rows"):
+        _run(rows, tmp_path, max_failures=4)
+
+
+# Engines that die
+
+
+def test_an_engine_that_dies_is_replaced_and_no_answer_is_asked_for_twice(tmp_path: Path) -> None:
+    """What had been answered is not submitted again, and what had not been is."""
+    world = World(death_chance=0.04)
+    ran = _run([_row(i, [7, i]) for i in range(300)], tmp_path, world)
+    assert world.num_started > 3
+    assert [line["id"] for line in ran.lines] == [f"r{i}" for i in range(300)]
+    assert ran.order == list(dict.fromkeys(ran.order))
+    assert world.num_answered == 300
+    assert ran.runner.restarts.num_deaths == world.num_started - 1
+
+
+def test_a_row_that_kills_the_engine_is_found_and_the_rest_is_answered(tmp_path: Path) -> None:
+    world = World()
+    rows = [_row(i, [i % 9, POISON if i == 77 else i]) for i in range(200)]
+    ran = _run(rows, tmp_path, world)
+    assert _codes(ran.lines) == ["engine_died" if i == 77 else None for i in range(200)]
+    assert "the scheduler is gone" in ran.lines[77]["error"]["message"]
+    assert world.num_started <= 6
+
+
+def test_an_engine_that_does_not_come_back_at_once_is_tried_again(tmp_path: Path) -> None:
+    world = World(fails_to_start=frozenset({2, 3}))
+    rows = [_row(i, [POISON if i == 3 else i]) for i in range(20)]
+    assert _codes(_run(rows, tmp_path, world).lines).count("engine_died") == 1
+
+
+def test_an_engine_that_never_starts_is_not_tried_again(tmp_path: Path) -> None:
+    """Before it has run once it is a wrong flag or model rather than bad luck."""
+    world = World(fails_to_start=frozenset(range(99)))
+    with pytest.raises(EngineError, match="no memory"):
+        _run([_row(0, [1])], tmp_path, world)
+    assert world.num_started == 1
+
+
+def test_engines_that_die_without_a_result_end_the_job_which_can_go_on(tmp_path: Path) -> None:
+    rows = [_row(i, [i]) for i in range(30)]
+    with pytest.raises(EngineDiedError, match="times in a row"):
+        _run(rows, tmp_path, World(death_chance=1.0))
+    assert len(_run(rows, tmp_path).lines) == 30
+
+
+def test_samples_of_an_unfinished_row_are_drawn_again_after_a_death(tmp_path: Path) -> None:
+    ran = _run([_row(i, [7, i], n=5) for i in range(40)], tmp_path, World(death_chance=0.02))
+    assert [[choice["index"] for choice in line["choices"]] for line in ran.lines] == [[0, 1, 2, 3, 4]] * 40
+
+
+# Jobs that stop and go on
+
+
+def test_a_stopped_job_finishes_what_runs_and_goes_on_where_it_ended(tmp_path: Path) -> None:
+    rows = [_row(i, [i // 10, i]) for i in range(200)]
+    signals = iter([True])
+    world = World(
+        on_receive=lambda num: os.kill(os.getpid(), signal.SIGTERM) if num >= 60 and next(signals, 0) else None
+    )
+    ran = _run(rows, tmp_path, world)
+    assert not ran.is_complete
+    assert 60 <= len(ran.order) < 200
+    assert world.closed == [False]
+    num_submitted = world.submitted.total()
+    world.on_receive = lambda num: None
+    again = _run(rows, tmp_path, world)
+    assert again.order[: len(ran.order)] == ran.order
+    assert sorted(again.order) == sorted(f"r{i}" for i in range(200))
+    assert world.submitted.total() - num_submitted == 200 - len(ran.order)
+
+
+def test_what_runs_longer_than_the_grace_is_given_up(tmp_path: Path) -> None:
+    rows = [_row(i, [i]) for i in range(60)]
+    signals = iter([True])
+    world = World(on_receive=lambda num: os.kill(os.getpid(), signal.SIGINT) if num >= 9 and next(signals, 0) else None)
+    ran = _run(rows, tmp_path, world, grace_s=0.0)
+    assert not ran.is_complete
+    assert len(ran.order) < 15
+
+
+def test_a_second_signal_ends_at_once_and_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
+    rows = [_row(i, [i]) for i in range(60)]
+    signals = iter([True] * 2)
+    world = World(
+        on_receive=lambda num: os.kill(os.getpid(), signal.SIGINT) if num >= 30 and next(signals, 0) else None
+    )
+    ran = _run(rows, tmp_path, world, grace_s=1000.0)
+    assert not ran.is_complete
+    assert 30 <= len(ran.order) < 40
+    world.on_receive = lambda num: None
+    assert len(_run(rows, tmp_path, world).lines) == 60
+    assert set(world.submitted.values()) <= {1, 2}
+
+
+def test_a_job_that_is_done_starts_no_engine(tmp_path: Path) -> None:
+    rows = [_row(i, [i, ABORTED if i == 4 else i]) for i in range(20)]
+    first = _run(rows, tmp_path)
+    world = World()
+    again = _run(rows, tmp_path, world)
+    assert (again.lines, again.recorder.num_failed) == (first.lines, 1)
+    assert world.num_started == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), num_rows=st.integers(1, 120), death_chance=st.sampled_from([0.0, 0.05]))
+def test_whatever_happens_each_row_has_one_result_in_the_end(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, num_rows: int, death_chance: float
+) -> None:
+    """Stops at random moments, engines that die, rows that kill, fail, repeat an id, or cannot be read."""
+    rng = random.Random(seed)
+    rows: list[Row | BadRow] = []
+    for i in range(num_rows):
+        last = rng.choice([i, i, i, i, i, i, i, ABORTED, ABORTED_ONCE] + [POISON] * (rng.random() < 0.2))
+        name = f"r{rng.randrange(i + 1)}" if rng.random() < 0.1 else f"r{i}"
+        rows.append(_bad(i) if rng.random() < 0.1 else _row(i, [i % 7, last], name=name, n=rng.choice([1, 1, 2])))
+    folder = tmp_path_factory.mktemp("job")
+    world = World(death_chance=death_chance, random=random.Random(seed))
+    order: list[Any] = []
+    for _ in range(30):
+        stop_at = world.num_answered + rng.randrange(60)
+        signals = iter([True])
+
+        def on_receive(num: int, stop_at: int = stop_at, signals: Iterator[bool] = signals) -> None:
+            if num >= stop_at and next(signals, False):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        world.on_receive = on_receive
+        try:
+            ran = _run(rows, folder, world, num_retries=rng.randrange(2))
+        except EngineDiedError:
+            continue
+        assert ran.order[: len(order)] == order, "a recorded result was touched"
+        order = ran.order
+        if ran.is_complete:
+            break
+    assert ran.is_complete
+    assert len(ran.order) == len(ran.lines) == num_rows
+
+
+# Rows that are run once for many
+
+
+def test_doubles_are_run_once_and_answered_all(tmp_path: Path) -> None:
+    rows = [_row(i, [i % 5], temperature=0.0) for i in range(40)] + [_row(40, [3], temperature=1.0)]
+    world = World()
+    ran = _run(rows, tmp_path, world, shares_answers=True)
+    assert [line["text"] for line in ran.lines] == [f"after {i % 5}" for i in range(40)] + ["after 3"]
+    assert [world.submitted[i] for i in range(5)] == [1, 1, 1, 2, 1]
+
+
+def test_doubles_of_a_row_that_fails_fail_by_their_own_names(tmp_path: Path) -> None:
+    ran = _run([_row(i, [ABORTED], temperature=0.0) for i in range(3)], tmp_path, shares_answers=True)
+    assert [(line["id"], line["error"]["line"]) for line in ran.lines] == [("r0", 1), ("r1", 2), ("r2", 3)]
+
+
+# Jobs larger than memory
+
+
+def test_a_job_whose_tokens_do_not_fit_is_run_in_shards(tmp_path: Path) -> None:
+    """Every row once; what it costs in reuse is said."""
+    rows = [_row(i, [i % 3, i % 3, i % 3, i]) for i in range(300)]
+    world = World()
+    ran = _run(rows, tmp_path, world, max_token_bytes=300 * 4)
+    assert [line["text"] for line in ran.lines] == [f"after {i}" for i in range(300)]
+    assert len(world.closed) >= 4
+    assert set(world.submitted.values()) == {1}
+    whole = _run(rows, tmp_path / "whole")
+    assert ran.runner.stats.num_optimal_prompt_tokens - ran.runner.num_lost_tokens == (
+        whole.runner.stats.num_optimal_prompt_tokens
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batchllm import BatchEngine, Completion
+from batchllm import BatchEngine
 from batchllm.errors import ConfigError
 
 pytestmark = pytest.mark.engine
@@ -264,20 +264,30 @@ def test_bad_prompts_fail_by_themselves_with_a_reason(engine: BatchEngine) -> No
     assert "99999" in errors[3]
 
 
+def _job(engine: BatchEngine, requests: list[Any]) -> Any:
+    from batchllm.offline.job import Job
+    from batchllm.offline.job_rows import JobRows
+    from batchllm.offline.token_store import TokenStore
+
+    rows = JobRows(engine.runtime.info, engine.runtime.tokenizer, TokenStore(None, 1 << 30))
+    assert rows.add(requests) == [None] * len(requests)
+    return Job(engine.runtime, rows)
+
+
 def test_namespaces_do_not_share(engine: BatchEngine) -> None:
     """The same prompt in two namespaces is computed twice."""
-    from batchllm.offline.job import Job
     from batchllm.request import Request, SamplingParams
 
     prompt = _ids(random.Random(8), 64)
     sampling = SamplingParams(temperature=0, max_new_tokens=4)
-    job = Job(engine.runtime)
-    job.prepare(
-        Request(row_id=str(i), index=i, sampling=sampling, input_ids=prompt, namespace=name)
-        for i, name in enumerate(["a", "b", "", "a"])
+    job = _job(
+        engine,
+        [
+            Request(row_id=str(i), index=i, sampling=sampling, input_ids=prompt, namespace=name)
+            for i, name in enumerate(["a", "b", "", "a"])
+        ],
     )
-    done: list[Completion] = [c for batch in engine.runtime.iterate(job.run()) for c in batch]
-    assert len(done) == 4
+    assert sum(len(finished.completions) for finished in engine.runtime.iterate(job.run())) == 4
     assert job.stats.num_computed_prompt_tokens == 64 * 3 + 1
 
 
@@ -285,7 +295,6 @@ def test_live_requests_run_beside_a_plan(engine: BatchEngine) -> None:
     """Requests outside the plan are answered while it runs, and both are right."""
     import asyncio
 
-    from batchllm.offline.job import Job
     from batchllm.request import Request, SamplingParams
 
     prompts = _irregular(9)
@@ -294,23 +303,26 @@ def test_live_requests_run_beside_a_plan(engine: BatchEngine) -> None:
     expected_live = engine.batch_generate(input_ids=live_prompts, sampling_params=GREEDY)
     expected = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
     sampling = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
-    job = Job(engine.runtime)
-    job.prepare(Request(row_id=str(i), index=i, sampling=sampling, input_ids=p) for i, p in enumerate(prompts))
+    job = _job(engine, [Request(row_id=str(i), index=i, sampling=sampling, input_ids=p) for i, p in enumerate(prompts)])
 
-    async def plan() -> list[Completion]:
-        return [c async for batch in job.run() for c in batch]
+    async def plan() -> dict[int, list[int]]:
+        return {
+            row: list(completion.output_ids)
+            async for finished in job.run()
+            for row, completion in zip(finished.rows, finished.completions, strict=True)
+        }
 
     async def live(prompt: list[int]) -> list[int]:
         output = await engine.runtime.sglang_engine.async_generate(input_ids=prompt, sampling_params=GREEDY)
         return list(output["output_ids"])
 
-    async def both() -> tuple[list[Completion], list[list[int]]]:
+    async def both() -> tuple[dict[int, list[int]], list[list[int]]]:
         done, *answers = await asyncio.gather(plan(), *map(live, live_prompts))
         return done, answers
 
     done, answers = engine.runtime.loop.run_until_complete(both())
     assert answers == [list(c.output_ids) for c in expected_live]
-    assert {c.index: list(c.output_ids) for c in done} == {c.index: list(c.output_ids) for c in expected}
+    assert done == {c.index: list(c.output_ids) for c in expected}
     assert job.stats.num_computed_prompt_tokens <= job.stats.num_optimal_prompt_tokens
 
 

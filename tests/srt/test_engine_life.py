@@ -37,11 +37,15 @@ if __name__ == "__main__":
 
 
 def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> None:
-    """SIGKILL in mid-batch: the batch and every later one raise, and no process or socket stays behind."""
+    """SIGKILL in mid-batch: the batch and every later one raise, and no process or socket stays behind,
+    its own or those of an engine whose process was killed."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
+    dead, alive = temporary / "batchllm-4194305-x", temporary / f"batchllm-{os.getpid()}-x"
+    dead.mkdir()  # above the largest pid there can be
+    alive.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -52,4 +56,4 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["died: the batch that ran", "died: the next one", "left: []"]
-    assert list(temporary.glob("batchllm-*")) == []
+    assert list(temporary.glob("batchllm-*")) == [alive]

@@ -1,0 +1,48 @@
+"""The ``batchllm`` command.
+
+    batchllm run        answer every row of an input; an interrupted job goes on where it ended
+    batchllm status     say how far a job is, how fast, and what failed
+    batchllm retry      run again what failed in a job
+    batchllm plan       say what would be shared and saved, without running
+    batchllm report     say what a run looked like, from its trace
+    batchllm simulate   run a workload on a simulated device
+    batchllm calibrate  fit the simulator's cost model to the steps of a trace
+
+Exit status: 0 every row was answered, 1 some rows failed, 2 the job could not run or not to its end, 3 stopped by
+Ctrl-C or SIGTERM; after 2 and 3 the same command goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_STOPPED, say
+from batchllm.cli.parser import make_parser
+from batchllm.errors import BatchLLMError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args, server_flags = make_parser().parse_known_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    command: Callable[[argparse.Namespace, list[str]], int] = args.command
+    try:
+        return command(args, server_flags)
+    except BatchLLMError as error:
+        say("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        return EXIT_CANNOT_RUN
+    except BrokenPipeError:  # e.g. `batchllm plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CANNOT_RUN
+    except KeyboardInterrupt as interrupt:
+        say("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
+        return EXIT_STOPPED
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does: what has been answered is kept, and the engine is ended."""
+    raise KeyboardInterrupt

@@ -1,0 +1,111 @@
+"""What the commands read: the flags that name an input, and its rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from batchllm.dataset import BadRow, ColumnMap, Input, Row, open_input, parse_sampling, read_rows
+from batchllm.errors import ConfigError, RowError
+from batchllm.offline.ingest import Ingest
+from batchllm.offline.job_rows import UNLIMITED, Int64Array, JobRows
+from batchllm.offline.row_spool import RowSpool
+from batchllm.offline.token_store import TokenStore
+from batchllm.request import SamplingParams
+
+INPUT_FORMATS = ("jsonl", "parquet", "hf")
+
+
+def add_input_flags(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
+    """The flags of an input of rows."""
+    if is_required:
+        parser.add_argument(
+            "-i",
+            "--input",
+            required=True,
+            metavar="IN",
+            help="JSON lines (.gz, .zst), Parquet, a Hugging Face dataset directory, a URL, or - for standard input: "
+            "OpenAI batch rows, rows with id and prompt, input_ids or messages, or any columns with --template",
+        )
+    parser.add_argument("-m", "--model", help="Hugging Face model, a directory or a hub name (default: embedded)")
+    parser.add_argument("--input-format", choices=INPUT_FORMATS, help="default: by name and contents")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt-column", metavar="COLUMN", help="the prompt of a row is this column")
+    prompt.add_argument("--messages-column", metavar="COLUMN", help="the chat of a row is this column")
+    prompt.add_argument("--template", metavar="TEXT", help="the prompt of a row, with {column} for its columns")
+    parser.add_argument("--id-column", metavar="COLUMN", help="the id of a row is this column (default: id)")
+    parser.add_argument(
+        "--sampling",
+        metavar="JSON",
+        help='sampling of rows that say nothing, in SGLang\'s names, e.g. \'{"temperature": 0, "max_new_tokens": 64}\'',
+    )
+
+
+def column_map(args: argparse.Namespace) -> ColumnMap | None:
+    """How columns become prompts, where a flag says something about it."""
+    carry = tuple(name for name in (getattr(args, "carry", None) or "").split(",") if name)
+    given = (args.prompt_column, args.messages_column, args.template, args.id_column)
+    if not carry and all(flag is None for flag in given):
+        return None
+    return ColumnMap(
+        id_column=args.id_column,
+        prompt_column=args.prompt_column,
+        messages_column=args.messages_column,
+        template=args.template,
+        carry=carry,
+    )
+
+
+def sampling_defaults(args: argparse.Namespace) -> SamplingParams:
+    """Sampling of rows that say nothing.
+
+    Raises:
+        ConfigError: ``--sampling`` is not JSON, or not sampling parameters.
+    """
+    if args.sampling is None:
+        return SamplingParams()
+    try:
+        return parse_sampling(json.loads(args.sampling), defaults=SamplingParams())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--sampling: is not JSON: {error}") from error
+    except RowError as error:
+        raise ConfigError(f"--sampling: {error.message}") from error
+
+
+def rows_of(args: argparse.Namespace, source: Input) -> Iterator[Row | BadRow]:
+    """The rows of an input, as the flags say they are to be read."""
+    return read_rows(source, defaults=sampling_defaults(args), columns=column_map(args))
+
+
+class Prompts:
+    """All prompts of an input, tokenized, for commands that run nothing.
+
+    Attributes:
+        rows: The rows that can run.
+        row_of: Row of each sample. Shape ``[num_samples]``.
+        table: The prompt of each sample.
+        bad: The rows that cannot run.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from batchllm.default_model import default_model_path
+        from batchllm.tokenizer import Tokenizer
+
+        with tempfile.TemporaryDirectory(prefix="batchllm-") as name:
+            folder = Path(name)
+            source = open_input(args.input, spool_folder=folder, input_format=args.input_format)
+            tokenizer = Tokenizer.from_model(args.model or default_model_path())
+            self.bad: list[BadRow] = []
+            spool = RowSpool(folder)
+            store = TokenStore(None, 1 << 60)
+            self.rows = JobRows(UNLIMITED, tokenizer, store)
+            ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
+            is_out = ingest.load(ingest.take_pending(rows_of(args, source)), self.rows)
+            spool.close()
+        left: Int64Array | None = (~is_out).nonzero()[0] if is_out.any() else None
+        self.row_of, _, self.table = self.rows.sample_table(left)

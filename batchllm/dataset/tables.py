@@ -1,0 +1,192 @@
+"""Tables in: Parquet files and saved Hugging Face datasets become records of JSON values.
+
+Knows Arrow, its types and its errors; not what a row is. `pyarrow` is imported when a table is opened.
+
+INVARIANT: every row of every file yields exactly one record or `BrokenRecord`, in order, or reading stops with a
+`WorkloadError`; a record holds JSON values only, and no nulls.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import decimal
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from batchllm.dataset.column_map import ColumnMap
+from batchllm.dataset.field_checks import show
+from batchllm.dataset.records import BrokenRecord
+from batchllm.dataset.sources import Input
+from batchllm.errors import ConfigError, RowError, WorkloadError
+
+BATCH_LEN = 1024
+"""Rows in memory at a time, as far as the file's own blocks allow."""
+
+_END_OF_STREAM = b"\xff\xff\xff\xff" + bytes(4)
+_TEXT_OF: dict[type, Callable[[Any], Any]] = {
+    bytes: lambda value: base64.b64encode(value).decode(),
+    datetime.date: lambda value: value.isoformat(),  # a datetime is one too
+    datetime.time: lambda value: value.isoformat(),
+    datetime.timedelta: lambda value: value.total_seconds(),
+    decimal.Decimal: str,
+    uuid.UUID: str,
+}
+"""How values that JSON does not have are written."""
+
+_Record = dict[str, Any] | BrokenRecord
+
+
+def open_table(source: Input, columns: ColumnMap) -> Iterator[_Record]:
+    """Opens the files of a table; their rows come as they are read.
+
+    Args:
+        columns: What is wanted of each row; only these columns are read.
+
+    Raises:
+        ConfigError: At once, if a file is not what it should be, or a column that was named is not there.
+        WorkloadError: While iterating, if a file turns out to be corrupt.
+    """
+    import pyarrow
+
+    schema_of = _parquet_schema if source.format == "parquet" else _arrow_schema
+    for path in source.local_paths:
+        try:
+            names = schema_of(path).names
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise ConfigError(f"{source.flag} {source.name}: {path.name} cannot be read as a table: {error}") from error
+        columns.check_columns(names, f"{source.flag} {source.name}")
+    return _records(source, columns.columns())
+
+
+def _records(source: Input, wanted: frozenset[str]) -> Iterator[_Record]:
+    import pyarrow
+
+    num_rows = 0
+    batches_of = _parquet_batches if source.format == "parquet" else _arrow_batches
+    for path in source.local_paths:
+        try:
+            for batch in batches_of(path, wanted):
+                for record in _batch_records(batch, wanted):
+                    yield record
+                    num_rows += 1
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise WorkloadError(f"{source.name}: reading {path.name} stopped after {num_rows} rows: {error}") from error
+
+
+def _parquet_schema(path: Path) -> Any:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(os.fspath(path)) as file:
+        return file.schema_arrow
+
+
+def _parquet_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(os.fspath(path), page_checksum_verification=True) as file:
+        names = [name for name in file.schema_arrow.names if name in wanted]
+        yield from file.iter_batches(batch_size=BATCH_LEN, columns=names)
+
+
+def _arrow_schema(path: Path) -> Any:
+    """The schema of a file that was written to its end: one cut between two batches would read like a whole one."""
+    import pyarrow
+
+    with open(path, "rb") as file:
+        file.seek(-min(len(_END_OF_STREAM), file.seek(0, os.SEEK_END)), os.SEEK_END)
+        if file.read() != _END_OF_STREAM:
+            raise ValueError("it was not written to its end")
+    with pyarrow.OSFile(os.fspath(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        return stream.schema
+
+
+def _arrow_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
+    import pyarrow
+
+    with pyarrow.OSFile(os.fspath(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        names = [name for name in stream.schema.names if name in wanted]
+        for batch in stream:
+            # The library trusts the offsets in a file; wrong ones would read what is not ours.
+            batch.validate(full=True)
+            chosen = batch.select(names)
+            for start in range(0, chosen.num_rows, BATCH_LEN):
+                yield chosen.slice(start, BATCH_LEN)
+        if file.tell() != file.size():
+            raise ValueError("it ends before its file does")
+
+
+def _batch_records(batch: Any, wanted: frozenset[str]) -> Iterator[_Record]:
+    columns = {
+        name: _column_values(name, batch.column(i)) for i, name in enumerate(batch.schema.names) if name in wanted
+    }
+    for position in range(batch.num_rows):
+        record: dict[str, Any] = {}
+        broken: RowError | None = None
+        for name, values in columns.items():
+            value = values[position]
+            if isinstance(value, RowError):
+                broken = broken or value
+            elif value is not None:
+                record[name] = value
+        yield record if broken is None else BrokenRecord(broken)
+
+
+def _column_values(name: str, column: Any) -> list[Any]:
+    """The JSON value of each row; None for null, and a `RowError` where there is none."""
+    import pyarrow
+
+    unconvertible = (pyarrow.ArrowException, ValueError, OverflowError)
+    try:
+        values = column.to_pylist()
+    except unconvertible:
+        values = []
+        for item in column:
+            try:
+                values.append(item.as_py())
+            except unconvertible as error:
+                values.append(_not_json(name, str(error)))
+    return values if _is_json(column.type) else [_json_or_error(name, value) for value in values]
+
+
+def _is_json(arrow_type: Any) -> bool:
+    """True where `to_pylist` gives JSON values without nulls inside."""
+    from pyarrow import types
+
+    if types.is_list(arrow_type) or types.is_large_list(arrow_type):
+        return _is_json(arrow_type.value_type)
+    return any(
+        is_type(arrow_type)
+        for is_type in (types.is_string, types.is_large_string, types.is_integer, types.is_boolean, types.is_null)
+    )
+
+
+def _json_or_error(name: str, value: Any) -> Any:
+    try:
+        return _json_value(value)
+    except TypeError as error:
+        return _not_json(name, str(error))
+
+
+def _json_value(value: Any) -> Any:
+    """A value as JSON has it: other types as text, a number that is not finite as null, null fields left out."""
+    if value is None or isinstance(value, (str, bool, int, RowError)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: made for key, item in value.items() if (made := _json_value(item)) is not None}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    for python_type, convert in _TEXT_OF.items():
+        if isinstance(value, python_type):
+            return convert(value)
+    raise TypeError(f"JSON has no {type(value).__name__}")
+
+
+def _not_json(name: str, why: str) -> RowError:
+    return RowError(f"column {show(name)} has a value that JSON cannot hold: {why}", code="not_json", param=name)

@@ -1,0 +1,105 @@
+"""The rows of an input, once through: which of them still have to run.
+
+A row with a result of an earlier run is passed over; one that cannot be read, or that takes another row's id, fails at
+once; the others go on.
+
+Knows rows and results; not plans or engines. Keeps 24 bytes a row.
+
+INVARIANT: every row of the input is counted once, and is then done, failed, or handed on.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from batchllm.dataset import BadRow, Row, RowIds, duplicate_error, reject
+from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
+from batchllm.offline.row_spool import RowSpool
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class Ingest:
+    """One pass over an input.
+
+    Args:
+        finished: Rows that have a result already, ascending positions in the input.
+        fail: Called with each row that cannot run.
+        spool: Takes the heads of the rows that run.
+
+    Attributes:
+        num_rows: Rows so far.
+    """
+
+    def __init__(self, finished: Int64Array, fail: Callable[[BadRow], None], spool: RowSpool) -> None:
+        self._finished = array("q", finished.tobytes())
+        self._fail = fail
+        self._spool = spool
+        self._ids = RowIds()
+        self._lines = array("q")
+        self._next_finished = 0
+        self.num_rows = 0
+
+    def take_pending(self, rows: Iterable[Row | BadRow]) -> Iterator[Row]:
+        """The rows that can be read and have no result yet."""
+        for row in rows:
+            index = row.index
+            self.num_rows += 1
+            self._ids.append(row.given_id)
+            self._lines.append(row.line)
+            if self._has_result(index):
+                continue
+            if isinstance(row, BadRow):
+                self._fail(row)
+            else:
+                yield row
+
+    def _has_result(self, index: int) -> bool:
+        finished, at = self._finished, self._next_finished
+        while at < len(finished) and finished[at] < index:
+            at += 1
+        self._next_finished = at
+        return at < len(finished) and finished[at] == index
+
+    def load(
+        self, pending: Iterable[Row], job_rows: JobRows, on_slice: Callable[[], None] = lambda: None
+    ) -> npt.NDArray[np.bool_]:
+        """Take rows in, tokenized and checked; those that cannot run fail.
+
+        Args:
+            pending: From `take_pending`, to its end.
+            job_rows: Empty; takes the rows.
+            on_slice: Called now and then.
+
+        Returns:
+            Rows that were taken in and have failed all the same: their id is another row's. Shape ``[num_rows]``.
+        """
+        pending = iter(pending)
+        while rows := list(islice(pending, ENCODE_SLICE)):
+            errors = job_rows.add([row.request for row in rows])
+            for row, error in zip(rows, errors, strict=True):
+                if error is None:
+                    self._spool.append(row.head)
+                else:
+                    self._fail(reject(row.head, error))
+            on_slice()
+        self._spool.flush()
+        is_refused = self._refuse_duplicates(job_rows)
+        self._ids, self._lines = RowIds(), array("q")  # a job of millions of rows has better use for the memory
+        return is_refused
+
+    def _refuse_duplicates(self, job_rows: JobRows) -> npt.NDArray[np.bool_]:
+        is_refused = np.zeros(len(job_rows), bool)
+        index = job_rows.index
+        for duplicate, first in self._ids.find_duplicates():
+            row = int(np.searchsorted(index, duplicate))
+            if row < len(index) and index[row] == duplicate:  # else it has failed already, or is done
+                is_refused[row] = True
+                head = self._spool.read(row)
+                self._fail(reject(head, duplicate_error(head.given_id, self._lines[first], head.kind)))
+        return is_refused

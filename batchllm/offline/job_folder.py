@@ -1,0 +1,487 @@
+"""A job's folder from outside: what its files are, whose it is, what can go wrong with it, and how far its job is.
+
+Knows files, locks, tables and SQLite's codes of faults; how far a job is, but not how it is run.
+
+INVARIANT: at most one process holds a folder's lock, and the kernel gives it back when that process ends, however.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from batchllm.errors import ConfigError, JournalError
+
+_LOCK_NAME = "journal.lock"
+_LOCK_WAIT_S = 0.5
+"""`open_reader` holds the lock for some milliseconds, which must not turn a driver away."""
+
+_WAL_HEADER_LEN = 32
+_WAL_FRAME_HEADER_LEN = 24
+_BUSY_TIMEOUT_S = 10.0
+_CACHE_KIB = 8192
+
+RECENT_S = 300
+"""What `JobStatus.recent_speed` looks back."""
+NUM_EXAMPLES = 3
+
+_FORMAT = 1
+"""Of the tables below; a journal of another one is refused."""
+
+# `total` is what `result` adds up to, so that nobody has to read it all. `progress` has what was recorded in each
+# second of each run, beginning with zeros in the second in which the run began.
+_SCHEMA = f"""
+PRAGMA journal_mode = WAL;
+BEGIN;
+CREATE TABLE result (
+    seq INTEGER PRIMARY KEY, idx INTEGER NOT NULL, is_failed INTEGER NOT NULL, code TEXT NOT NULL,
+    num_prompt_tokens INTEGER NOT NULL, num_output_tokens INTEGER NOT NULL,
+    checksum INTEGER NOT NULL, line BLOB NOT NULL
+);
+CREATE INDEX failure ON result (code, idx) WHERE is_failed;
+CREATE TABLE total (num_rows INTEGER, num_failed INTEGER, num_prompt_tokens INTEGER, num_output_tokens INTEGER);
+INSERT INTO total VALUES (0, 0, 0, 0);
+CREATE TABLE progress (
+    run INTEGER, second INTEGER, num_rows INTEGER, num_tokens INTEGER, PRIMARY KEY (run, second)
+) WITHOUT ROWID;
+CREATE TABLE event (at REAL NOT NULL, kind TEXT NOT NULL, detail TEXT NOT NULL);
+CREATE TABLE note (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE job (fingerprint TEXT NOT NULL, command TEXT NOT NULL);
+PRAGMA user_version = {_FORMAT};
+"""
+
+_CAUSES = {
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_READONLY: "it can only be read",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened",
+    sqlite3.SQLITE_BUSY: "another program keeps it locked",
+    sqlite3.SQLITE_IOERR: "the disk refuses to read or write",
+    sqlite3.SQLITE_PERM: "it may not be written",
+    sqlite3.SQLITE_NOMEM: "there is no memory left",
+}
+"""What SQLite's codes mean where the journal is whole; any other means that it is not."""
+
+GO_ON = "mend that, and run the same command to go on"
+
+
+def database_path(folder: Path) -> Path:
+    """Where the journal of a job lies."""
+    return folder / "journal.db"
+
+
+def wal_path(folder: Path) -> Path:
+    """SQLite's log of commits that are not in the journal's main file yet."""
+    return folder / "journal.db-wal"
+
+
+def check_journal_there(folder: Path) -> None:
+    """There is a journal.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not database_path(folder).is_file():
+        raise ConfigError(f"{folder}: no job has been run in this folder, it has no {database_path(folder).name}")
+
+
+class FolderLock:
+    """The right to write in a job's folder, until `release` or the end of the process.
+
+    Raises:
+        ConfigError: Another process has it, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _LOCK_NAME
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while not self._try_lock():
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"{folder}: process {_lock_pid(self._path)} is running the job in this folder already"
+                )
+            time.sleep(0.02)
+        os.ftruncate(self._fd, 0)
+        # Informative only: on a full disk the lock holds without it.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, b"%d" % os.getpid(), 0)
+
+    def _try_lock(self) -> bool:
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{self._path}: {error.strerror}; the job's folder must be writable") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that was deleted while we opened it locks nothing.
+            if file_identity(self._path) == _identity(os.fstat(fd)):
+                self._fd = fd
+                return True
+        except BlockingIOError:
+            pass
+        os.close(fd)
+        return False
+
+    def delete(self) -> None:
+        """Delete the file of the lock, while it is held."""
+        self._path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let others have it. Releasing twice does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def make_database(folder: Path, fingerprint: str, command: str) -> None:
+    """Makes an empty journal, under its name only when it is complete; the lock is held.
+
+    Raises:
+        JournalError: The disk refuses.
+    """
+    path = database_path(folder)
+    unfinished = path.with_name(path.name + ".new")
+    with faults(path, "nothing has been recorded; mend that, and run the same command again"):
+        _unlink_database(unfinished)
+        # What an older journal has left is no log of the new one.
+        _unlink_database(path)
+        with contextlib.closing(sqlite3.connect(unfinished, isolation_level=None)) as database:
+            database.executescript(_SCHEMA)
+            database.execute("INSERT INTO job VALUES (?, ?)", (fingerprint, command))
+            database.execute("COMMIT")
+        os.replace(unfinished, path)
+        _sync_folder(folder)
+
+
+def open_writer(folder: Path) -> tuple[sqlite3.Connection, int]:
+    """Opens a journal for writing; the lock is held.
+
+    Returns:
+        The connection, and how many pages of a commit that was cut off SQLite has dropped.
+
+    Raises:
+        ConfigError: It was written by another version.
+        JournalError: The disk refuses, or the file is damaged.
+    """
+    path = database_path(folder)
+    with contextlib.ExitStack() as stack, faults(path, f"its results are as they were; {GO_ON}"):
+        num_frames = _count_wal_frames(folder)
+        database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
+        stack.callback(database.close)
+        _check_format(database, path)
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        _, num_committed, _ = database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        stack.pop_all()
+        return database, max(num_frames - num_committed, 0)
+
+
+def remove_journal(folder: Path) -> None:
+    """See `Journal.remove`."""
+    if not folder.is_dir():
+        return
+    lock = FolderLock(folder)
+    try:
+        _unlink_database(database_path(folder).with_name(database_path(folder).name + ".new"))
+        _unlink_database(database_path(folder))
+        lock.delete()
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; the job's results cannot be deleted") from error
+    finally:
+        lock.release()
+
+
+def _unlink_database(path: Path) -> None:
+    """The log goes first: without its file it would be taken for that of the next one."""
+    for suffix in ("-wal", "-shm", "-journal", ""):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_reader(folder: Path) -> Iterator[tuple[sqlite3.Connection, int | None]]:
+    """Opens a journal for reading only, whether it is being written or not, and whether it can be or not.
+
+    Yields:
+        The connection, and the process that is writing, 0 where that is not known; None if none is.
+
+    Raises:
+        ConfigError: There is no journal, or it was written by another version.
+        JournalError: It cannot be read.
+    """
+    check_journal_there(folder)
+    path = database_path(folder)
+    with contextlib.ExitStack() as stack:
+        pid = _writer(folder, stack)
+        uri = f"file:{quote(str(path.absolute()))}?mode=ro"
+        # A journal that was closed is one file. Read like any other it would get a log and an index again, or could not
+        # be read at all on a disk that is read-only; the lock keeps writers away meanwhile.
+        if pid is None and _size(wal_path(folder)) == 0:
+            uri += "&immutable=1"
+        with faults(
+            path, f"nothing of it is lost; if {folder} cannot be written, copy it to where it can be, and ask there"
+        ):
+            connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
+            stack.callback(connection.close)
+            _check_format(connection, path)
+            yield connection, pid
+
+
+def _check_format(database: sqlite3.Connection, path: Path) -> None:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version != _FORMAT:
+        raise ConfigError(
+            f"{path}: written by another version of batchllm (format {version}, this one has {_FORMAT}); "
+            "finish the job with that version, or give --restart to delete its results and begin anew"
+        )
+
+
+def _writer(folder: Path, stack: contextlib.ExitStack) -> int | None:
+    """The process that has the lock; if none has, none gets it before the stack unwinds."""
+    try:
+        fd = os.open(folder / _LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a copy without the lock's file, or one that others may not read
+        return None
+    stack.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _lock_pid(folder / _LOCK_NAME)
+    return None
+
+
+def _lock_pid(path: Path) -> int:
+    try:
+        return int(path.read_bytes())
+    except (OSError, ValueError):  # it has just been locked or deleted
+        return 0
+
+
+@contextlib.contextmanager
+def faults(path: Path, outcome: str) -> Iterator[None]:
+    """SQLite's faults as errors for the user.
+
+    Args:
+        path: The journal's file.
+        outcome: What is safe and what to do, said if the disk is at fault.
+
+    Raises:
+        JournalError: SQLite has refused, or the file is damaged.
+    """
+    try:
+        yield
+    except sqlite3.ProgrammingError:
+        raise  # our own mistake, not the disk's
+    except sqlite3.DatabaseError as error:
+        # Without a code it is Python's: a text that is none.
+        name = getattr(error, "sqlite_errorname", "no text")
+        cause = _CAUSES.get(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF)
+        if cause is None:
+            raise damaged(path, f"{error}, {name}") from error
+        raise JournalError(f"{path}: {cause} ({error}, {name}); {outcome}") from error
+    except UnicodeDecodeError as error:  # of a text in the file, or of SQLite's message that quotes it
+        raise damaged(path, error.reason) from error
+    except OSError as error:
+        raise JournalError(f"{path}: {error.strerror}; {outcome}") from error
+
+
+def damaged(path: Path, detail: str) -> JournalError:
+    """The error of a journal whose file is not what was written to it."""
+    return JournalError(
+        f"{path}: the file is damaged ({detail}). Put back a copy of {path.parent}, or give --restart to delete its "
+        "results and run every row again"
+    )
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """What stays the same as long as a name means the same file; None if there is no such file."""
+    try:
+        return _identity(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+def _count_wal_frames(folder: Path) -> int:
+    """Pages in SQLite's log that were written since it last began anew, whether or not their commit was completed.
+
+    To be asked before the journal is opened: SQLite drops a commit that was cut off, and says nothing.
+    """
+    try:
+        with wal_path(folder).open("rb") as stream:
+            header = stream.read(_WAL_HEADER_LEN)
+            size = os.fstat(stream.fileno()).st_size
+            page_size, salts = int.from_bytes(header[8:12], "big"), header[16:24]
+            num_frames = 0
+            # A frame that the end of the file cuts off counts if its header is there.
+            for offset in range(_WAL_HEADER_LEN, size, _WAL_FRAME_HEADER_LEN + page_size):
+                stream.seek(offset)
+                if stream.read(_WAL_FRAME_HEADER_LEN)[8:16] != salts:
+                    break
+                num_frames += 1
+            return num_frames
+    except FileNotFoundError:
+        return 0
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names of files in the folder are on disk from now on."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What was recorded over a time of at least one second."""
+
+    elapsed_s: float
+    rows_per_s: float
+    tokens_per_s: float
+    """Of prompts and outputs together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureKind:
+    """Rows that failed with the same code.
+
+    Attributes:
+        code: Stable name of the reason.
+        num_rows: How many.
+        examples: Number, from 0, and message of the first few.
+    """
+
+    code: str
+    num_rows: int
+    examples: list[tuple[int, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """How far a job is.
+
+    Attributes:
+        command: What was asked for.
+        notes: Small facts by name, e.g. ``num_rows``.
+        writer_pid: The process that runs the job now, 0 where it is not known; None if none does.
+        num_finished: Rows with a result.
+        num_failed: Those of them whose result is a failure.
+        num_prompt_tokens: Of rows with a result.
+        num_output_tokens: Of rows with a result.
+        recent_speed: Over the last `RECENT_S` seconds of the last run that recorded anything.
+        whole_speed: Over all runs, the time between them left out.
+        failures: What failed, the most frequent first.
+        events: Unix seconds, kind and detail, oldest first.
+    """
+
+    command: dict[str, Any]
+    notes: dict[str, Any]
+    writer_pid: int | None
+    num_finished: int
+    num_failed: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    recent_speed: Speed
+    whole_speed: Speed
+    failures: list[FailureKind]
+    events: list[tuple[float, str, str]]
+
+
+def read_status(folder: Path) -> JobStatus:
+    """How far the job in a folder is; only reads, also while it runs.
+
+    Raises:
+        ConfigError: There is no job.
+        JournalError: Its journal cannot be read.
+    """
+    with open_reader(folder) as (database, writer_pid):
+        try:
+            return _read_status(database, writer_pid)
+        except (TypeError, ValueError, OverflowError) as error:  # a value of another kind than was written
+            raise damaged(database_path(folder), str(error)) from error
+
+
+def _read_status(database: sqlite3.Connection, writer_pid: int | None) -> JobStatus:
+    database.execute("BEGIN")  # all of it at one moment
+    recent_speed, whole_speed = _speeds(database, time.time() if writer_pid is not None else None)
+    num_finished, num_failed, num_prompt_tokens, num_output_tokens, command = database.execute(
+        "SELECT num_rows, num_failed, num_prompt_tokens, num_output_tokens, command FROM total, job"
+    ).fetchone()
+    return JobStatus(
+        command=json.loads(command),
+        notes={key: json.loads(value) for key, value in database.execute("SELECT key, value FROM note")},
+        writer_pid=writer_pid,
+        num_finished=num_finished,
+        num_failed=num_failed,
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+        recent_speed=recent_speed,
+        whole_speed=whole_speed,
+        failures=_failures(database),
+        events=database.execute("SELECT at, kind, detail FROM event ORDER BY rowid").fetchall(),
+    )
+
+
+def _speeds(database: sqlite3.Connection, now: float | None) -> tuple[Speed, Speed]:
+    """Of the last minutes of the last run, which goes on until now if it is running, and of all runs."""
+    runs = database.execute(
+        "SELECT run, min(second), max(second), sum(num_rows), sum(num_tokens) FROM progress GROUP BY run ORDER BY run"
+    ).fetchall()
+    if not runs:
+        return _speed(0, 0, 0), _speed(0, 0, 0)
+    run, start, end, _, _ = runs[-1]
+    end = end if now is None else max(now, end)
+    recent_start = max(start, end - RECENT_S)
+    recent_rows, recent_tokens = database.execute(
+        "SELECT coalesce(sum(num_rows), 0), coalesce(sum(num_tokens), 0) FROM progress WHERE run = ? AND second >= ?",
+        (run, recent_start),
+    ).fetchone()
+    elapsed = sum(last - first for _, first, last, _, _ in runs[:-1]) + end - start
+    whole = _speed(sum(row[3] for row in runs), sum(row[4] for row in runs), elapsed)
+    return _speed(recent_rows, recent_tokens, end - recent_start), whole
+
+
+def _speed(num_rows: int, num_tokens: int, elapsed_s: float) -> Speed:
+    elapsed_s = max(elapsed_s, 1.0)
+    return Speed(elapsed_s=elapsed_s, rows_per_s=num_rows / elapsed_s, tokens_per_s=num_tokens / elapsed_s)
+
+
+def _failures(database: sqlite3.Connection) -> list[FailureKind]:
+    counts = database.execute("SELECT code, count(*) FROM result WHERE is_failed GROUP BY code ORDER BY 2 DESC, 1")
+    query = "SELECT idx, line FROM result WHERE is_failed AND code = ? ORDER BY idx LIMIT ?"
+    return [
+        FailureKind(
+            code=code,
+            num_rows=num_rows,
+            examples=[(index, _message(line)) for index, line in database.execute(query, (code, NUM_EXAMPLES))],
+        )
+        for code, num_rows in counts.fetchall()
+    ]
+
+
+def _message(line: bytes) -> str:
+    """What a failed line says; all of the line where it says nothing."""
+    try:
+        record = json.loads(line)
+        return str((record.get("error") or record["response"]["body"]["error"])["message"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return line.decode(errors="replace")

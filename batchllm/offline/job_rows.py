@@ -1,0 +1,286 @@
+"""The rows of a job that can run, as columns: their tokens, how to sample each, what is expected of its answer.
+
+Knows requests, the tokenizer, and the numbers of the engine that will run them; nothing of files, plans or processes.
+
+INVARIANT: a row that has been taken in can run alone on the engine; it costs its tokens and a few dozen bytes, no
+Python object.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from batchllm.dataset.field_checks import MAX_INT32
+from batchllm.dataset.limits import check_expected_len, check_prompt_len, check_token_ids, fit_max_new_tokens
+from batchllm.errors import ConfigError, RowError
+from batchllm.offline.encode import encode_requests
+from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
+from batchllm.offline.runtime import RuntimeInfo
+from batchllm.offline.token_store import TokenStore
+from batchllm.request import Request, SamplingParams
+from batchllm.tokenizer import Tokenizer
+from batchllm.tokens import TokenTable
+
+ENCODE_SLICE = 1024
+"""Requests that are best added at once: enough for the tokenizer to work in bulk, few enough to hold."""
+
+NO_SEED = -1
+Int64Array = npt.NDArray[np.int64]
+
+UNLIMITED = RuntimeInfo(
+    model_name="",
+    context_len=MAX_INT32,
+    vocab_size=MAX_INT32,
+    kv_capacity_tokens=MAX_INT32,
+    kv_limit_tokens=MAX_INT32,
+    num_unstored_tokens=0,
+    page_size=1,
+    random_seed=0,
+    has_seeded_sampling=True,
+    has_grammar=True,
+)
+"""Numbers of an engine on which everything runs: where rows are planned or simulated, not run."""
+
+_OF_THE_ROW = ("max_new_tokens", "n", "seed")
+_kind_of = attrgetter(*(field.name for field in fields(SamplingParams) if field.name not in _OF_THE_ROW))
+
+
+class JobRows:
+    """Rows in the order they were added, numbered from 0.
+
+    Args:
+        info: Numbers of the engine.
+        tokenizer: None where the engine runs on token ids only.
+        store: Takes the token ids.
+        identical: Told of every row, to find those that need not run; None where all shall run.
+
+    Attributes:
+        kinds: Distinct ways to sample, without what each row says for itself: output limit, samples, seed.
+    """
+
+    def __init__(
+        self,
+        info: RuntimeInfo,
+        tokenizer: Tokenizer | None,
+        store: TokenStore,
+        identical: IdenticalRows | None = None,
+    ) -> None:
+        self._info = info
+        self._limit_room = info.max_request_len(info.kv_limit_tokens)
+        self._surely_fits = min(self._limit_room, info.context_len)
+        self._has_all = info.has_seeded_sampling and info.has_grammar
+        self._tokenizer = tokenizer
+        self.store = store
+        self._identical = identical
+        self.kinds: list[SamplingParams] = []
+        self._kind_ids: dict[Any, int] = {}
+        self._task_ids: dict[str, int] = {"": -1}
+        self._namespace_ids: dict[str, int] = {"": 0}
+        # What many rows have in common stands once: (kind, samples, task, namespace), and of each row which of these.
+        self._group_ids: dict[tuple[int, int, int, int], int] = {}
+        self._group = array("i")
+        self._index = array("i")
+        self._max_new_len = array("i")
+        self._known_len = array("i")
+        self._seed: array[int] | None = None  # until a row names one
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def index(self) -> npt.NDArray[np.int32]:
+        """Position in the input of each row. Shape ``[num_rows]``."""
+        return np.frombuffer(self._index, np.int32)
+
+    @property
+    def max_new_len(self) -> npt.NDArray[np.int32]:
+        """Most tokens that each row may generate. Shape ``[num_rows]``."""
+        return np.frombuffer(self._max_new_len, np.int32)
+
+    @property
+    def known_len(self) -> npt.NDArray[np.int32]:
+        """Tokens that each row will generate, 0 where that is not known. Shape ``[num_rows]``."""
+        return np.frombuffer(self._known_len, np.int32)
+
+    def kind(self, rows: Int64Array) -> npt.NDArray[np.int32]:
+        """Which of `kinds` these rows are sampled by."""
+        return self._of_group(0, rows)
+
+    def num_samples(self, rows: Int64Array) -> npt.NDArray[np.int32]:
+        """Independent samples of these rows."""
+        return self._of_group(1, rows)
+
+    def task(self, rows: Int64Array) -> npt.NDArray[np.int32]:
+        """Number of the task that these rows name, -1 for none."""
+        return self._of_group(2, rows)
+
+    def namespace(self, rows: Int64Array) -> npt.NDArray[np.int32]:
+        """Number of the namespace of these rows, 0 for the default one."""
+        return self._of_group(3, rows)
+
+    def has_one_sample(self) -> bool:
+        """Every row is one sample."""
+        return all(num_samples == 1 for _, num_samples, _, _ in self._group_ids)
+
+    def _of_group(self, column: int, rows: Int64Array) -> npt.NDArray[np.int32]:
+        groups = np.array(list(self._group_ids), np.int32).reshape(-1, 4)
+        return groups[np.frombuffer(self._group, np.int32)[rows], column]
+
+    @property
+    def namespace_names(self) -> list[str]:
+        return list(self._namespace_ids)
+
+    def add(self, requests: Sequence[Request]) -> list[RowError | None]:
+        """Tokenize in bulk, check each request against the engine, and keep those that can run.
+
+        Args:
+            requests: A slice of a job, best of `ENCODE_SLICE`.
+
+        Returns:
+            Of each request why it cannot run, or None where it was taken in.
+
+        Raises:
+            ConfigError: A request gives text and there is no tokenizer, or it fits the KV pool but not the KV limit.
+        """
+        encoded = encode_requests(requests, self._tokenizer)
+        errors: list[RowError | None] = []
+        kept: list[array[int]] = []
+        lens: list[int] = []
+        for request, ids in zip(requests, encoded, strict=True):
+            try:
+                if isinstance(ids, RowError):
+                    raise ids
+                self._check(request, ids)
+                limit = self._output_limit(request, len(ids))
+            except RowError as error:
+                errors.append(error)
+                continue
+            errors.append(None)
+            kept.append(ids if isinstance(ids, array) else array("i", ids))
+            lens.append(len(ids))
+            self._append(request, limit)
+            if self._identical is not None:
+                self._compare(request.sampling, kept[-1])
+        self.store.extend(np.frombuffer(b"".join(kept), np.int32), np.array(lens, np.int64))
+        return errors
+
+    def sample_table(self, subset: Int64Array | None = None) -> tuple[Int64Array, npt.NDArray[np.int32], TokenTable]:
+        """Every sample of these rows as a row of a token table.
+
+        Args:
+            subset: Row numbers; None for all.
+
+        Returns:
+            Of each sample its row and which sample of that row it is, and the table. Not a copy where each row of the
+            job is one sample.
+        """
+        chosen = np.arange(len(self), dtype=np.int64) if subset is None else subset
+        if self.has_one_sample():
+            return chosen, np.zeros(len(chosen), np.int32), self.store.table(subset)
+        num_samples = self.num_samples(chosen)
+        row_of = np.repeat(chosen, num_samples)
+        first = np.cumsum(num_samples, dtype=np.int64) - num_samples
+        sample = (np.arange(len(row_of)) - np.repeat(first, num_samples)).astype(np.int32)
+        return row_of, sample, self.store.table(row_of)
+
+    def namespaces(self, row_of: Int64Array) -> Int64Array | None:
+        """Number of the namespace of each of these rows; None where all rows are in the default one."""
+        return self.namespace(row_of).astype(np.int64) if len(self.namespace_names) > 1 else None
+
+    def sample_seed(self, row: int, sample: int) -> int:
+        """Seed of one sample: what the row says, and something of its own for every further sample.
+
+        It depends on the row's position in the input, not on what else runs, so that a job that is run in parts draws
+        what it would have drawn in one.
+        """
+        seed = NO_SEED if self._seed is None else self._seed[row]
+        if seed != NO_SEED and sample == 0:
+            return seed
+        text = f"{seed},{sample}" if seed != NO_SEED else f"{self._info.random_seed},{self._index[row]},{sample}"
+        return xxhash.xxh64_intdigest(text.encode()) >> 1
+
+    def _check(self, request: Request, ids: Sequence[int]) -> None:
+        info = self._info
+        if request.input_ids is not None:
+            check_token_ids(ids, info.vocab_size)
+        if not self._has_all:
+            _check_supported(request.sampling, info)
+        if request.expected_new_tokens is not None:
+            check_expected_len(request.expected_new_tokens, len(ids), info.context_len)
+
+    def _output_limit(self, request: Request, prompt_len: int) -> int:
+        """``max_new_tokens``, lowered where it may be."""
+        info, sampling = self._info, request.sampling
+        if prompt_len + sampling.max_new_tokens <= self._surely_fits:
+            return sampling.max_new_tokens
+        limit_room = self._limit_room
+        if request.may_lower_max_new_tokens:
+            sampling = fit_max_new_tokens(sampling, prompt_len, context_len=info.context_len, kv_capacity=limit_room)
+        pool_room = info.max_request_len(info.kv_capacity_tokens)
+        check_prompt_len(prompt_len, sampling, context_len=info.context_len, kv_capacity=pool_room)
+        needed = prompt_len + sampling.max_new_tokens
+        if needed > limit_room:
+            raise ConfigError(
+                f"--kv-limit {info.kv_limit_tokens}: request {request.index} needs up to {needed} tokens "
+                f"({prompt_len} prompt + {sampling.max_new_tokens} new); raise it to at least "
+                f"{info.kv_limit_tokens + needed - limit_room}"
+            )
+        return sampling.max_new_tokens
+
+    def _append(self, request: Request, limit: int) -> None:
+        sampling = request.sampling
+        group = (
+            self._kind_id(sampling),
+            sampling.n,
+            self._task_ids.setdefault(request.task, len(self._task_ids) - 1),
+            self._namespace_ids.setdefault(request.namespace, len(self._namespace_ids)),
+        )
+        self._group.append(self._group_ids.setdefault(group, len(self._group_ids)))
+        if sampling.seed is not None and self._seed is None:
+            self._seed = array("q", [NO_SEED]) * len(self._index)
+        if self._seed is not None:
+            self._seed.append(NO_SEED if sampling.seed is None else sampling.seed)
+        self._index.append(request.index)
+        self._max_new_len.append(limit)
+        self._known_len.append(limit if sampling.has_known_len else request.expected_new_tokens or 0)
+
+    def _compare(self, sampling: SamplingParams, ids: array[int]) -> None:
+        assert self._identical is not None
+        if is_determined(sampling):
+            seed = NO_SEED if is_greedy(sampling) or sampling.seed is None else sampling.seed
+            # The group holds the task too, which says nothing of the answer: rows of two tasks are not found alike.
+            self._identical.append(ids.tobytes(), self._group[-1], self._max_new_len[-1], seed)
+        else:
+            self._identical.append_single()
+
+    def _kind_id(self, sampling: SamplingParams) -> int:
+        key = _kind_of(sampling)
+        found = self._kind_ids.get(key)
+        if found is None:
+            found = self._kind_ids[key] = len(self.kinds)
+            self.kinds.append(replace(sampling, n=1, seed=None))
+        return found
+
+
+def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:
+    if sampling.seed is not None and not info.has_seeded_sampling:
+        raise RowError(
+            "a seed needs --sampling-backend pytorch; this engine runs another one",
+            code="seed_not_supported",
+            param="seed",
+        )
+    has_grammar = sampling.json_schema is not None or sampling.regex is not None
+    if has_grammar and not info.has_grammar:
+        raise RowError(
+            "structured output (json_schema, regex) is switched off; start the engine without --grammar-backend none",
+            code="grammar_not_supported",
+            param="json_schema" if sampling.json_schema is not None else "regex",
+        )

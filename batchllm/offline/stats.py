@@ -1,0 +1,109 @@
+"""What jobs have cost, added up. `RunReport` says it in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batchllm.offline.report import RunReport
+from batchllm.offline.runtime import RuntimeInfo
+from batchllm.scheduler.output_length import PredictionError
+from batchllm.trace import StepTrace
+from batchllm.trace.steps import STEP_DTYPE, StepArray
+
+
+@dataclass(slots=True, kw_only=True)
+class JobStats:
+    """Counts and seconds, all of them counted or timed where it happened."""
+
+    num_prompt_tokens: int = 0
+    """Of the samples that have finished."""
+    num_optimal_prompt_tokens: int = 0
+    """Of the plans that were made."""
+    num_computed_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_retractions: int = 0
+    peak_kv_tokens: int = 0
+    prediction: PredictionError = field(default_factory=PredictionError)
+    tokenize_s: float = 0.0
+    plan_s: float = 0.0
+    run_s: float = 0.0
+
+    def __add__(self, other: JobStats) -> JobStats:
+        return JobStats(
+            num_prompt_tokens=self.num_prompt_tokens + other.num_prompt_tokens,
+            num_optimal_prompt_tokens=self.num_optimal_prompt_tokens + other.num_optimal_prompt_tokens,
+            num_computed_prompt_tokens=self.num_computed_prompt_tokens + other.num_computed_prompt_tokens,
+            num_output_tokens=self.num_output_tokens + other.num_output_tokens,
+            num_retractions=self.num_retractions + other.num_retractions,
+            peak_kv_tokens=max(self.peak_kv_tokens, other.peak_kv_tokens),
+            prediction=self.prediction + other.prediction,
+            tokenize_s=self.tokenize_s + other.tokenize_s,
+            plan_s=self.plan_s + other.plan_s,
+            run_s=self.run_s + other.run_s,
+        )
+
+    def report(
+        self,
+        info: RuntimeInfo | None,
+        *,
+        num_requests: int,
+        num_failed: int,
+        elapsed_s: float,
+        num_done_before: int = 0,
+        num_engine_restarts: int = 0,
+    ) -> RunReport:
+        """As a report.
+
+        Args:
+            info: Of the engine that ran; None if there was nothing to run.
+            num_requests: Rows of the input, those that never became a request included.
+            num_failed: Those of them without an answer.
+            elapsed_s: Seconds of the whole run.
+            num_done_before: Rows that earlier runs of the job had finished.
+            num_engine_restarts: Engines started in the place of one that died.
+        """
+        return RunReport(
+            num_requests=num_requests,
+            num_succeeded=num_requests - num_failed,
+            num_failed=num_failed,
+            num_done_before=num_done_before,
+            num_engine_restarts=num_engine_restarts,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_computed_prompt_tokens=self.num_computed_prompt_tokens,
+            num_optimal_prompt_tokens=self.num_optimal_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            elapsed_s=elapsed_s,
+            num_retractions=self.num_retractions,
+            peak_kv_tokens=self.peak_kv_tokens,
+            kv_capacity_tokens=0 if info is None else info.kv_capacity_tokens,
+            num_predicted=self.prediction.num_requests,
+            num_predicted_tokens=round(self.prediction.num_predicted_tokens),
+            num_predicted_actual_tokens=self.prediction.num_actual_tokens,
+            sum_prediction_error_tokens=round(self.prediction.sum_absolute_error),
+            tokenize_s=self.tokenize_s,
+            plan_s=self.plan_s,
+            run_s=self.run_s,
+        )
+
+
+def make_trace(label: str, steps: Sequence[StepArray], info: RuntimeInfo, started_at: float) -> StepTrace:
+    """What each forward step was like, from what jobs have kept.
+
+    Args:
+        label: Names the trace.
+        steps: In the order in which they ran.
+        info: Of the engine that ran.
+        started_at: When the first job began, on the monotonic clock.
+    """
+    joined = np.concatenate([*steps, np.zeros(0, STEP_DTYPE)])
+    # The first step may begin before the job: its results were those of the one before.
+    joined["start_s"] = np.maximum(joined["start_s"] - started_at, 0.0)
+    return StepTrace(
+        label=label,
+        kv_capacity_tokens=info.kv_capacity_tokens,
+        kv_limit_tokens=info.kv_limit_tokens,
+        steps=joined,
+    )

@@ -1,0 +1,72 @@
+"""Ctrl-C and SIGTERM as a request that the work under way can answer.
+
+Knows signals of this process; not what it works on.
+
+INVARIANT: outside `StopSignal.heeded` a signal ends the process as Ctrl-C does; inside it the first two are only noted.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal:
+    """The first signal asks to stop when what runs has finished, the second one to stop now.
+
+    Args:
+        grace_s: Seconds that what runs may take to finish after the first.
+    """
+
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.name: str | None = None
+        """Of the signal that came, if one did."""
+        self._asked_at = 0.0
+        self._num_signals = 0
+        self._is_heeded = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def is_set(self) -> bool:
+        """A signal has come."""
+        return self.name is not None
+
+    @property
+    def is_overdue(self) -> bool:
+        """What runs has had its time: ``grace_s`` are over, or a second signal has come."""
+        return self._num_signals > 1 or (self.is_set and time.monotonic() - self._asked_at >= self.grace_s)
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """In here somebody looks at `is_set` and `is_overdue`: no exception comes in the middle of anything.
+
+        Except at the third signal, when nobody seems to look.
+        """
+        self._is_heeded = True
+        try:
+            yield
+        finally:
+            self._is_heeded = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._num_signals += 1
+        if self._num_signals == 1:
+            self._asked_at = time.monotonic()
+        if not self._is_heeded or self._num_signals > 2:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

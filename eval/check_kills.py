@@ -1,0 +1,185 @@
+"""A job that is killed again and again: SIGKILL of the driver, the scheduler or the detokenizer, at random moments.
+
+The bounds: in the end every row is answered exactly once, with the bytes of an undisturbed run; no row that was
+acknowledged is computed again; nothing is left behind.
+
+    python eval/check_kills.py --kills 100 --out eval/results/kills.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import compare
+import psutil
+
+_TARGETS = ("driver", "scheduler", "detokenizer")
+_LONGEST_DELAY_S = 30.0
+
+
+class Job:
+    """A job, launched again whenever its driver has ended before its time."""
+
+    def __init__(self, folder: Path, num_rows: int) -> None:
+        self.folder = folder
+        self.out = folder / "out.jsonl"
+        self.log = folder / "log.txt"
+        self.input = folder / "in.jsonl"
+        _write_rows(self.input, num_rows)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.num_launches = 0
+        self.acknowledged: dict[int, int] = {}
+        """Of each row that has a result its number in the journal."""
+
+    def launch(self) -> None:
+        """Start the driver, by the same command every time."""
+        command = [
+            *(sys.executable, "-m", "batchllm", "run", "-i", str(self.input), "-o", str(self.out)),
+            *("--max-total-tokens", "4096", "--random-seed", "3"),
+        ]
+        temporary = self.folder / "tmp"
+        temporary.mkdir(exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stderr=log,
+                env=os.environ | {"TMPDIR": str(temporary)},
+            )
+        self.num_launches += 1
+
+    def find(self, target: str) -> psutil.Process | None:
+        """The process to kill, if it is there yet."""
+        assert self.process is not None
+        try:
+            driver = psutil.Process(self.process.pid)
+            if target == "driver":
+                return driver
+            return next((child for child in driver.children() if target in " ".join(child.cmdline())), None)
+        except psutil.NoSuchProcess:
+            return None
+
+    def check_journal(self) -> None:
+        """Rows once in the journal stay there, in their place, and there is one of each."""
+        path = Path(f"{self.out}.job", "journal.db")
+        if not path.exists():
+            return
+        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        found = database.execute("SELECT idx, seq FROM result").fetchall()
+        database.close()
+        rows = dict(found)
+        assert len(rows) == len(found), "a row is in the journal twice"
+        for index, place in self.acknowledged.items():
+            assert rows.get(index) == place, f"row {index} was acknowledged and is gone, or was computed again"
+        self.acknowledged = rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    shared_memory = set(os.listdir("/dev/shm"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result = _torture(Job(folder / "killed", args.rows), args.kills, random.Random(args.seed))
+        result |= _compare(folder, args.rows)
+        result["left in /dev/shm"] = len(set(os.listdir("/dev/shm")) - shared_memory)
+    rows = [[key, value] for key, value in result.items()]
+    compare.write(args.out, "Kills", compare.table(["", ""], rows), [result])
+
+
+def _torture(job: Job, num_kills: int, rng: random.Random) -> dict[str, Any]:
+    kills: Counter[str] = Counter()
+    rows_at_kill = []
+    started = time.monotonic()
+    job.launch()
+    while sum(kills.values()) < num_kills:
+        target = rng.choice(_TARGETS)
+        time.sleep(rng.uniform(0.0, _LONGEST_DELAY_S))
+        assert job.process is not None
+        if job.process.poll() is not None:
+            assert job.process.returncode != 0, f"done after {kills.total()} kills: give it more --rows"
+            job.check_journal()
+            job.launch()
+            continue
+        process = job.find(target)
+        if process is None:
+            continue
+        process.send_signal(signal.SIGKILL)
+        kills[target] += 1
+        if target == "driver":
+            job.process.wait()
+            job.check_journal()
+            job.launch()
+        rows_at_kill.append(len(job.acknowledged))
+        print(f"kill {kills.total()}: {target}, {len(job.acknowledged)} rows in the journal", flush=True)
+    assert job.process is not None
+    while (status := job.process.wait()) != 0:
+        print(f"the driver ended with {status}", flush=True)
+        assert status == 2, "only a job that could not go on may be launched again"
+        job.launch()
+    job.check_journal()
+    log = job.log.read_text()
+    assert "Traceback (most recent call last):\n  File" not in _own_part(log), log[-3000:]
+    return {
+        **{f"kills of the {target}": kills[target] for target in _TARGETS},
+        "launches": job.num_launches,
+        "rows": len(job.acknowledged),
+        "kills with rows still to run": sum(rows < len(job.acknowledged) for rows in rows_at_kill),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "left in the temporary folder": len(os.listdir(job.folder / "tmp")),
+    }
+
+
+def _own_part(log: str) -> str:
+    """What the driver said; a process that loses its peers may complain as it likes."""
+    return "\n".join(line for line in log.splitlines() if line.startswith("batchllm"))
+
+
+def _compare(folder: Path, num_rows: int) -> dict[str, Any]:
+    """The output of the killed job beside that of one that was left alone."""
+    alone = Job(folder / "alone", num_rows)
+    alone.launch()
+    assert alone.process is not None and alone.process.wait() == 0
+    killed_lines, lines = (_answers(path / "out.jsonl") for path in (folder / "killed", folder / "alone"))
+    assert [line["id"] for line in killed_lines] == [line["id"] for line in lines]
+    differing = sum(
+        (one["text"], one["output_ids"]) != (other["text"], other["output_ids"])
+        for one, other in zip(killed_lines, lines, strict=True)
+    )
+    return {"rows answered once": len(killed_lines), "answers that differ from an undisturbed run": differing}
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines)
+    return lines
+
+
+def _write_rows(path: Path, num_rows: int) -> None:
+    path.parent.mkdir(parents=True)
+    rng = random.Random(1)
+    groups = [[rng.randrange(10, 4000) for _ in range(96)] for _ in range(max(1, num_rows // 20))]
+    with path.open("w") as file:
+        for i in range(num_rows):
+            ids = groups[i % len(groups)] + [rng.randrange(10, 4000) for _ in range(16)]
+            sampling = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
+            file.write(json.dumps({"id": str(i), "input_ids": ids, "sampling_params": sampling}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Parquet files and saved Hugging Face datasets read like the same rows in JSON lines."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchllm.dataset import BadRow, ColumnMap, Row, open_input, read_rows, render_error
+from batchllm.errors import ConfigError, WorkloadError
+from batchllm.request import SamplingParams
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def write_parquet(table: pa.Table, path: Path) -> Path:
+    path = path.with_suffix(".parquet")
+    pq.write_table(table, path, row_group_size=700)
+    return path
+
+
+def write_parquet_folder(table: pa.Table, path: Path) -> Path:
+    path.mkdir()
+    half = len(table) // 2
+    pq.write_table(table.slice(0, half), path / "part-0.parquet")
+    pq.write_table(table.slice(half), path / "part-1.parquet")
+    (path / "_metadata.parquet").write_bytes(b"not to be read")
+    return path
+
+
+def write_hf(table: pa.Table, path: Path) -> Path:
+    datasets.Dataset(table).save_to_disk(path, num_shards=2 if len(table) > 1 else 1)
+    return path
+
+
+WRITERS: list[Callable[[pa.Table, Path], Path]] = [write_parquet, write_parquet_folder, write_hf]
+every_format = pytest.mark.parametrize("write", WRITERS)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    datasets.disable_progress_bars()
+
+
+def read(path: Path, **columns: Any) -> list[Row | BadRow]:
+    return list(read_rows(path, defaults=SamplingParams(), columns=ColumnMap(**columns) if columns else None))
+
+
+def read_jsonl(records: list[dict[str, Any]], **columns: Any) -> list[Row | BadRow]:
+    data = b"\n".join(map(orjson.dumps, records))
+    return list(read_rows(io.BytesIO(data), defaults=SamplingParams(), columns=ColumnMap(**columns)))
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"id": "a", "prompt": "hi", "sampling_params": {"n": 2, "stop": ["x"]}, "task": "t", "other": 1},
+    {"id": "b", "input_ids": [1, 2, 3], "sampling_params": {"temperature": 0.5}},
+    {"id": "c", "messages": [*HELLO, {"role": "assistant", "content": "yes"}], "namespace": "n"},
+    {"prompt": "no id", "expected_new_tokens": 5},
+    {"id": "nothing"},
+    {"id": "two", "prompt": "x", "input_ids": [4]},
+]
+
+
+@every_format
+def test_every_format_gives_the_rows_of_the_json_lines(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Null columns and null fields of structs are as if they were not there."""
+    rows = read(write(pa.Table.from_pylist(RECORDS, schema=SCHEMA), tmp_path / "in"))
+    assert rows == read_jsonl(RECORDS)
+    assert [type(row) for row in rows] == [Row] * 4 + [BadRow] * 2
+
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "prompt": pa.string(),
+        "input_ids": pa.list_(pa.int32()),
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string(), "name": pa.string()})),
+        "sampling_params": pa.struct({"n": pa.int64(), "stop": pa.list_(pa.string()), "temperature": pa.float64()}),
+        "namespace": pa.string(),
+        "task": pa.string(),
+        "expected_new_tokens": pa.int16(),
+        "other": pa.int64(),
+    }
+)
+
+texts = st.text(st.characters(codec="utf-8"), max_size=6)
+records = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": texts,
+        "prompt": texts,
+        "input_ids": st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4),
+        "messages": st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "bot"]), "content": texts})),
+        "sampling_params": st.fixed_dictionaries({}, optional={"n": st.integers(0, 4), "temperature": st.floats(0, 3)}),
+        "task": texts,
+        "other": st.integers(0, 9),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(records, min_size=1, max_size=5))
+def test_any_rows_read_alike_from_parquet_and_json_lines(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
+) -> None:
+    path = write_parquet(pa.Table.from_pylist(records, schema=SCHEMA), tmp_path_factory.mktemp("in") / "in")
+    assert read(path, carry=("other",)) == read_jsonl(records, carry=("other",))
+
+
+@every_format
+def test_rows_are_numbered_over_all_files_and_batches(write: Callable[..., Path], tmp_path: Path) -> None:
+    texts = [f"p{number}" if number % 5 else "" for number in range(2500)]
+    rows = read(write(pa.table({"text": texts}), tmp_path / "in"), prompt_column="text")
+    assert [row.line for row in rows] == list(range(1, 2501))
+    assert [row.index for row in rows if isinstance(row, BadRow)] == list(range(0, 2500, 5))
+    assert [row.request.prompt for row in rows if isinstance(row, Row)] == [text for text in texts if text]
+
+
+@every_format
+def test_columns_are_named_and_carried(write: Callable[..., Path], tmp_path: Path) -> None:
+    table = pa.table({"key": [7, 8], "text": ["x", None], "label": ["l", None], "unread": [b"\xff", b""]})
+    first, second = read(write(table, tmp_path / "in"), id_column="key", template="Say {text}", carry=("label",))
+    assert isinstance(first, Row) and isinstance(second, BadRow)
+    assert (first.given_id, first.request.prompt, first.carried) == (7, "Say x", {"label": "l"})
+    assert (second.given_id, second.code, second.carried) == (8, "missing_column", {"label": None})
+
+
+@every_format
+def test_openai_rows_are_read_as_such_with_a_body_of_either_form(write: Callable[..., Path], tmp_path: Path) -> None:
+    body = {"messages": HELLO, "max_tokens": 5}
+    given = {"custom_id": ["a", "b"], "method": ["POST"] * 2, "url": ["/v1/chat/completions"] * 2}
+    for number, bodies in enumerate(([body, {"messages": HELLO}], [json.dumps(body)] * 2)):
+        rows = read(write(pa.table({**given, "body": bodies}), tmp_path / f"in{number}"))
+        assert [row.kind for row in rows if isinstance(row, Row)] == ["chat", "chat"]
+        assert [row.given_id for row in rows] == ["a", "b"]
+
+
+TYPES: list[tuple[pa.Array, object]] = [
+    (pa.array([b"\xff\x00"]), "/wA="),
+    (pa.array([decimal.Decimal("1.10")]), "1.10"),
+    (pa.array([datetime.datetime(2026, 1, 2, 3, 4, 5)]), "2026-01-02T03:04:05"),
+    (pa.array([1], pa.timestamp("ns")), "1970-01-01T00:00:00.000000001"),
+    (pa.array([datetime.date(2026, 1, 2)]), "2026-01-02"),
+    (pa.array([datetime.time(3, 4)]), "03:04:00"),
+    (pa.array([datetime.timedelta(seconds=90)]), 90.0),
+    (pa.array([math.nan]), None),
+    (pa.array([math.inf]), None),
+    (pa.array([0.5], pa.float16()), 0.5),
+    (pa.array([2**64 - 1], pa.uint64()), 2**64 - 1),
+    (pa.array(["a"]).dictionary_encode(), "a"),
+    (pa.array(["a"], pa.string_view()), "a"),
+    (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int32())), [["k", 1]]),
+    (pa.array([{"a": None, "b": {"c": b"x", "d": [None, 1.0]}}]), {"b": {"c": "eA==", "d": [None, 1.0]}}),
+    (pa.array([None], pa.null()), None),
+]
+
+
+@pytest.mark.parametrize(("column", "value"), TYPES, ids=lambda given: str(getattr(given, "type", "")))
+def test_values_that_json_does_not_have_are_carried_as_it_has_them(
+    tmp_path: Path, column: pa.Array, value: object
+) -> None:
+    path = write_parquet(pa.table({"prompt": ["x"], "it": column}), tmp_path / "in")
+    (row,) = read(path, carry=("it",))
+    assert row.carried == {"it": value}
+    assert orjson.loads(orjson.dumps(row.carried)) == row.carried
+
+
+def test_a_value_out_of_json_s_reach_is_a_bad_row_and_its_neighbours_run(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["x", "y", "z"], "when": pa.array([0, 2**62, 1], pa.timestamp("us"))})
+    rows = read(write_parquet(table, tmp_path / "in"), carry=("when",))
+    assert [type(row) for row in rows] == [Row, BadRow, Row]
+    assert isinstance(rows[1], BadRow) and (rows[1].code, rows[1].param) == ("not_json", "when")
+    assert isinstance(rows[2], Row) and rows[2].carried == {"when": "1970-01-01T00:00:00.000001"}
+
+
+def test_text_that_is_not_utf8_is_a_bad_row_and_its_neighbours_run(tmp_path: Path) -> None:
+    broken = pa.array([b"x", b"\xff", b"z"]).view(pa.string())
+    rows = read(write_parquet(pa.table({"prompt": broken}), tmp_path / "in"))
+    assert [row.code if isinstance(row, BadRow) else "good" for row in rows] == ["good", "not_json", "good"]
+
+
+# ---- what is refused
+
+
+@every_format
+def test_a_column_that_is_not_there_is_refused_at_once_naming_those_that_are(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write(pa.table({"text": ["x", "y"], "label": [1, 2]}), tmp_path / "in")
+    for flag, columns in (
+        ("--prompt-column", {"prompt_column": "txt"}),
+        ("--messages-column", {"messages_column": "txt"}),
+        ("--template", {"template": "{text}{txt}"}),
+        ("--id-column", {"id_column": "txt", "prompt_column": "text"}),
+        ("--carry", {"carry": ("txt",), "prompt_column": "text"}),
+    ):
+        with pytest.raises(ConfigError, match=rf"{flag}: -i .*in.* has no column 'txt'; it has 'label', 'text'"):
+            read_rows(path, defaults=SamplingParams(), columns=ColumnMap(**columns))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="name one with --prompt-column"):
+        read_rows(path, defaults=SamplingParams())
+
+
+def test_a_table_without_rows_is_a_workload_error_naming_it(tmp_path: Path) -> None:
+    path = write_parquet(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in")
+    with pytest.raises(WorkloadError, match=r"in\.parquet: has no rows"):
+        read(path)
+
+
+def test_a_dataset_of_several_splits_is_refused_naming_them(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_dict({"prompt": ["x"]})
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "in")
+    with pytest.raises(ConfigError, match=r"several splits; give that of one: test, train"):
+        read(tmp_path / "in")
+    assert len(read(tmp_path / "in" / "train")) == 1
+
+
+def test_a_dataset_with_an_index_over_its_files_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = write_hf(pa.table({"prompt": ["x", "y"]}), tmp_path / "in")
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(ConfigError, match="flatten_indices"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"_data_files": []}',
+        '{"_data_files": [3]}',
+        '{"_data_files": [{"filename": "../x.arrow"}]}',
+    ],
+)
+def test_a_dataset_whose_state_is_broken_is_a_config_error(tmp_path: Path, state: str) -> None:
+    path = write_hf(pa.table({"prompt": ["x"]}), tmp_path / "in")
+    (path / "state.json").write_text(state)
+    with pytest.raises(ConfigError, match=r"-i .*state\.json"):
+        read(path)
+
+
+def test_a_dataset_file_that_is_gone_is_a_config_error(tmp_path: Path) -> None:
+    path = write_hf(pa.table({"prompt": ["x", "y"]}), tmp_path / "in")
+    next(path.glob("*.arrow")).unlink()
+    with pytest.raises(ConfigError, match=r"-i .*arrow cannot be read"):
+        read(path)
+
+
+def write_arrow(path: Path, num_batches: int = 4) -> list[int]:
+    """A stream of batches, and where each of them ends."""
+    ends = []
+    table = pa.table({"prompt": [f"prompt {number}" for number in range(100)]})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        for _ in range(num_batches):
+            stream.write_table(table)
+            ends.append(file.tell())
+    return ends
+
+
+def test_an_arrow_file_that_was_cut_between_two_batches_is_not_taken_for_whole(tmp_path: Path) -> None:
+    path = tmp_path / "in.arrow"
+    ends = write_arrow(path)
+    assert len(read(path)) == 400
+    path.write_bytes(path.read_bytes()[: ends[1]])
+    with pytest.raises(ConfigError, match=r"in\.arrow cannot be read as a table: it was not written to its end"):
+        read(path)
+
+
+def test_an_arrow_file_that_is_corrupt_midway_stops_with_the_rows_before(tmp_path: Path) -> None:
+    path = tmp_path / "in.arrow"
+    ends = write_arrow(path)
+    data = bytearray(path.read_bytes())
+    data[ends[1] + 8 : ends[1] + 200] = bytes(192)
+    path.write_bytes(data)
+    rows = read_rows(path, defaults=SamplingParams())
+    with pytest.raises(WorkloadError, match=r"in\.arrow stopped after 200 rows"):
+        for number, row in enumerate(rows):
+            assert isinstance(row, Row) and number < 200
+
+
+@pytest.mark.parametrize("num_kept", [0, 3, 4, 50, -1])
+def test_a_parquet_file_that_is_cut_is_a_config_error(tmp_path: Path, num_kept: int) -> None:
+    path = write_parquet(pa.table({"prompt": ["x"] * 100}), tmp_path / "in")
+    path.write_bytes(path.read_bytes()[:num_kept])
+    with pytest.raises(ConfigError, match=r"-i .*in\.parquet cannot be read as a table"):
+        read(path)
+
+
+def test_a_parquet_page_that_is_corrupt_stops_with_the_rows_before(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    table = pa.table({"prompt": [f"prompt {number}" for number in range(4096)]})
+    pq.write_table(table, path, row_group_size=1024, use_dictionary=False, write_page_checksum=True)
+    at = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[at + 200] ^= 0xFF
+    path.write_bytes(data)
+    seen: list[Row | BadRow] = []
+    with pytest.raises(WorkloadError, match=r"in\.parquet stopped after 2048 rows"):
+        seen.extend(read_rows(path, defaults=SamplingParams()))
+    assert not seen or len(seen) == 2048
+
+
+def test_an_error_line_of_a_table_s_row_can_be_written(tmp_path: Path) -> None:
+    (row,) = read(write_parquet(pa.table({"prompt": [None], "b": [b"x"]}), tmp_path / "in"), carry=("b",))
+    assert isinstance(row, BadRow)
+    assert orjson.loads(orjson.dumps(render_error(row)))["carried"] == {"b": "eA=="}
+
+
+def test_a_forced_format_that_is_not_the_file_s_is_a_config_error(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt":"x"}\n')
+    for forced in ("parquet", "hf"):
+        source = open_input(str(path), spool_folder=None, input_format=forced)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"in\.jsonl cannot be read as a table"):
+            read_rows(source, defaults=SamplingParams())

@@ -1,0 +1,47 @@
+"""A signal is a request first, and an end later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from batchllm.offline.stop import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_where_signals_are_heeded_the_first_asks_the_second_insists_and_the_third_ends(number: signal.Signals) -> None:
+    with StopSignal(grace_s=30.0) as stop, stop.heeded():
+        assert not stop.is_set
+        os.kill(os.getpid(), number)
+        assert (stop.is_set, stop.name, stop.is_overdue) == (True, number.name, False)
+        os.kill(os.getpid(), number)
+        assert stop.is_overdue
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_a_signal_ends_at_once_where_nobody_heeds_it() -> None:
+    with StopSignal(grace_s=30.0) as stop:
+        with stop.heeded():
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set
+
+
+def test_what_runs_is_overdue_when_the_grace_is_over() -> None:
+    with StopSignal(grace_s=0.05) as stop, stop.heeded():
+        assert not stop.is_overdue
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.06)
+        assert stop.is_overdue
+
+
+def test_the_handlers_of_before_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignal(grace_s=1.0):
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
