@@ -87,7 +87,7 @@ class Prompts:
 
     Attributes:
         rows: The rows that can run.
-        row_of: Row of each sample. Shape ``[num_samples]``.
+        samples: The rows of ``table``.
         table: The prompt of each sample.
         bad: The rows that cannot run.
     """
@@ -108,4 +108,4 @@ class Prompts:
             is_out = ingest.load(ingest.take_pending(rows_of(args, source)), self.rows)
             spool.close()
         left: Int64Array | None = (~is_out).nonzero()[0] if is_out.any() else None
-        self.row_of, _, self.table = self.rows.sample_table(left)
+        self.samples, self.table = self.rows.sample_table(left)

@@ -18,7 +18,9 @@ def plan(args: argparse.Namespace, server_flags: list[str]) -> int:
     from batchllm.planner import explain, plan_batch
 
     prompts = Prompts(args)
-    batch_plan = plan_batch(prompts.table, page_size=args.page_size, namespaces=prompts.rows.namespaces(prompts.row_of))
+    batch_plan = plan_batch(
+        prompts.table, page_size=args.page_size, namespaces=prompts.rows.namespaces(prompts.samples)
+    )
     summary = explain(batch_plan, prompts.table)
     print(json.dumps(summary.to_dict(), indent=2) if args.json else summary.render())
     say_failed(prompts.bad, len(prompts.bad))

@@ -83,9 +83,7 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: Path, st
     with ExitStack() as stack:
         journal = stack.enter_context(_open_journal(args, server_flags, folder, source))
         num_before = journal.num_rows
-        outputs = stack.enter_context(
-            Outputs(args.output, errors_path=args.errors, order=args.order, journal=journal)
-        )
+        outputs = stack.enter_context(Outputs(args.output, errors_path=args.errors, order=args.order, journal=journal))
         progress = stack.enter_context(
             Progress(
                 None,

@@ -96,7 +96,7 @@ def _workload_of(args: argparse.Namespace) -> Any:
     say_failed(prompts.bad, len(prompts.bad))
     if not len(prompts.table):
         raise ConfigError(f"-i {args.input}: no row can run")
-    limits = prompts.rows.max_new_len[prompts.row_of].astype(np.int64)
-    hints = prompts.rows.known_len[prompts.row_of].astype(np.int64)
+    limits = prompts.rows.max_new_len[prompts.samples.all_rows()].astype(np.int64)
+    hints = prompts.rows.known_len[prompts.samples.all_rows()].astype(np.int64)
     known = np.minimum(np.where(hints > 0, hints, limits), limits)
     return SimWorkload.from_lengths(args.input, prompts.table, known, max_new_len=limits, known_len=known)

@@ -71,8 +71,8 @@ class ColumnMap:
 
     def columns(self) -> frozenset[str]:
         """Every column that may be read; no other one needs to be loaded."""
-        named = {name for _, name in self._named()}
-        return frozenset(named | (ROW_FIELDS if self.names_prompt else ROW_FIELDS | OPENAI_FIELDS))
+        fields = _OTHER_FIELDS if self.names_prompt else ROW_FIELDS | OPENAI_FIELDS
+        return fields.union(name for _, name in self._named())
 
     def check_columns(self, there: Collection[str], where: str) -> None:
         """Checks a table's columns before any row is read.

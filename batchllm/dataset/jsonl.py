@@ -99,10 +99,12 @@ def _parse_lines(stream: BinaryIO) -> Iterator[tuple[int, _Record]]:
         data = raw.removeprefix(_BOM) if line == 1 else raw
         if data.isspace() or not data:
             continue
+        record: _Record
         try:
-            yield line, _parse_object(data)
+            record = _parse_object(data)
         except RowError as error:
-            yield line, BrokenRecord(error, looks_openai=b'"custom_id"' in data)
+            record = BrokenRecord(error, looks_openai=b'"custom_id"' in data)
+        yield line, record
 
 
 class _Reader:
@@ -136,7 +138,7 @@ class _Reader:
             if isinstance(record, BrokenRecord):
                 raise record.error
             self._kind = kind = _kind_of(record, columns)
-            id_column = columns.id_column if columns is not None else None
+            id_column = None if columns is None else columns.id_column
             if kind == "plain":
                 given_id = _checked_id(record, id_column or "id", None if id_column else str(index))
                 if columns is not None:
@@ -260,6 +262,8 @@ def _checked_id(record: dict[str, Any], name: str, absent: str | None) -> str | 
                 param=name,
             )
         return absent
+    if type(given) is str and given:
+        return given
     if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
         raise RowError(
             f"{name} must be a non-empty string or an integer up to 64 bits, not {show(given)}",

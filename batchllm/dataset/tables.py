@@ -57,6 +57,8 @@ def open_table(source: Input, columns: ColumnMap) -> Iterator[_Record]:
     for path in source.local_paths:
         try:
             names = schema_of(path).names
+            if len(set(names)) < len(names):
+                raise ValueError("two of its columns have one name")
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise ConfigError(f"{source.flag} {source.name}: {path.name} cannot be read as a table: {error}") from error
         columns.check_columns(names, f"{source.flag} {source.name}")

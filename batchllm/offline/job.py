@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
 from batchllm.offline.job_rows import Int64Array, JobRows
@@ -49,7 +50,7 @@ _NOTHING = FinishedSamples(rows=[], samples=[], completions=[])
 
 
 def _give_memory_back() -> None:
-    """What a plan of millions of rows needed for a moment; the C library would keep it for this process."""
+    """What millions of rows needed for a moment; the C library would keep it for this process."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
@@ -94,7 +95,8 @@ class Job:
         self.is_stopping = False
         self.stats = JobStats()
         started = time.perf_counter()
-        self._row_of, self._sample_of, self._table = rows.sample_table(subset)
+        _give_memory_back()
+        self._samples, self._table = rows.sample_table(subset)
         self._plan = self._make_plan(group_order)
         _give_memory_back()
         self.stats.plan_s = time.perf_counter() - started
@@ -103,12 +105,12 @@ class Job:
 
     def _make_plan(self, group_order: GroupOrder) -> BatchPlan:
         rows = self._rows
-        known, limit = rows.known_len[self._row_of], rows.max_new_len[self._row_of]
+        known, limit = self._of_samples(rows.known_len), self._of_samples(rows.max_new_len)
         return plan_batch(
             self._table,
             page_size=self._runtime.info.page_size,
-            namespaces=rows.namespaces(self._row_of),
-            decode_lens=np.where(known > 0, known, limit).astype(np.int64),
+            namespaces=rows.namespaces(self._samples),
+            decode_lens=np.where(known > 0, known, limit),
             group_order=group_order,
         )
 
@@ -117,9 +119,9 @@ class Job:
         cutter = RunCutter(
             self._plan,
             self._table,
-            rows.max_new_len[self._row_of],
-            rows.known_len[self._row_of],
-            rows.task(self._row_of),
+            self._of_samples(rows.max_new_len),
+            self._of_samples(rows.known_len),
+            rows.task(self._samples.all_rows()),
         )
         return Feeder(
             cutter,
@@ -127,6 +129,11 @@ class Job:
             self._max_run_requests,
             max_in_flight=self._max_in_flight,
         )
+
+    def _of_samples(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Of each sample the value of its row."""
+        row_of = self._samples.row_of
+        return values if row_of is None else values[row_of]
 
     async def run(self) -> AsyncGenerator[FinishedSamples, None]:
         """Run the batch.
@@ -175,12 +182,13 @@ class Job:
 
     def rows_in_flight(self) -> Int64Array:
         """Rows with samples that have been submitted and have not finished, ascending."""
-        return np.unique(self._row_of[self._plan.order[self._feeder.positions_in_flight()]])
+        return np.unique(self._samples.rows(self._plan.order[self._feeder.positions_in_flight()]))
 
     def _with_sampling(self, run: PlannedRun) -> RunRequests:
         """The run with only the sampling parameters that occur in it."""
         rows = self._rows
-        row_numbers = self._row_of[run.request_row]
+        row_numbers = self._samples.rows(run.request_row)
+        samples = self._samples.samples(run.request_row)
         used, place = np.unique(rows.kind(row_numbers), return_inverse=True)
         numbers = rows.namespace(row_numbers)
         names = rows.namespace_names
@@ -189,10 +197,7 @@ class Job:
             run=run,
             sampling=tuple(rows.kinds[kind] for kind in used.tolist()),
             sampling_index=place.tolist(),
-            seeds=[
-                seed_of(row, sample)
-                for row, sample in zip(row_numbers.tolist(), self._sample_of[run.request_row].tolist(), strict=True)
-            ],
+            seeds=[seed_of(row, sample) for row, sample in zip(row_numbers.tolist(), samples.tolist(), strict=True)],
             namespaces=[names[number] for number in numbers.tolist()] if numbers.any() else None,
         )
 
@@ -206,7 +211,7 @@ class Job:
         if self.steps is not None:
             self.steps.append(finished.steps)
         table_rows = self._plan.order[finished.positions]
-        rows, samples = self._row_of[table_rows].tolist(), self._sample_of[table_rows].tolist()
+        rows, samples = self._samples.rows(table_rows).tolist(), self._samples.samples(table_rows).tolist()
         completions = finished.completions
         if self.is_stopping:  # what was withdrawn has not been answered
             kept = [i for i, completion in enumerate(completions) if completion.finish_reason != "abort"]

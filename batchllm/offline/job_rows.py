@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -53,6 +53,33 @@ _OF_THE_ROW = ("max_new_tokens", "n", "seed")
 _kind_of = attrgetter(*(field.name for field in fields(SamplingParams) if field.name not in _OF_THE_ROW))
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Rows of a token table: of which row of the job is each, and which of its samples?
+
+    Attributes:
+        row_of: Row number of each, int64[num_samples]; None where it is the row of that number.
+        sample_of: Which of its row's samples each is, int64[num_samples]; None where all are the first.
+        num_samples: How many there are.
+    """
+
+    row_of: Int64Array | None
+    sample_of: Int64Array | None
+    num_samples: int
+
+    def all_rows(self) -> Int64Array:
+        """Row number of every row of the table."""
+        return np.arange(self.num_samples, dtype=np.int64) if self.row_of is None else self.row_of
+
+    def rows(self, table_rows: Int64Array) -> Int64Array:
+        """Row numbers of these rows of the table."""
+        return table_rows if self.row_of is None else self.row_of[table_rows]
+
+    def samples(self, table_rows: Int64Array) -> Int64Array:
+        """Which of its row's samples each of these is."""
+        return np.zeros(len(table_rows), np.int64) if self.sample_of is None else self.sample_of[table_rows]
+
+
 class JobRows:
     """Rows in the order they were added, numbered from 0.
 
@@ -86,29 +113,32 @@ class JobRows:
         self._namespace_ids: dict[str, int] = {"": 0}
         # What many rows have in common stands once: (kind, samples, task, namespace), and of each row which of these.
         self._group_ids: dict[tuple[int, int, int, int], int] = {}
-        self._group = array("i")
-        self._index = array("i")
-        self._max_new_len = array("i")
-        self._known_len = array("i")
-        self._seed: array[int] | None = None  # until a row names one
+        self._group = _Column(np.int32)
+        self._max_new_len = _Column(np.int32)
+        self._known_len = _Column(np.int32)
+        self._seed = _Column(np.int64)
+        self._shift = _Column(np.int32)  # a row's place in the input, less its number
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._group)
 
     @property
     def index(self) -> npt.NDArray[np.int32]:
         """Position in the input of each row. Shape ``[num_rows]``."""
-        return np.frombuffer(self._index, np.int32)
+        index: npt.NDArray[np.int32] = np.arange(len(self), dtype=np.int32) + self._shift.values
+        return index
 
     @property
     def max_new_len(self) -> npt.NDArray[np.int32]:
         """Most tokens that each row may generate. Shape ``[num_rows]``."""
-        return np.frombuffer(self._max_new_len, np.int32)
+        values: npt.NDArray[np.int32] = self._max_new_len.values
+        return values
 
     @property
     def known_len(self) -> npt.NDArray[np.int32]:
         """Tokens that each row will generate, 0 where that is not known. Shape ``[num_rows]``."""
-        return np.frombuffer(self._known_len, np.int32)
+        values: npt.NDArray[np.int32] = self._known_len.values
+        return values
 
     def kind(self, rows: Int64Array) -> npt.NDArray[np.int32]:
         """Which of `kinds` these rows are sampled by."""
@@ -132,7 +162,8 @@ class JobRows:
 
     def _of_group(self, column: int, rows: Int64Array) -> npt.NDArray[np.int32]:
         groups = np.array(list(self._group_ids), np.int32).reshape(-1, 4)
-        return groups[np.frombuffer(self._group, np.int32)[rows], column]
+        values: npt.NDArray[np.int32] = groups[self._group.values[rows], column]
+        return values
 
     @property
     def namespace_names(self) -> list[str]:
@@ -172,28 +203,27 @@ class JobRows:
         self.store.extend(np.frombuffer(b"".join(kept), np.int32), np.array(lens, np.int64))
         return errors
 
-    def sample_table(self, subset: Int64Array | None = None) -> tuple[Int64Array, npt.NDArray[np.int32], TokenTable]:
+    def sample_table(self, subset: Int64Array | None = None) -> tuple[Samples, TokenTable]:
         """Every sample of these rows as a row of a token table.
 
         Args:
             subset: Row numbers; None for all.
 
         Returns:
-            Of each sample its row and which sample of that row it is, and the table. Not a copy where each row of the
-            job is one sample.
+            Which sample each row of the table is, and the table; not a copy where it holds every row of the job once.
         """
-        chosen = np.arange(len(self), dtype=np.int64) if subset is None else subset
         if self.has_one_sample():
-            return chosen, np.zeros(len(chosen), np.int32), self.store.table(subset)
+            return Samples(subset, None, len(self) if subset is None else len(subset)), self.store.table(subset)
+        chosen = np.arange(len(self), dtype=np.int64) if subset is None else subset
         num_samples = self.num_samples(chosen)
         row_of = np.repeat(chosen, num_samples)
         first = np.cumsum(num_samples, dtype=np.int64) - num_samples
-        sample = (np.arange(len(row_of)) - np.repeat(first, num_samples)).astype(np.int32)
-        return row_of, sample, self.store.table(row_of)
+        sample_of = np.arange(len(row_of)) - np.repeat(first, num_samples)
+        return Samples(row_of, sample_of, len(row_of)), self.store.table(row_of)
 
-    def namespaces(self, row_of: Int64Array) -> Int64Array | None:
-        """Number of the namespace of each of these rows; None where all rows are in the default one."""
-        return self.namespace(row_of).astype(np.int64) if len(self.namespace_names) > 1 else None
+    def namespaces(self, samples: Samples) -> Int64Array | None:
+        """Number of the namespace of each of these samples; None where all rows are in the default one."""
+        return self.namespace(samples.all_rows()).astype(np.int64) if len(self.namespace_names) > 1 else None
 
     def sample_seed(self, row: int, sample: int) -> int:
         """Seed of one sample: what the row says, and something of its own for every further sample.
@@ -201,10 +231,10 @@ class JobRows:
         It depends on the row's position in the input, not on what else runs, so that a job that is run in parts draws
         what it would have drawn in one.
         """
-        seed = NO_SEED if self._seed is None else self._seed[row]
+        seed = self._seed[row]
         if seed != NO_SEED and sample == 0:
             return seed
-        text = f"{seed},{sample}" if seed != NO_SEED else f"{self._info.random_seed},{self._index[row]},{sample}"
+        text = f"{seed},{sample}" if seed != NO_SEED else f"{self._info.random_seed},{row + self._shift[row]},{sample}"
         return xxhash.xxh64_intdigest(text.encode()) >> 1
 
     def _check(self, request: Request, ids: Sequence[int]) -> None:
@@ -244,11 +274,8 @@ class JobRows:
             self._namespace_ids.setdefault(request.namespace, len(self._namespace_ids)),
         )
         self._group.append(self._group_ids.setdefault(group, len(self._group_ids)))
-        if sampling.seed is not None and self._seed is None:
-            self._seed = array("q", [NO_SEED]) * len(self._index)
-        if self._seed is not None:
-            self._seed.append(NO_SEED if sampling.seed is None else sampling.seed)
-        self._index.append(request.index)
+        self._seed.append(NO_SEED if sampling.seed is None else sampling.seed)
+        self._shift.append(request.index - len(self._shift))
         self._max_new_len.append(limit)
         self._known_len.append(limit if sampling.has_known_len else request.expected_new_tokens or 0)
 
@@ -257,7 +284,8 @@ class JobRows:
         if is_determined(sampling):
             seed = NO_SEED if is_greedy(sampling) or sampling.seed is None else sampling.seed
             # The group holds the task too, which says nothing of the answer: rows of two tasks are not found alike.
-            self._identical.append(ids.tobytes(), self._group[-1], self._max_new_len[-1], seed)
+            last = len(self) - 1
+            self._identical.append(ids.tobytes(), self._group[last], self._max_new_len[last], seed)
         else:
             self._identical.append_single()
 
@@ -268,6 +296,40 @@ class JobRows:
             found = self._kind_ids[key] = len(self.kinds)
             self.kinds.append(replace(sampling, n=1, seed=None))
         return found
+
+
+class _Column:
+    """A number per row; while all are the same it costs nothing, however many rows there are."""
+
+    def __init__(self, dtype: type[np.signedinteger[Any]]) -> None:
+        self._dtype = dtype
+        self._same = 0
+        self._len = 0
+        self._array: array[int] | None = None
+
+    def append(self, value: int) -> None:
+        if self._array is not None:
+            self._array.append(value)
+        elif value == self._same:
+            self._len += 1
+        elif self._len == 0:
+            self._same, self._len = value, 1
+        else:
+            self._array = array(np.dtype(self._dtype).char, [self._same]) * self._len
+            self._array.append(value)
+
+    def __len__(self) -> int:
+        return self._len if self._array is None else len(self._array)
+
+    def __getitem__(self, row: int) -> int:
+        return self._same if self._array is None else self._array[row]
+
+    @property
+    def values(self) -> npt.NDArray[Any]:
+        """Not to be written to. Shape ``[num_rows]``."""
+        if self._array is None:
+            return np.broadcast_to(self._dtype(self._same), self._len)
+        return np.frombuffer(self._array, self._dtype)
 
 
 def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:

@@ -131,6 +131,7 @@ class Runner:
                 job_rows, works = self._take_in(ingest, chain([first], pending))
             self.num_rows = ingest.num_rows
             self._progress.set_num_rows(ingest.num_rows)
+            self._journal.note("num_rows", ingest.num_rows)
             self._recorder.commit()
             if first is not None:
                 self._run_works(job_rows, works)

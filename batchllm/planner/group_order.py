@@ -40,13 +40,14 @@ GROUP_ORDERS: tuple[GroupOrder, ...] = get_args(GroupOrder)
 DEFAULT_GROUP_ORDER: GroupOrder = "balanced"
 
 Float64Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.integer]
 
 # In the kernels an *element* is a node, by its number, or the prompt at old position i, as number
 # num_nodes + i. The siblings below node v are siblings[start[v + 1] : start[v + 2]], so the root,
 # -1, has the first slice. Prompts that end at a node are no siblings: they stay where they are.
 
 
-def order_groups(tree: PrefixTree, prompt_lens: Int64Array, decode_lens: Int64Array, order: GroupOrder) -> PrefixTree:
+def order_groups(tree: PrefixTree, prompt_lens: Integers, decode_lens: Integers, order: GroupOrder) -> PrefixTree:
     """The same tree with the siblings of every node in another order.
 
     Linear in prompts and nodes, plus sorting each node's siblings; any depth. Ratios are compared as
@@ -54,8 +55,8 @@ def order_groups(tree: PrefixTree, prompt_lens: Int64Array, decode_lens: Int64Ar
 
     Args:
         tree: A prefix tree; it is not changed, and returned itself if nothing is to move.
-        prompt_lens: Tokens of each row's prompt, int64[num_prompts].
-        decode_lens: Tokens each row is expected to generate, at least 1, int64[num_prompts].
+        prompt_lens: Tokens of each row's prompt, int[num_prompts].
+        decode_lens: Tokens each row is expected to generate, at least 1, int[num_prompts].
         order: One of `GROUP_ORDERS`.
 
     Raises:
@@ -67,27 +68,40 @@ def order_groups(tree: PrefixTree, prompt_lens: Int64Array, decode_lens: Int64Ar
     _check_decode_lens(decode_lens, len(tree.order))
     if order == "lexicographic":
         return tree
-    deepest = deepest_prefix(tree.parent, tree.first, tree.num_prompts, len(tree.order))
-    owner = np.concatenate([tree.parent, deepest])
+    owner = np.concatenate([tree.parent, deepest_prefix(tree.parent, tree.first, tree.num_prompts, len(tree.order))])
+    own_tokens = np.concatenate([tree.depth, prompt_lens.astype(np.int32, copy=False)[tree.order]])
     # -1 as an index is the zero at the end: the root has no tokens.
-    start_len = np.append(tree.depth, np.int32(0))[owner]
-    end_len = np.concatenate([tree.depth, prompt_lens[tree.order]])
-    own_tokens = (end_len - start_len).astype(np.int64)
+    own_tokens -= np.append(tree.depth, np.int32(0))[owner]
     # A prompt with no token of its own ends at its node.
     start, siblings = _siblings(owner, own_tokens > 0, tree)
     if order != "input":
-        tokens = _subtree_sums(owner, own_tokens)
-        own_decode = np.append(np.zeros(len(tree.depth), np.int64), decode_lens[tree.order].astype(np.int64))
-        decode = _subtree_sums(owner, own_decode)
-        # Ended prompts are never compared; they only must not divide by zero.
-        rank = tokens.astype(np.float64) if order == "paper" else -(decode / np.maximum(tokens, 1))
-        _sort_siblings(start, siblings, rank)
-        if order == "balanced":
-            _balance_siblings(start, siblings, tokens, decode)
+        own_decode = np.append(np.zeros(len(tree.depth), decode_lens.dtype), decode_lens[tree.order])
+        _sort(start, siblings, owner, own_tokens, own_decode, order)
     return _rearranged(tree, owner, start, siblings)
 
 
-def _check_decode_lens(decode_lens: Int64Array, num_prompts: int) -> None:
+def _sort(
+    start: Int64Array,
+    siblings: Int64Array,
+    owner: Int32Array,
+    own_tokens: Int32Array,
+    own_decode: npt.NDArray[np.integer],
+    order: GroupOrder,
+) -> None:
+    """Put each node's siblings in order. A function of its own: what it needs is large, and freed at its end."""
+    tokens = _subtree_sums(owner, own_tokens.astype(np.int64))
+    decode = _subtree_sums(owner, own_decode.astype(np.int64))
+    # Ended prompts are never compared; they only must not divide by zero.
+    rank = tokens.astype(np.float64)
+    if order != "paper":
+        np.maximum(rank, 1.0, out=rank)
+        np.divide(-decode, rank, out=rank)
+    _sort_siblings(start, siblings, rank)
+    if order == "balanced":
+        _balance_siblings(start, siblings, tokens, decode)
+
+
+def _check_decode_lens(decode_lens: Integers, num_prompts: int) -> None:
     if decode_lens.shape != (num_prompts,) or not np.issubdtype(decode_lens.dtype, np.integer):
         raise WorkloadError(
             f"decode_lens must be {num_prompts} integers, not {decode_lens.dtype} of shape {decode_lens.shape}"
@@ -134,12 +148,11 @@ def _siblings_by_row(
 
 @njit(cache=True)
 def _subtree_sums(owner: Int32Array, values: Int64Array) -> Int64Array:
-    """Sum of ``values`` over each element and all below it. Parents come before children."""
-    sums = values.copy()
-    for element in range(len(sums) - 1, -1, -1):
+    """Sum of ``values`` over each element and all below it, in their place. Parents come before children."""
+    for element in range(len(values) - 1, -1, -1):
         if owner[element] >= 0:
-            sums[owner[element]] += sums[element]
-    return sums
+            values[owner[element]] += values[element]
+    return values
 
 
 @njit(cache=True)

@@ -7,6 +7,7 @@ Invariant: the same prompts and the same arguments give the same plan, byte for 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 from batchllm.errors import WorkloadError
@@ -21,7 +22,7 @@ def plan_batch(
     *,
     page_size: int = 1,
     namespaces: Int64Array | None = None,
-    decode_lens: Int64Array | None = None,
+    decode_lens: npt.NDArray[np.integer] | None = None,
     group_order: GroupOrder = "lexicographic",
 ) -> BatchPlan:
     """Plan a whole job: order the prompts and name every prefix worth keeping. Validated.
@@ -32,7 +33,7 @@ def plan_batch(
         table: The prompts; none may be empty. No rows give an empty plan.
         page_size: Tokens of a KV page; only whole pages are shared.
         namespaces: int[num_prompts]; prompts of different namespaces never share.
-        decode_lens: Tokens each row is expected to generate, at least 1, int64[num_prompts]. None: 1
+        decode_lens: Tokens each row is expected to generate, at least 1, int[num_prompts]. None: 1
             each. They only matter to some group orders.
         group_order: Which of the groups that start at one prefix runs first. Does not change what is
             shared.
@@ -46,8 +47,9 @@ def plan_batch(
         raise WorkloadError(f"page_size must be at least 1, not {page_size}")
     if decode_lens is None:
         decode_lens = np.ones(len(table), np.int64)
-    tree = order_groups(build_prefix_tree(table, namespaces), table.lengths, decode_lens, group_order)
-    plan = _whole_pages(tree, table.lengths[tree.order].astype(np.int32), page_size)
+    prompt_lens = table.lengths.astype(np.int32)
+    tree = order_groups(build_prefix_tree(table, namespaces), prompt_lens, decode_lens, group_order)
+    plan = _whole_pages(tree, prompt_lens[tree.order], page_size)
     plan.validate(namespaces=namespaces)
     return plan
 

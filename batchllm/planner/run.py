@@ -90,7 +90,7 @@ class RunCutter:
         self.known_len = no_known_len if known_len is None else known_len.astype(np.int32, copy=False)[plan.order]
         self.task = np.full(len(plan.order), -1, np.int32) if task is None else task[plan.order]
         self.prompt_len = plan.prompt_lens
-        total_len = self.prompt_len + self.max_new_len.astype(np.int64)
+        total_len: Int64 = np.add(self.prompt_len, self.max_new_len, dtype=np.int64)
         self.longest_consumer_len = _max_over_ranges(total_len, plan.first, plan.num_consumers)
         # An output that may end anywhere counts little: a window too long costs nothing, too short a one an idle pool.
         self.kv_cost = plan.computed_lens() + np.maximum(self.known_len, 1)

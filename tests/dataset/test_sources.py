@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import http.server
@@ -9,7 +10,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,26 +289,51 @@ def test_a_url_may_be_a_directory_of_parquet_files(tmp_path: Path, memory: Any) 
         assert len(os.listdir(tmp_path)) == 1
 
 
-def test_a_url_of_a_web_server_is_copied(tmp_path: Path) -> None:
-    (tmp_path / "served").mkdir()
-    write(tmp_path / "served" / "in.jsonl", LINES)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(tmp_path / "served"))
+@contextlib.contextmanager
+def serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A web server on this machine; gives its URL."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            url = f"http://127.0.0.1:{server.server_port}"
-            assert ids_of(open_input(f"{url}/in.jsonl", spool_folder=tmp_path / "spool")) == ALL_IDS
-            with pytest.raises(ConfigError, match=rf"-i {url}/none: cannot be read"):
-                open_input(f"{url}/none", spool_folder=tmp_path / "spool")
+            yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
+
+
+class Folder(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class HangsUp(Folder):
+    """Promises more than it sends."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(LINES)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(LINES[: len(LINES) // 2])
+        self.close_connection = True
+
+
+def test_a_url_of_a_web_server_is_copied(tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    write(tmp_path / "served" / "in.jsonl", LINES)
+    with serving(functools.partial(Folder, directory=str(tmp_path / "served"))) as url:
+        assert ids_of(open_input(f"{url}/in.jsonl", spool_folder=tmp_path / "spool")) == ALL_IDS
+        with pytest.raises(ConfigError, match=rf"-i {url}/none: cannot be read"):
+            open_input(f"{url}/none", spool_folder=tmp_path / "spool")
+
+
+def test_a_copy_that_breaks_off_midway_leaves_nothing(tmp_path: Path) -> None:
+    with serving(HangsUp) as url, pytest.raises(ConfigError, match=rf"-i {url}/in\.jsonl: cannot be read"):
+        open_input(f"{url}/in.jsonl", spool_folder=tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ RECORDS: list[dict[str, Any]] = [
     {"prompt": "no id", "expected_new_tokens": 5},
     {"id": "nothing"},
     {"id": "two", "prompt": "x", "input_ids": [4]},
+    {"custom_id": "o", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}},
 ]
 
 
@@ -79,7 +80,7 @@ def test_every_format_gives_the_rows_of_the_json_lines(write: Callable[..., Path
     """Null columns and null fields of structs are as if they were not there."""
     rows = read(write(pa.Table.from_pylist(RECORDS, schema=SCHEMA), tmp_path / "in"))
     assert rows == read_jsonl(RECORDS)
-    assert [type(row) for row in rows] == [Row] * 4 + [BadRow] * 2
+    assert [type(row) for row in rows] == [Row] * 4 + [BadRow] * 2 + [Row]
 
 
 SCHEMA = pa.schema(
@@ -93,6 +94,10 @@ SCHEMA = pa.schema(
         "task": pa.string(),
         "expected_new_tokens": pa.int16(),
         "other": pa.int64(),
+        "custom_id": pa.string(),
+        "method": pa.string(),
+        "url": pa.string(),
+        "body": pa.struct({"prompt": pa.string(), "max_tokens": pa.int64()}),
     }
 )
 
@@ -213,6 +218,19 @@ def test_a_column_that_is_not_there_is_refused_at_once_naming_those_that_are(
         read_rows(path, defaults=SamplingParams())
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"in.{suffix}"
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["prompt", "prompt"])
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(ConfigError, match=rf"in\.{suffix} cannot be read as a table: two of its columns have one name"):
+        read(path)
+
+
 def test_a_table_without_rows_is_a_workload_error_naming_it(tmp_path: Path) -> None:
     path = write_parquet(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in")
     with pytest.raises(WorkloadError, match=r"in\.parquet: has no rows"):
@@ -281,6 +299,16 @@ def test_an_arrow_file_that_was_cut_between_two_batches_is_not_taken_for_whole(t
         read(path)
 
 
+def test_an_arrow_file_with_an_end_in_its_middle_is_not_taken_for_whole(tmp_path: Path) -> None:
+    path = tmp_path / "in.arrow"
+    ends = write_arrow(path)
+    data = bytearray(path.read_bytes())
+    data[ends[1] + 4 : ends[1] + 8] = bytes(4)  # the length of the third batch
+    path.write_bytes(data)
+    with pytest.raises(WorkloadError, match=r"in\.arrow stopped after 200 rows: it ends before its file does"):
+        read(path)
+
+
 def test_an_arrow_file_that_is_corrupt_midway_stops_with_the_rows_before(tmp_path: Path) -> None:
     path = tmp_path / "in.arrow"
     ends = write_arrow(path)
@@ -301,18 +329,29 @@ def test_a_parquet_file_that_is_cut_is_a_config_error(tmp_path: Path, num_kept: 
         read(path)
 
 
-def test_a_parquet_page_that_is_corrupt_stops_with_the_rows_before(tmp_path: Path) -> None:
-    path = tmp_path / "in.parquet"
-    table = pa.table({"prompt": [f"prompt {number}" for number in range(4096)]})
-    pq.write_table(table, path, row_group_size=1024, use_dictionary=False, write_page_checksum=True)
-    at = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
-    data = bytearray(path.read_bytes())
-    data[at + 200] ^= 0xFF
-    path.write_bytes(data)
-    seen: list[Row | BadRow] = []
+def write_damaged_parquet(path: Path, column: int) -> Path:
+    """Four blocks of 1024 rows; in the third one, a letter of that column is another one."""
+    texts = [f"prompt {number}" for number in range(4096)]
+    options: dict[str, Any] = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    pq.write_table(pa.table({"prompt": texts, "unread": texts}), path, row_group_size=1024, **options)
+    at = pq.ParquetFile(path).metadata.row_group(2).column(column).data_page_offset
+    data = path.read_bytes()
+    at = data.index(b"prompt", at + 500)  # behind the header of the page
+    path.write_bytes(data[:at] + b"q" + data[at + 1 :])
+    return path
+
+
+def test_a_parquet_page_that_is_not_what_was_written_stops_with_the_rows_before(tmp_path: Path) -> None:
+    """Where the file has checksums: without them, a letter that has changed is a letter."""
+    rows = read_rows(write_damaged_parquet(tmp_path / "in.parquet", 0), defaults=SamplingParams())
+    assert [next(rows).line for _ in range(2048)] == list(range(1, 2049))
     with pytest.raises(WorkloadError, match=r"in\.parquet stopped after 2048 rows"):
-        seen.extend(read_rows(path, defaults=SamplingParams()))
-    assert not seen or len(seen) == 2048
+        next(rows)
+
+
+def test_columns_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
+    assert len(read(write_damaged_parquet(tmp_path / "in.parquet", 1))) == 4096
+    assert len(read(write_damaged_parquet(tmp_path / "in.parquet", 0), prompt_column="unread")) == 4096
 
 
 def test_an_error_line_of_a_table_s_row_can_be_written(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from batchllm.errors import BatchLLMError, JournalError
 from batchllm.offline.fingerprint import Fingerprint
-from batchllm.offline.job_folder import read_status
+from batchllm.offline.job_status import read_status
 from batchllm.offline.journal import Journal
 
 LINE = b"x" * 3_000
