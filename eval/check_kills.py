@@ -47,7 +47,7 @@ class Job:
         """Start the driver, by the same command every time."""
         command = [
             *(sys.executable, "-m", "batchllm", "run", "-i", str(self.input), "-o", str(self.out)),
-            *("--max-total-tokens", "4096", "--random-seed", "3"),
+            *("--max-total-tokens", "8192", "--random-seed", "3"),
         ]
         temporary = self.folder / "tmp"
         temporary.mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ class Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -177,7 +177,7 @@ def _write_rows(path: Path, num_rows: int) -> None:
     with path.open("w") as file:
         for i in range(num_rows):
             ids = groups[i % len(groups)] + [rng.randrange(10, 4000) for _ in range(16)]
-            sampling = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
+            sampling = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
             file.write(json.dumps({"id": str(i), "input_ids": ids, "sampling_params": sampling}) + "\n")
 
 
