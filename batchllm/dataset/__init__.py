@@ -7,11 +7,11 @@ INVARIANT: a bad row is data, never an exception that stops the others.
 """
 
 from batchllm.dataset.column_map import ColumnMap
-from batchllm.dataset.jsonl import read_rows
 from batchllm.dataset.limits import check_prompt_len, check_token_ids, fit_max_new_tokens
 from batchllm.dataset.records import BadRow, Row, RowHead, RowKind, reject
 from batchllm.dataset.responses import find_abort, render_error, render_success
 from batchllm.dataset.row_ids import RowIds, duplicate_error
+from batchllm.dataset.rows import read_rows
 from batchllm.dataset.sampling import parse_sampling
 from batchllm.dataset.sources import Input, InputFormat, open_input
 from batchllm.dataset.writers import check_writable

@@ -168,6 +168,12 @@ def token_ids(name: str, value: object) -> array[int]:
         raise _bad_ids(name, f"{name} must be a list of token ids, not {show(value)}")
     if not value:
         raise RowError(f"{name} is empty; give at least one token id", code="empty_prompt", param=name)
+    try:
+        ids = array("i", value)
+        if min(ids) > 1:  # no bool is among them: it would have become 0 or 1
+            return ids
+    except (TypeError, OverflowError):
+        pass  # what follows says which item it is
     if set(map(type, value)) != {int}:  # exact type: a bool is an int to isinstance
         at, item = next((i, v) for i, v in enumerate(value) if type(v) is not int)
         raise _bad_ids(name, f"{name}[{at}] must be a token id, not {show(item)}")
