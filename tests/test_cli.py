@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
@@ -95,6 +98,49 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["num_prefill_tokens"] == numbers["num_computed_prompt_tokens"]
     assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.engine
+def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(tmp_path: Path) -> None:
+    """SIGKILL of the scheduler: another engine takes over. SIGTERM: what runs is finished; the same command goes on."""
+    ids = [[100 + i % 11, 7, 8, 9, 1000 + i] for i in range(2000)]
+    sampling = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
+    rows = [{"id": str(i), "input_ids": row, "sampling_params": sampling} for i, row in enumerate(ids)]
+    source, out, progress = _write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", tmp_path / "progress.jsonl"
+    flags = ("run", "-i", source, "-o", out, "--progress-file", progress, "--max-total-tokens", "2048")
+    with _start(*flags) as driver:
+        _wait_for(progress, driver, lambda told: told["num_done"] > 100)
+        scheduler = next(c for c in psutil.Process(driver.pid).children() if "scheduler" in " ".join(c.cmdline()))
+        scheduler.kill()
+        _wait_for(progress, driver, lambda told: told["num_engine_restarts"] == 1 and told["num_done"] > 300)
+        driver.terminate()
+        stderr = driver.communicate(timeout=120)[1]
+        assert driver.returncode == 3, stderr
+        assert "Traceback" not in "".join(line for line in stderr.splitlines() if line.startswith("batchllm"))
+    status = json.loads(_batchllm("status", f"{out}.job", "--json").stdout)
+    assert 300 < status["num_finished"] < 2000
+    assert [kind for _, kind, _ in status["events"]] == ["start", "engine_death", "stop"]
+    assert not out.exists()
+    done = _batchllm(*flags, "--report", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert [row["id"] for row in _read(out)] == [str(i) for i in range(2000)]
+    assert {len(row["output_ids"]) for row in _read(out)} == {48}
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["num_requests"], report["num_done_before"]) == (2000, status["num_finished"])
+    assert report["num_output_tokens"] == 48 * (2000 - status["num_finished"])
+
+
+def _start(*arguments: str | Path) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-m", "batchllm", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _wait_for(progress: Path, driver: subprocess.Popen[str], is_reached: Callable[[dict[str, Any]], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not (progress.exists() and any(map(is_reached, _read(progress)))):
+        assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[1]
+        time.sleep(0.05)
 
 
 def test_simulate_runs_the_same_rows_on_another_device(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ _NUM_SHOWN = 5
 
 
 def say(text: str) -> None:
-    """On standard error, as ours."""
-    print(f"batchllm: {text}", file=sys.stderr)
+    """On standard error, each line as ours: what libraries say in our messages may have several."""
+    for line in filter(str.strip, text.splitlines()):
+        print(f"batchllm: {line}", file=sys.stderr)
 
 
 def say_failed(bad: Sequence[BadRow], num_failed: int) -> None:

@@ -326,6 +326,30 @@ def test_live_requests_run_beside_a_plan(engine: BatchEngine) -> None:
     assert job.stats.num_computed_prompt_tokens <= job.stats.num_optimal_prompt_tokens
 
 
+def test_a_job_that_stops_answers_what_runs_withdraws_the_rest_and_leaves_the_engine_clean(engine: BatchEngine) -> None:
+    """What had started is answered as it would have been, nothing else is, and the next batch finds every slot free."""
+    from batchllm.request import Request, SamplingParams
+
+    prompts = _irregular(12)
+    expected = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    sampling = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
+    job = _job(engine, [Request(row_id=str(i), index=i, sampling=sampling, input_ids=p) for i, p in enumerate(prompts)])
+    answers: dict[int, list[int]] = {}
+    for finished in engine.runtime.iterate(job.run()):
+        for row, completion in zip(finished.rows, finished.completions, strict=True):
+            assert completion.finish_reason != "abort"
+            answers[row] = list(completion.output_ids)
+        job.stop_admitting()
+    assert 0 < len(answers) < len(prompts)
+    assert job.rows_in_flight().tolist() == []
+    assert all(ids == list(expected[row].output_ids) for row, ids in answers.items())
+    again = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    assert [c.output_ids for c in again] == [c.output_ids for c in expected]
+    report = engine.last_report
+    assert report is not None
+    assert report.num_computed_prompt_tokens == report.num_optimal_prompt_tokens
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
