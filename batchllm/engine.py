@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import msgspec
 import numpy as np
 
 from batchllm.dataset.field_checks import task_name, token_ids
@@ -169,7 +170,7 @@ class BatchEngine:
                     index = int(rows.index[row])
                     if completion.finish_reason == "abort":
                         failed.add(index)
-                    yield replace(completion, index=index, sample=sample)
+                    yield msgspec.structs.replace(completion, index=index, sample=sample)
         self.last_report = job.stats.report(
             self.runtime.info,
             num_requests=len(inputs.values),

@@ -1,6 +1,8 @@
 """What the inside of batchllm sees of a row: a `Request` goes in, a `Completion` comes out.
 
-This room knows nothing of files, tokenizers or engines.
+This room knows nothing of files, tokenizers or engines. There is a `Request` and a `Completion` for each of millions of
+rows: structs of msgspec, which are made ten times as fast as frozen dataclasses, and which the garbage collector need
+not look at, since nothing in them refers back. `msgspec.structs` has ``replace`` and ``asdict`` for them.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import msgspec
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -54,8 +58,7 @@ class SamplingParams:
         return self.ignore_eos and not may_stop
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One prompt to answer. Exactly one of ``prompt``, ``input_ids``, ``messages`` is set.
 
     Attributes:
@@ -91,8 +94,7 @@ class TokenLogprob:
     """Pairs ``(token_id, logprob)``, most likely first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
+class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One finished sample of one request.
 
     Attributes:

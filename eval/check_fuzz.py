@@ -143,6 +143,8 @@ def _run_file(folder: Path, number: int, seed: int, heard: Any) -> dict[str, Any
 
     rng = random.Random(f"{seed},{number}")
     made = fuzz_files.make(folder, rng)
+    model = folder / "model"  # the embedded one would be read and hashed for every file
+    model.mkdir()
     flags = rng.choice(_FLAGS)
     out = folder / rng.choice(_OUTPUTS)
     given = [str(folder / "err.jsonl") if flag == "err.jsonl" else flag for flag in flags]
@@ -150,7 +152,7 @@ def _run_file(folder: Path, number: int, seed: int, heard: Any) -> dict[str, Any
     heard.truncate()
     lines: list[dict[str, Any]] = []
     try:
-        status = command(["run", "-i", str(made.path), "-o", str(out), *given])
+        status = command(["run", "-i", str(made.path), "-o", str(out), "-m", str(model), *given])
         sys.stderr.flush()
         heard.seek(0)
         said = heard.read().decode(errors="replace")

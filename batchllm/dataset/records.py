@@ -23,6 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from batchllm.errors import RowError
 from batchllm.request import Request
 
@@ -64,8 +66,7 @@ class RowHead(NamedTuple):
     num_alternatives: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One input row that can run.
 
     Attributes:

@@ -151,6 +151,9 @@ def _openai_usage(samples: Sequence[Completion]) -> dict[str, Any]:
 
 def _counts(samples: Sequence[Completion]) -> tuple[int, int, int]:
     """Prompt, cached and output tokens of a row over all its samples."""
+    if len(samples) == 1:
+        only = samples[0]
+        return only.prompt_tokens, only.cached_tokens, len(only.output_ids)
     return (
         samples[0].prompt_tokens,
         min(sample.cached_tokens for sample in samples),

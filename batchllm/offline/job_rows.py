@@ -181,27 +181,44 @@ class JobRows:
         Raises:
             ConfigError: A request gives text and there is no tokenizer, or it fits the KV pool but not the KV limit.
         """
-        encoded = encode_requests(requests, self._tokenizer)
         errors: list[RowError | None] = []
         kept: list[array[int]] = []
-        lens: list[int] = []
-        for request, ids in zip(requests, encoded, strict=True):
+        encoded = [
+            ids if isinstance(ids, (array, RowError)) else array("i", ids)
+            for ids in encode_requests(requests, self._tokenizer)
+        ]
+        for request, ids, is_known in zip(requests, encoded, self._are_in_vocabulary(encoded), strict=True):
             try:
                 if isinstance(ids, RowError):
                     raise ids
-                self._check(request, ids)
+                if not is_known and request.input_ids is not None:
+                    check_token_ids(ids, self._info.vocab_size)
+                self._check(request, len(ids))
                 limit = self._output_limit(request, len(ids))
             except RowError as error:
                 errors.append(error)
                 continue
             errors.append(None)
-            kept.append(ids if isinstance(ids, array) else array("i", ids))
-            lens.append(len(ids))
+            kept.append(ids)
             self._append(request, limit)
             if self._identical is not None:
-                self._compare(request.sampling, kept[-1])
-        self.store.extend(np.frombuffer(b"".join(kept), np.int32), np.array(lens, np.int64))
+                self._compare(request.sampling, ids)
+        lens = np.fromiter(map(len, kept), np.int64, len(kept))
+        self.store.extend(np.frombuffer(b"".join(kept), np.int32), lens)
         return errors
+
+    def _are_in_vocabulary(self, encoded: list[array[int] | RowError]) -> list[bool]:
+        """Of each row whether all of its token ids are the model's, found for all together."""
+        rows = [b"" if isinstance(ids, RowError) else ids for ids in encoded]
+        lens = np.fromiter(map(len, rows), np.int64, len(rows))
+        tokens = np.frombuffer(b"".join(rows), np.int32)
+        are_in = np.ones(len(rows), bool)
+        starts = (np.cumsum(lens) - lens)[lens > 0]
+        if len(starts):
+            highest, lowest = np.maximum.reduceat(tokens, starts), np.minimum.reduceat(tokens, starts)
+            are_in[lens > 0] = (highest < self._info.vocab_size) & (lowest >= 0)
+        found: list[bool] = are_in.tolist()
+        return found
 
     def sample_table(self, subset: Int64Array | None = None) -> tuple[Samples, TokenTable]:
         """Every sample of these rows as a row of a token table.
@@ -237,14 +254,12 @@ class JobRows:
         text = f"{seed},{sample}" if seed != NO_SEED else f"{self._info.random_seed},{row + self._shift[row]},{sample}"
         return xxhash.xxh64_intdigest(text.encode()) >> 1
 
-    def _check(self, request: Request, ids: Sequence[int]) -> None:
+    def _check(self, request: Request, prompt_len: int) -> None:
         info = self._info
-        if request.input_ids is not None:
-            check_token_ids(ids, info.vocab_size)
         if not self._has_all:
             _check_supported(request.sampling, info)
         if request.expected_new_tokens is not None:
-            check_expected_len(request.expected_new_tokens, len(ids), info.context_len)
+            check_expected_len(request.expected_new_tokens, prompt_len, info.context_len)
 
     def _output_limit(self, request: Request, prompt_len: int) -> int:
         """``max_new_tokens``, lowered where it may be."""

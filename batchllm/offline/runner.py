@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from batchllm.dataset import BadRow, Row, find_abort, reject
@@ -271,7 +272,7 @@ class Runner:
                 self._finish(row, [completion])
                 continue
             samples = self._samples.setdefault(row, [])
-            samples.append(replace(completion, sample=sample))
+            samples.append(msgspec.structs.replace(completion, sample=sample))
             if len(samples) == num:
                 self._finish(row, self._samples.pop(row))
 

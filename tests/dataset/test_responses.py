@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import orjson
 import pytest
 from openai.types import Completion as TextCompletion
@@ -266,8 +266,8 @@ def test_a_duplicates_error_line_has_an_id_of_its_own() -> None:
 
 @pytest.mark.parametrize("carried", [None, {}, {"text": "t", "n": None, "of": [{"a": 1}]}])
 def test_plain_lines_end_with_what_is_carried_and_openai_lines_have_none(carried: dict[str, Any] | None) -> None:
-    row = replace(plain_row(), carried=carried)
-    many = replace(plain_row(sampling_params={"n": 2}), carried=carried)
+    row = msgspec.structs.replace(plain_row(), carried=carried)
+    many = msgspec.structs.replace(plain_row(sampling_params={"n": 2}), carried=carried)
     failed = reject(row.head, RowError("no", code="empty_prompt"))
     for line in (render(row, sample()), render(many, sample(), sample(sample=1)), render_error(failed)):
         if carried is None:
@@ -275,7 +275,7 @@ def test_plain_lines_end_with_what_is_carried_and_openai_lines_have_none(carried
         else:
             assert line["carried"] == carried
             assert list(line)[-1] == "carried"
-    openai = replace(chat_row(), carried=carried)
+    openai = msgspec.structs.replace(chat_row(), carried=carried)
     assert render(openai, sample()) == render(chat_row(), sample())
     error = RowError("no", code="empty_prompt")
     assert render_error(reject(openai.head, error)) == render_error(reject(chat_row().head, error))

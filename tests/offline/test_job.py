@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -191,7 +192,7 @@ class Loaded(Job):
     def completions(self, runtime: ShufflingRuntime) -> list[Completion]:
         """Run it; each with its index and sample."""
         return [
-            replace(completion, index=int(self.rows.index[row]), sample=sample)
+            msgspec.structs.replace(completion, index=int(self.rows.index[row]), sample=sample)
             for finished in runtime.iterate(self.run())
             for row, sample, completion in zip(finished.rows, finished.samples, finished.completions, strict=True)
         ]
@@ -279,7 +280,7 @@ def test_a_request_that_can_never_run_is_rejected_by_name(request_: Request, cod
 )
 def test_a_hint_that_no_answer_can_come_true_to_is_rejected(expected: int, code: str | None) -> None:
     """A prompt of 3 tokens leaves 61 of the context."""
-    assert _code_of(replace(_request(0, [1, 2, 3]), expected_new_tokens=expected)) == code
+    assert _code_of(msgspec.structs.replace(_request(0, [1, 2, 3]), expected_new_tokens=expected)) == code
 
 
 def test_a_kv_limit_that_cannot_hold_a_request_is_an_error_that_says_how_much_is_needed() -> None:
@@ -306,9 +307,9 @@ def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
     requests = [
         _request(0, [1], ignore_eos=True),
         _request(1, [2], ignore_eos=True, stop=("x",)),
-        replace(_request(2, [3]), expected_new_tokens=4, task="summary"),
-        replace(_request(3, [4]), task="summary"),
-        replace(_request(4, [5]), task="judge"),
+        msgspec.structs.replace(_request(2, [3]), expected_new_tokens=4, task="summary"),
+        msgspec.structs.replace(_request(3, [4]), task="summary"),
+        msgspec.structs.replace(_request(4, [5]), task="judge"),
     ]
     assert requests[0].sampling.max_new_tokens == 8
     runtime = RecordingRuntime()
