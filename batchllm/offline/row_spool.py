@@ -24,12 +24,18 @@ class RowSpool:
 
     Args:
         folder: A folder with room for some dozen bytes a row.
+
+    Raises:
+        WorkloadError: No file can be made there.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # For the life of the spool, whose `close` closes it.
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        try:
+            # For the life of the spool, whose `close` closes it.
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._refused(error) from error
         self._offsets = array("q", [0])
         self._buffer = bytearray()
         self._num_flushed = 0
@@ -52,7 +58,7 @@ class RowSpool:
             while view:
                 view = view[self._file.write(view) or 0 :]
         except OSError as error:
-            raise WorkloadError(f"{self._folder}: {error.strerror}; make room there, and run it again") from error
+            raise self._refused(error) from error
         self._num_flushed += len(self._buffer)
         self._buffer = bytearray()
 
@@ -65,3 +71,6 @@ class RowSpool:
     def close(self) -> None:
         """Give the file back. Closing twice does nothing."""
         self._file.close()
+
+    def _refused(self, error: OSError) -> WorkloadError:
+        return WorkloadError(f"{self._folder}: {error.strerror}; make room there, and run it again")

@@ -251,7 +251,7 @@ def _windows(starts: Int64Array, ends: Int64Array) -> Iterator[tuple[int, int]]:
         first = last
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]  # numba.njit has no types
+@njit(cache=True, nogil=True)
 def _copy_rows(
     source: Int32Array, starts: Int64Array, ends: Int64Array, target: Int32Array, target_starts: Int64Array
 ) -> None:

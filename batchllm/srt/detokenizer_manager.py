@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 from sglang.srt.managers.detokenizer_manager import run_detokenizer_process as run_upstream
 from sglang.utils import TypeBasedDispatcher
 
+from batchllm.srt import child_process
 from batchllm.srt.io_struct import PlannedBatchOutput
 
 
@@ -40,5 +40,5 @@ class BatchDetokenizerManager(DetokenizerManager):
 
 def run_detokenizer_process(*args: Any, **kwargs: Any) -> None:
     """Target of the detokenizer process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the scheduler's
+    child_process.begin()
     run_upstream(*args, **kwargs, detokenizer_manager_class=BatchDetokenizerManager)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +24,7 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
-from batchllm.srt import attention_backend, compat, cpu_ops, radix_cache, sampling
+from batchllm.srt import attention_backend, child_process, compat, cpu_ops, radix_cache, sampling
 from batchllm.srt.io_struct import (
     JobCounters,
     PlannedAbortReqInput,
@@ -339,8 +338,7 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own
     function.
     """
-    # Ctrl-C in a terminal reaches every process of the job; the driver decides what still runs.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child_process.begin()
     install(server_args, OfflineBatchScheduler)
     upstream.run_scheduler_process(server_args, *args, **kwargs)
 
