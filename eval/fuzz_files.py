@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,7 @@ _ODD_VALUES: tuple[Callable[[random.Random], Any], ...] = (
     lambda rng: rng.choice([1e308, -1e308, 1e-320, 0.1, -0.0, 1e15, 1e16]),
     lambda rng: Raw(rng.choice(["NaN", "Infinity", "-Infinity", "1e999", "1E400", "01", "1.", "+1", "0x10", "nul"])),
     lambda rng: Raw(rng.choice(["9" * 5000, '"' + "9" * 5000 + '"', "-" + "9" * 400, "0." + "3" * 3000])),
+    lambda rng: rng.choice(["9" * 5000, "-1", "0", "1.5", "٣", "²", "1_000", " 7 ", "1e3", "0" * 5000]),
     lambda rng: Raw("[" * rng.choice([3, 100, 1000, _DEEP]) + rng.choice(["", "1"])),
     lambda rng: _nested(rng.choice([3, 100, 900, 1023, 1024, 1025, _DEEP]), rng),
     lambda rng: Raw(rng.choice([r'"\ud800"', r'"a\udc00b"', r'"\ud83d\ude42"', r'"\u0000"', r'"\x41"', r'"\uD83D"'])),
@@ -166,12 +167,8 @@ def _change_json(lines: list[bytes], rng: random.Random) -> bytes:
 
 def _change_value(value: Any, rng: random.Random) -> None:
     """Changes something in a list or an object, at any depth."""
-    while True:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        inner = [key for key in keys if isinstance(value[key], (dict, list)) and value[key]]
-        if not inner or rng.random() < 0.4:
-            break
-        value = value[rng.choice(inner)]
+    value = rng.choice(list(_containers(value)))
+    keys: list[Any] = list(value) if isinstance(value, dict) else list(range(len(value)))
     made = rng.choice(_ODD_VALUES)(rng)
     if isinstance(value, dict) and (not keys or rng.random() < 0.3):
         value[rng.choice(_KEYS)] = made
@@ -179,6 +176,14 @@ def _change_value(value: Any, rng: random.Random) -> None:
         del value[rng.choice(keys)]
     elif keys:
         value[rng.choice(keys)] = made
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """All lists and objects in a value, itself included."""
+    if isinstance(value, (dict, list)):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
 
 
 def _dump(value: Any) -> str:

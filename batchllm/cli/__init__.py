@@ -27,6 +27,8 @@ from batchllm.errors import BatchLLMError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    if sys.stderr is None:  # closed by whoever started us, who then wants to hear nothing
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
     args, server_flags = make_parser().parse_known_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     command: Callable[[argparse.Namespace, list[str]], int] = args.command
@@ -35,8 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BatchLLMError as error:
         say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return EXIT_CANNOT_RUN
-    except BrokenPipeError:  # e.g. `batchllm plan ... | head`
+    except BrokenPipeError as error:  # e.g. `batchllm plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say("\n".join(getattr(error, "__notes__", ())))
+        return EXIT_CANNOT_RUN
+    except OSError as error:  # e.g. a name that the file system does not take
+        say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return EXIT_CANNOT_RUN
     except KeyboardInterrupt as interrupt:
         say("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from batchllm.dataset import BadRow
 from batchllm.errors import ConfigError
@@ -27,7 +28,13 @@ _NUM_SHOWN = 5
 def say(text: str) -> None:
     """On standard error, each line as ours: what libraries say in our messages may have several."""
     for line in filter(str.strip, text.splitlines()):
-        print(f"batchllm: {line}", file=sys.stderr)
+        show(f"batchllm: {line}")
+
+
+def show(text: str) -> None:
+    """On standard error, where it can be written: that nobody can be told changes nothing of what has been done."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def say_failed(bad: Sequence[BadRow], num_failed: int) -> None:

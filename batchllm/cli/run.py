@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,16 +12,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from batchllm.cli.inputs import rows_of
-from batchllm.cli.outcome import EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed
+from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed, show
 from batchllm.dataset import Input, check_writable, open_input
 from batchllm.default_model import default_model_path
-from batchllm.errors import BatchLLMError, ConfigError
+from batchllm.errors import BatchLLMError, ConfigError, JournalError
 from batchllm.offline.fingerprint import Fingerprint, check_same, model_identity
 from batchllm.offline.journal import Journal
 from batchllm.offline.metrics import MetricsServer
@@ -44,6 +46,7 @@ _COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "c
 _PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "model", "job_dir")
 _FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port")
 _DEFAULT_MEMORY_SHARE = 0.5
+_TOKEN_BYTES = 4
 
 
 def run(args: argparse.Namespace, server_flags: list[str]) -> int:
@@ -52,35 +55,55 @@ def run(args: argparse.Namespace, server_flags: list[str]) -> int:
         if path is not None:
             check_writable(path, flag, input_path=args.input)
     with StopSignal(args.grace) as stop, _job_folder(args) as folder:
-        if args.restart and Journal.exists(folder):
-            Journal.remove(folder)
-        return _run_job(args, server_flags, folder, stop)
+        folder.status = _run_job(args, server_flags, folder, stop)
+        return folder.status
 
 
 def retry(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Run again what failed in a job, and whatever has no result yet; returns the exit status."""
-    folder = Path(args.job_dir)
-    with Journal.open(folder) as journal:
+    folder = _JobFolder(Path(args.job_dir))
+    with Journal.open(folder.path) as journal:
         command = journal.command
         journal.forget_failed()
     given = {name: value for name, value in vars(args).items() if name in _FLAGS_OF_RETRY and value is not None}
-    again = argparse.Namespace(**command["flags"] | given | {"job_dir": str(folder), "restart": False})
+    again = argparse.Namespace(**command["flags"] | given | {"job_dir": args.job_dir, "restart": False})
     with StopSignal(again.grace) as stop:
         return _run_job(again, command["server_flags"] + server_flags, folder, stop)
 
 
-def _run_job(args: argparse.Namespace, server_flags: list[str], folder: Path, stop: StopSignal) -> int:
+@dataclass(slots=True)
+class _JobFolder:
+    """Where a job lives.
+
+    Attributes:
+        path: The folder.
+        is_temporary: The same command would not find it again.
+        status: How the run in it has ended; None if it has not.
+    """
+
+    path: Path
+    is_temporary: bool = False
+    status: int | None = None
+
+    @property
+    def go_on(self) -> str:
+        """What to do to go on with the job, in words."""
+        how = f"with --job-dir {self.path}" if self.is_temporary else "again"
+        return f"run the same command {how} to go on"
+
+
+def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFolder, stop: StopSignal) -> int:
     started = time.perf_counter()
     input_path = None if args.input == "-" else args.input
     check_outputs(args.output, errors_path=args.errors, input_path=input_path)
-    source = open_input(
-        args.input,
-        spool_folder=folder,
-        input_format=args.input_format,
-        # A URL is read once for a job; standard input comes again with each run, and is compared.
-        reuse_spool=args.input != "-" and Journal.exists(folder),
-    )
+    if args.output == "-" and sys.stdout is None:
+        raise ConfigError("-o -: standard output is closed; give a path")
+    options = _options(args)
     with ExitStack() as stack:
+        source = _open_source(args, folder.path, stack)
+        rows = rows_of(args, source)
+        if args.restart and Journal.exists(folder.path):
+            Journal.remove(folder.path)
         journal = stack.enter_context(_open_journal(args, server_flags, folder, source))
         num_before = journal.num_rows
         outputs = stack.enter_context(Outputs(args.output, errors_path=args.errors, order=args.order, journal=journal))
@@ -101,69 +124,100 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: Path, st
             recorder=recorder,
             progress=progress,
             stop=stop,
-            folder=folder,
-            options=_options(args),
+            folder=folder.path,
+            options=options,
         )
         stack.callback(runner.close)
         journal.event("start", f"{num_before} rows had a result")
         outputs.begin()
-        is_complete = runner.run(rows_of(args, source))
+        is_complete = runner.run(rows)
         journal.event("end" if is_complete else "stop", stop.name or "")
         journal.commit()
         if not is_complete:
-            say(f"stopped by {stop.name}: {journal.num_rows} of {runner.num_rows} rows have their result, in {folder}")
-            say("run the same command again to go on")
+            done = f"{journal.num_rows} of {runner.num_rows} rows have their result"
+            say(f"stopped by {stop.name}: {done}, in {folder.path}; {folder.go_on}")
             return EXIT_STOPPED
         outputs.finish()
-    _tell(args, runner, recorder, num_before, time.perf_counter() - started)
-    return EXIT_ROWS_FAILED if recorder.num_failed else EXIT_OK
+    return _tell(args, runner, recorder, num_before, time.perf_counter() - started)
 
 
 @contextmanager
-def _job_folder(args: argparse.Namespace) -> Iterator[Path]:
+def _job_folder(args: argparse.Namespace) -> Iterator[_JobFolder]:
     """The job's folder; a temporary one, gone when all is done, where the output has no folder of its own."""
     if args.job_dir is not None:
-        yield Path(args.job_dir)
-    elif args.output != "-" and "://" not in args.output:
-        yield Path(f"{args.output}.job")
-    else:
-        folder = tempfile.mkdtemp(prefix="batchllm-job-")
-        args.job_dir = folder
-        yield Path(folder)
-        shutil.rmtree(folder)  # an exception has passed by: what is done stays there
+        yield _JobFolder(Path(args.job_dir))
+        return
+    if args.output != "-" and "://" not in args.output:
+        yield _JobFolder(Path(f"{args.output}.job"))
+        return
+    try:
+        args.job_dir = tempfile.mkdtemp(prefix="batchllm-job-")
+    except OSError as error:
+        raise ConfigError(f"no folder can be made for the job: {error}; give one, --job-dir") from error
+    folder = _JobFolder(Path(args.job_dir), is_temporary=True)
+    try:
+        yield folder
+    finally:
+        if folder.status not in (None, EXIT_STOPPED) or not Journal.exists(folder.path):  # else what is done stays
+            shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _open_source(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Input:
+    """The input. A URL is read once for a job; standard input comes again with each run, and is compared."""
+    is_begun = Journal.exists(folder) and not args.restart
+    if args.input == "-" and is_begun:
+        # Not in the place of the job's own copy, which `retry` reads, as long as it may be another input.
+        try:
+            copies = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
+        except OSError as error:
+            raise ConfigError(f"-i -: cannot be copied to {folder}: {error.strerror}") from error
+        folder = Path(stack.enter_context(copies))
+    return open_input(
+        args.input,
+        spool_folder=folder,
+        input_format=args.input_format,
+        reuse_spool=args.input != "-" and is_begun,
+    )
 
 
 @contextmanager
-def _open_journal(args: argparse.Namespace, server_flags: list[str], folder: Path, source: Input) -> Iterator[Journal]:
+def _open_journal(
+    args: argparse.Namespace, server_flags: list[str], folder: _JobFolder, source: Input
+) -> Iterator[Journal]:
     """The journal of this very job. One that has nothing in it when an error ends the run is not left behind."""
     fingerprint = _fingerprint(args, server_flags, source)
-    is_new = not Journal.exists(folder)
+    is_new = not Journal.exists(folder.path)
     if is_new:
-        journal = Journal.create(folder, fingerprint=fingerprint, command=_command(args, server_flags, source))
+        journal = Journal.create(folder.path, fingerprint=fingerprint, command=_command(args, server_flags, source))
     else:
-        journal = Journal.open(folder)
+        journal = Journal.open(folder.path)
     try:
         with journal:
             if journal.recovery:
                 say(journal.recovery)
-            check_same(folder, journal.fingerprint, fingerprint)
+            check_same(folder.path, journal.fingerprint, fingerprint)
             yield journal
             return
-    except (BatchLLMError, KeyboardInterrupt) as error:
+    except (BatchLLMError, OSError, KeyboardInterrupt) as error:
         if is_new and journal.num_rows == 0:
-            _remove_job(folder, source)
+            _remove_job(folder.path, source)
+        elif isinstance(error, JournalError):  # it says itself what is safe
+            if folder.is_temporary:
+                error.add_note(folder.go_on)
         elif not isinstance(error, ConfigError):
-            error.add_note(f"what is done is safe in {folder}; run the same command again to go on")
+            error.add_note(f"what is done is safe in {folder.path}; {folder.go_on}")
         raise
 
 
 def _remove_job(folder: Path, source: Input) -> None:
-    """Nothing has come of it."""
-    if source.spool_path is not None:
-        source.spool_path.unlink()
-    Journal.remove(folder)
-    with suppress(OSError):  # there may be other things in it
-        folder.rmdir()
+    """Nothing has come of it. What cannot be removed stays: why the run has ended is the news."""
+    if source.spool_path is not None and source.spool_path.is_dir():
+        shutil.rmtree(source.spool_path, ignore_errors=True)
+    with suppress(OSError, ConfigError):
+        if source.spool_path is not None:
+            source.spool_path.unlink(missing_ok=True)
+        Journal.remove(folder)
+        folder.rmdir()  # unless there are other things in it
 
 
 def _command(args: argparse.Namespace, server_flags: list[str], source: Input) -> dict[str, Any]:
@@ -181,16 +235,16 @@ def _command(args: argparse.Namespace, server_flags: list[str], source: Input) -
 def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Input) -> Fingerprint:
     """What the job's answers depend on."""
     columns = {name: getattr(args, name) for name in _COLUMN_FLAGS}
-    return Fingerprint(
-        {
-            "input": source.content_hash(),
-            "model": model_identity(_model_path(args, server_flags)),
-            "sampling": args.sampling or "{}",
-            "columns": json.dumps({name: value for name, value in columns.items() if value is not None}),
-            "engine": " ".join(_flags_of_answers(server_flags)),
-            "format": OUTPUT_FORMAT,
-        }
-    )
+    parts = {
+        "input": source.content_hash(),
+        "model": model_identity(_model_path(args, server_flags)),
+        "sampling": args.sampling or "{}",
+        "columns": json.dumps({name: value for name, value in columns.items() if value is not None}),
+        "engine": " ".join(_flags_of_answers(server_flags)),
+        "format": OUTPUT_FORMAT,
+    }
+    # What a shell hands over need not be text.
+    return Fingerprint({name: part.encode(errors="backslashreplace").decode() for name, part in parts.items()})
 
 
 def _model_path(args: argparse.Namespace, server_flags: list[str]) -> str:
@@ -235,12 +289,12 @@ def _options(args: argparse.Namespace) -> RunOptions:
     if args.token_memory is None:
         max_token_bytes = int(psutil.virtual_memory().available * _DEFAULT_MEMORY_SHARE)
     else:
+        if not _TOKEN_BYTES <= args.token_memory * 2**30 < math.inf:
+            raise ConfigError(f"--token-memory {args.token_memory}: must be an amount of memory, in GiB")
         max_token_bytes = int(args.token_memory * 2**30)
     for name, value in (("--retry", args.retry), ("--max-failures", args.max_failures), ("--grace", args.grace)):
         if value is not None and value < 0:
             raise ConfigError(f"{name} {value}: must be at least 0")
-    if max_token_bytes <= 0:
-        raise ConfigError(f"--token-memory {args.token_memory}: must be more than 0")
     return RunOptions(
         num_retries=args.retry,
         shares_answers=args.dedupe,
@@ -250,10 +304,8 @@ def _options(args: argparse.Namespace) -> RunOptions:
     )
 
 
-def _tell(args: argparse.Namespace, runner: Runner, recorder: Recorder, num_before: int, elapsed_s: float) -> None:
-    """Failed rows in words, the report, and the files about the run that were asked for."""
-    if args.trace is not None and runner.info is not None:
-        make_trace(f"run {args.input}", runner.steps, runner.info, runner.started_at).write(args.trace)
+def _tell(args: argparse.Namespace, runner: Runner, recorder: Recorder, num_before: int, elapsed_s: float) -> int:
+    """Failed rows in words, the report, and the files about the run that were asked for; returns the exit status."""
     say_failed(recorder.first_failed, recorder.num_failed)
     if runner.num_lost_tokens:
         say(
@@ -267,6 +319,13 @@ def _tell(args: argparse.Namespace, runner: Runner, recorder: Recorder, num_befo
         num_engine_restarts=runner.restarts.num_deaths,
         elapsed_s=elapsed_s,
     )
-    if args.report is not None:
-        report.write_json(args.report)
-    print(report.render(), file=sys.stderr)
+    show(report.render())
+    try:
+        if args.trace is not None and runner.info is not None:
+            make_trace(f"run {args.input}", runner.steps, runner.info, runner.started_at).write(args.trace)
+        if args.report is not None:
+            report.write_json(args.report)
+    except OSError as error:
+        say(f"--trace or --report: {error.filename}: {error.strerror}; the answers are whole, in {args.output}")
+        return EXIT_CANNOT_RUN
+    return EXIT_ROWS_FAILED if recorder.num_failed else EXIT_OK

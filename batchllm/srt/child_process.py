@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 
 from sglang.srt.utils import kill_itself_when_parent_died
+from tqdm import tqdm
 
 
 def begin() -> None:
@@ -20,6 +22,9 @@ def begin() -> None:
     """
     # Ctrl-C in a terminal reaches every process of the job; the driver decides what still runs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A progress bar (of loading weights) would make a lock for several processes: a semaphore in shared memory, which
+    # stays there if this process is killed.
+    tqdm.set_lock(threading.RLock())
     kill_itself_when_parent_died()
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:

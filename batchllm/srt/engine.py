@@ -98,9 +98,11 @@ class _PlannedEngine(Engine):
         if manager is not None:
             if manager._subprocess_watchdog is not None:
                 manager._subprocess_watchdog.stop()
-            if not manager.is_dead:
-                self.loop.run_until_complete(manager.send_and_wait(ShutdownReq()))
-                schedulers = [child for child in self._children if "scheduler" in _command(child)]
+            schedulers = [child for child in self._children if "scheduler" in _command(child)]
+            if not manager.is_dead and all(map(_is_alive, schedulers)):
+                with contextlib.suppress(TimeoutError):  # one that is just dying takes no message any more
+                    asking = asyncio.wait_for(manager.send_and_wait(ShutdownReq()), _GRACE_S)
+                    self.loop.run_until_complete(asking)
                 psutil.wait_procs(schedulers, timeout=_GRACE_S)
         for child in self._children:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -130,6 +132,13 @@ def _command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return ""
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class SrtRuntime:

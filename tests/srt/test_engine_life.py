@@ -31,13 +31,18 @@ if __name__ == "__main__":
         stream = engine.batch_generate_iter(["another"])
     engine.shutdown()
     engine.shutdown()
+    engine = BatchEngine(max_total_tokens=2000)  # another one in the same process, whose end nobody is told of
+    list(engine.batch_generate_iter(input_ids=[[5, 6]], sampling_params={"max_new_tokens": 2}))
+    (scheduler,) = [c for c in psutil.Process().children() if "scheduler" in " ".join(c.cmdline())]
+    scheduler.kill()
+    engine.shutdown()
     names = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     print("left:", [name for name in names if "sglang" in name])
 """
 
 
 def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> None:
-    """SIGKILL in mid-batch: the batch and every later one raise, and no process or socket stays behind,
+    """SIGKILL in mid-batch: the batch and every later one raise, and no process, socket or semaphore stays behind,
     its own or those of an engine whose process was killed."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
@@ -46,6 +51,7 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
     dead, alive = temporary / "batchllm-4194305-x", temporary / f"batchllm-{os.getpid()}-x"
     dead.mkdir()  # above the largest pid there can be
     alive.mkdir()
+    shared_memory = _shared_memory()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -57,3 +63,9 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["died: the batch that ran", "died: the next one", "left: []"]
     assert list(temporary.glob("batchllm-*")) == [alive]
+    assert _shared_memory() <= shared_memory
+
+
+def _shared_memory() -> set[str]:
+    """Semaphores, and what SGLang keeps there."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("sem.", "sglang"))}
