@@ -44,6 +44,10 @@ class ListJournal:
     def __exit__(self, *_: object) -> None:
         pass
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._lines)
+
     def finished(self) -> np.ndarray:
         return np.zeros(0, np.int64)
 

@@ -137,7 +137,7 @@ class Runner:
             if first is not None:
                 self._run_works(job_rows, works)
                 self._recorder.commit()
-            return not self._stop.is_set
+            return self._journal.num_rows == self.num_rows
         except (EngineError, KeyboardInterrupt, WorkloadError):
             self._recorder.commit()  # what is there is good
             raise

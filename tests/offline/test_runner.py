@@ -426,6 +426,14 @@ def test_a_stopped_job_finishes_what_runs_and_goes_on_where_it_ended(tmp_path: P
     assert world.submitted.total() - num_submitted == 200 - len(ran.order)
 
 
+def test_a_signal_that_comes_with_the_last_answer_stops_nothing(tmp_path: Path) -> None:
+    signals = iter([True])
+    world = World(on_receive=lambda num: os.kill(os.getpid(), signal.SIGTERM) if next(signals, 0) else None)
+    ran = _run([_row(i, [i]) for i in range(3)], tmp_path, world)
+    assert ran.is_complete
+    assert len(ran.lines) == 3
+
+
 def test_what_runs_longer_than_the_grace_is_given_up(tmp_path: Path) -> None:
     rows = [_row(i, [i]) for i in range(60)]
     signals = iter([True])
