@@ -21,6 +21,7 @@ import psutil
 from batchllm.cli.inputs import rows_of
 from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed, show
 from batchllm.dataset import Input, check_writable, open_input
+from batchllm.dataset.writers import is_same_output
 from batchllm.default_model import default_model_path
 from batchllm.errors import BatchLLMError, ConfigError, JournalError
 from batchllm.offline.fingerprint import Fingerprint, check_same, model_identity
@@ -51,9 +52,7 @@ _TOKEN_BYTES = 4
 
 def run(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Run a job, or what is left of it; returns the exit status."""
-    for flag, path in (("--report", args.report), ("--trace", args.trace), ("--progress-file", args.progress_file)):
-        if path is not None:
-            check_writable(path, flag, input_path=args.input)
+    _check_other_files(args)
     with StopSignal(args.grace) as stop, _job_folder(args) as folder:
         folder.status = _run_job(args, server_flags, folder, stop)
         return folder.status
@@ -139,6 +138,24 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFold
             return EXIT_STOPPED
         outputs.finish()
     return _tell(args, runner, recorder, num_before, time.perf_counter() - started)
+
+
+def _check_other_files(args: argparse.Namespace) -> None:
+    """The files about the run can be written, and none takes the place of another or of the answers.
+
+    Raises:
+        ConfigError: One cannot, or does.
+    """
+    others = {"--report": args.report, "--trace": args.trace, "--progress-file": args.progress_file}
+    taken = {"-o": args.output, "--errors": args.errors}
+    for flag, path in others.items():
+        if path is None:
+            continue
+        check_writable(path, flag, input_path=args.input)
+        for other_flag, other in taken.items():
+            if other is not None and is_same_output(path, other):
+                raise ConfigError(f"{flag} {path}: is what {other_flag} writes; write to another file")
+        taken[flag] = path
 
 
 @contextmanager

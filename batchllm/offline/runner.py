@@ -234,6 +234,7 @@ class Runner:
             elif self._stop.is_set and not job.is_stopping:
                 self._progress.set_state("stopping")
                 job.stop_admitting()
+        self._recorder.commit()  # it may be long until the next rows finish
 
     def _recover(self, death: EngineDiedError, poison: list[int]) -> None:
         """Record what the engine's death has settled, and start another."""
