@@ -54,7 +54,7 @@ def make(folder: Path, rng: random.Random) -> Made:
     """Makes one in a folder."""
     form = rng.choice(["jsonl"] * 12 + ["jsonl.gz"] * 2 + ["jsonl.zst"] * 2 + ["parquet"] * 2 + ["arrow", "hf"])
     if form.startswith("jsonl"):
-        kind = rng.choice([*_TEXT_CHANGES, "json", "json", "bytes", "cut", "lines"])
+        kind = rng.choice([*_TEXT_CHANGES, *["json"] * 8, "bytes", "cut", "lines"])
         plain = _TEXT_CHANGES[kind](_lines(rng), rng)
         return _make_jsonl(folder, form, kind, plain, rng)
     table = _table(rng)

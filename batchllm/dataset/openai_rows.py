@@ -37,6 +37,8 @@ KIND_OF_URL: Mapping[object, RowKind] = {
 }
 ROW_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 COMPLETION_MAX_TOKENS = 16
+_MAX_DIGITS = 18
+"""Of a number given as text; Python refuses to read one of thousands."""
 
 _BODY_FIELDS = {
     **SHARED_FIELDS,
@@ -114,7 +116,9 @@ def _task(metadata: Mapping[str, Any]) -> str:
 def _expected_len(metadata: Mapping[str, Any]) -> int | None:
     """``metadata.expected_new_tokens``; OpenAI's metadata holds strings."""
     value = metadata.get("expected_new_tokens")
-    return expected_len(int(value) if isinstance(value, str) and value.isdecimal() else value)
+    if isinstance(value, str) and value.isdecimal() and len(value) <= _MAX_DIGITS:
+        return expected_len(int(value))
+    return expected_len(value)
 
 
 def check_envelope(record: dict[str, Any]) -> tuple[RowKind, dict[str, Any]]:
