@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,10 @@ import psutil
 
 from batchllm.cli.inputs import rows_of
 from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed, show
-from batchllm.dataset import Input, check_writable, open_input
+from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import is_same_output
 from batchllm.default_model import default_model_path
-from batchllm.errors import BatchLLMError, ConfigError, JournalError
+from batchllm.errors import BatchLLMError, ConfigError, JournalError, WorkloadError
 from batchllm.offline.fingerprint import Fingerprint, check_same, model_identity
 from batchllm.offline.journal import Journal
 from batchllm.offline.metrics import MetricsServer
@@ -100,7 +100,7 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFold
     options = _options(args)
     with ExitStack() as stack:
         source = _open_source(args, folder.path, stack)
-        rows = rows_of(args, source)
+        rows = _as_hashed(rows_of(args, source), source, source.states())
         if args.restart and Journal.exists(folder.path):
             Journal.remove(folder.path)
         journal = stack.enter_context(_open_journal(args, server_flags, folder, source))
@@ -195,6 +195,17 @@ def _open_source(args: argparse.Namespace, folder: Path, stack: ExitStack) -> In
         input_format=args.input_format,
         reuse_spool=args.input != "-" and is_begun,
     )
+
+
+def _as_hashed(rows: Iterable[Row | BadRow], source: Input, states: list[tuple[int, int]]) -> Iterator[Row | BadRow]:
+    """The rows of an input that stays what it was when its contents were taken for the job's fingerprint.
+
+    Raises:
+        WorkloadError: At the end: it did not.
+    """
+    yield from rows
+    if source.states() != states:
+        raise WorkloadError(f"-i {source.name}: was changed while it was being read; run the job on a file that stays")
 
 
 @contextmanager

@@ -57,6 +57,17 @@ class Input:
     spool_path: Path | None = None
     compression: str | None = None
 
+    def states(self) -> list[tuple[int, int]]:
+        """Size and time of the last change of each file: other ones later mean that it was changed meanwhile.
+
+        Raises:
+            ConfigError: A file is gone.
+        """
+        try:
+            return [(found.st_size, found.st_mtime_ns) for found in map(os.stat, self.local_paths)]
+        except OSError as error:
+            raise _unreadable(self.flag, self.name, error) from error
+
     def content_hash(self) -> str:
         """Hash of what the input holds, 32 hexadecimal digits: of the bytes of its file; of several files, of their
         names too.

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from batchllm.cli import run
 from tests.cli.conftest import Command
 from tests.cli.instant_engine import ABORTED
 from tests.cli.jobs import SubmissionLog, batchllm, ids_of, lines_of, read_lines, rows_of, status_of, write_rows
@@ -215,3 +217,22 @@ def test_flags_that_are_not_text_are_refused_like_any_other(source: Path, tmp_pa
         batchllm("run", "-i", source, "-o", tmp_path / "out.jsonl", flag, "\udcff", "--max-failures", "0").check(
             0 if flag == "--model" else 2
         )
+
+
+def test_an_input_that_is_changed_while_it_is_read_ends_the_job(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path
+) -> None:
+    """The journal is for the contents that were hashed; no answer of others gets into it."""
+    real = run.rows_of
+
+    def rows_of_a_file_that_grows(*arguments: Any) -> Iterator[Any]:
+        for i, row in enumerate(real(*arguments)):
+            if i == 0:
+                with source.open("ab") as file:
+                    file.write(b'{"id": "late", "input_ids": [5]}\n')
+            yield row
+
+    monkeypatch.setattr(run, "rows_of", rows_of_a_file_that_grows)
+    said = command("run", "-i", source, "-o", tmp_path / "out.jsonl").check(2).stderr
+    assert f"-i {source}: was changed while it was being read" in said
+    assert not (tmp_path / "out.jsonl").exists()
