@@ -52,7 +52,7 @@ class Ingest:
             self.num_rows += 1
             self._ids.append(row.given_id)
             self._lines.append(row.line)
-            if self._has_result(index):
+            if self._finished and self._has_result(index):
                 continue
             if isinstance(row, BadRow):
                 self._fail(row)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
+from batchllm.offline.identical import is_greedy
 from batchllm.offline.job_rows import Int64Array, JobRows
 from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime
 from batchllm.offline.stats import JobStats
@@ -95,8 +96,8 @@ class Job:
         self.is_stopping = False
         self.stats = JobStats()
         started = time.perf_counter()
-        _give_memory_back()
         self._samples, self._table = rows.sample_table(subset)
+        _give_memory_back()
         self._plan = self._make_plan(group_order)
         _give_memory_back()
         self.stats.plan_s = time.perf_counter() - started
@@ -189,7 +190,9 @@ class Job:
         rows = self._rows
         row_numbers = self._samples.rows(run.request_row)
         samples = self._samples.samples(run.request_row)
-        used, place = np.unique(rows.kind(row_numbers), return_inverse=True)
+        kinds = rows.kind(row_numbers)
+        used, place = np.unique(kinds, return_inverse=True)
+        draws = np.array([not is_greedy(kind) for kind in rows.kinds])[kinds]  # a greedy row needs no seed
         numbers = rows.namespace(row_numbers)
         names = rows.namespace_names
         seed_of = rows.sample_seed
@@ -197,7 +200,10 @@ class Job:
             run=run,
             sampling=tuple(rows.kinds[kind] for kind in used.tolist()),
             sampling_index=place.tolist(),
-            seeds=[seed_of(row, sample) for row, sample in zip(row_numbers.tolist(), samples.tolist(), strict=True)],
+            seeds=[
+                seed_of(row, sample) if draw else 0
+                for row, sample, draw in zip(row_numbers.tolist(), samples.tolist(), draws.tolist(), strict=True)
+            ],
             namespaces=[names[number] for number in numbers.tolist()] if numbers.any() else None,
         )
 

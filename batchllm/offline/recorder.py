@@ -15,7 +15,7 @@ import orjson
 from batchllm.dataset import BadRow, RowHead, render_error, render_success
 from batchllm.dataset.logprobs import Decode
 from batchllm.errors import WorkloadError
-from batchllm.offline.journal import Journal
+from batchllm.offline.journal import NUM_ROWS_PER_COMMIT, Journal
 from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
 from batchllm.request import Completion
@@ -58,7 +58,8 @@ class Recorder:
             num_prompt_tokens=completions[0].prompt_tokens,
             num_output_tokens=sum([completion.completion_tokens for completion in completions]),
         )
-        self.commit_if_due()
+        if self._num_unsafe >= NUM_ROWS_PER_COMMIT:  # how long they have waited is looked at once for many
+            self.commit()
 
     def fail(self, bad: BadRow) -> None:
         """A row has no answer.

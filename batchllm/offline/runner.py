@@ -10,6 +10,7 @@ INVARIANT: a row is run only if it has no result, and never while another engine
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,9 @@ from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
 from batchllm.planner.shards import split_by_prefix
 from batchllm.request import Completion
 from batchllm.trace.steps import StepArray
+
+_COLLECT_EVERY = 100_000
+"""Containers made between two looks of the garbage collector: those of a row go without it, and there are millions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +126,8 @@ class Runner:
             JournalError: The disk refuses.
             WorkloadError: The input cannot be read, or too many rows have failed.
         """
+        thresholds = gc.get_threshold()
+        gc.set_threshold(_COLLECT_EVERY, *thresholds[1:])
         try:
             self._progress.set_state("reading")
             ingest = Ingest(np.sort(self._journal.finished()), self._recorder.fail, self._spool)
@@ -142,6 +148,7 @@ class Runner:
             self._recorder.commit()  # what is there is good
             raise
         finally:
+            gc.set_threshold(*thresholds)
             if self.runtime is not None:
                 self.runtime.shutdown()
 

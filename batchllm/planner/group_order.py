@@ -69,6 +69,14 @@ def order_groups(tree: PrefixTree, prompt_lens: Integers, decode_lens: Integers,
     if order == "lexicographic":
         return tree
     owner = np.concatenate([tree.parent, deepest_prefix(tree.parent, tree.first, tree.num_prompts, len(tree.order))])
+    start, siblings = _ordered_siblings(tree, owner, prompt_lens, decode_lens, order)
+    return _rearranged(tree, owner, start, siblings)
+
+
+def _ordered_siblings(
+    tree: PrefixTree, owner: Int32Array, prompt_lens: Integers, decode_lens: Integers, order: GroupOrder
+) -> tuple[Int64Array, Int64Array]:
+    """Where each node's siblings start, and the siblings in order. What this needs is large, and freed at its end."""
     own_tokens = np.concatenate([tree.depth, prompt_lens.astype(np.int32, copy=False)[tree.order]])
     # -1 as an index is the zero at the end: the root has no tokens.
     own_tokens -= np.append(tree.depth, np.int32(0))[owner]
@@ -77,7 +85,7 @@ def order_groups(tree: PrefixTree, prompt_lens: Integers, decode_lens: Integers,
     if order != "input":
         own_decode = np.append(np.zeros(len(tree.depth), decode_lens.dtype), decode_lens[tree.order])
         _sort(start, siblings, owner, own_tokens, own_decode, order)
-    return _rearranged(tree, owner, start, siblings)
+    return start, siblings
 
 
 def _sort(
@@ -88,7 +96,7 @@ def _sort(
     own_decode: npt.NDArray[np.integer],
     order: GroupOrder,
 ) -> None:
-    """Put each node's siblings in order. A function of its own: what it needs is large, and freed at its end."""
+    """Put each node's siblings in order."""
     tokens = _subtree_sums(owner, own_tokens.astype(np.int64))
     decode = _subtree_sums(owner, own_decode.astype(np.int64))
     # Ended prompts are never compared; they only must not divide by zero.
