@@ -103,7 +103,8 @@ def _sort(
     rank = tokens.astype(np.float64)
     if order != "paper":
         np.maximum(rank, 1.0, out=rank)
-        np.divide(-decode, rank, out=rank)
+        np.divide(decode, rank, out=rank)
+        np.negative(rank, out=rank)
     _sort_siblings(start, siblings, rank)
     if order == "balanced":
         _balance_siblings(start, siblings, tokens, decode)
@@ -231,7 +232,8 @@ def _lay_out(
     source = np.empty(len(owner) - num_nodes, np.int64)
     lcp = np.zeros(len(source), np.int32)
     new_first, number = np.empty(num_nodes, np.int64), np.empty(num_nodes, np.int32)
-    size = np.append(num_prompts, np.ones(len(source), np.int64))
+    size = np.ones(len(owner), np.int64)
+    size[:num_nodes] = num_prompts
     # Parents first: a node's own place is known before it places what is below it.
     for v in range(-1, num_nodes):
         begin, upcoming, here, num_ended = np.int64(0), np.int64(0), np.int32(0), np.int64(len(source))
