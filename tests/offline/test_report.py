@@ -92,7 +92,7 @@ def test_json_reads_back_and_replaces_an_older_file(tmp_path: Path) -> None:
 
 def test_the_table_is_aligned_and_readable() -> None:
     assert REPORT.render().splitlines() == [
-        "requests             1,000  990 succeeded, 10 failed",
+        "requests             1,000  990 succeeded, 10 failed, 100 of them in earlier runs, 2 engine restarts",
         "prompt tokens    1,000,000",
         "  computed         250,000  reuse 75.0%",
         "  optimum          200,000  reuse 80.0%",
