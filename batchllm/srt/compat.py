@@ -104,6 +104,12 @@ PINNED: dict[str, str] = {
     "sglang.srt.constrained.grammar_manager:GrammarManager.get_ready_grammar_requests": "64435f363ee0",
     "sglang.srt.server_args:ServerArgs._handle_cpu_backends": "c9501e23305a",
     "sglang.srt.server_args:PortArgs.init_new": "05e7d1cd7ae5",
+    "sglang.srt.entrypoints.http_server:launch_server": "232091472ea1",
+    "sglang.srt.entrypoints.http_server:_setup_and_run_http_server": "2e3fa3776d38",
+    "sglang.srt.entrypoints.http_server:lifespan": "ac716dc10579",
+    "sglang.srt.entrypoints.http_server:health_generate": "138c6aa1bbd9",
+    "sglang.srt.managers.scheduler:Scheduler.get_init_info": "ff0eddbe8720",
+    "sglang.srt.managers.load_snapshot:shm_path_for": "89bcf0774b36",
 }
 
 

@@ -92,6 +92,10 @@ class BatchScheduler(Scheduler):
             ]
         )
 
+    def get_init_info(self) -> dict[str, Any]:
+        parts = {"scheduler": self, "radix_cache": self.tree_cache, "attention": self.attention}
+        return super().get_init_info() | {"batchllm": {name: type(part).__name__ for name, part in parts.items()}}
+
     def init_output_streamer(self) -> None:
         self.output_streamer = BatchOutputStreamer(
             send_to_detokenizer=self.ipc_channels.send_to_detokenizer,
@@ -332,6 +336,13 @@ class OfflineBatchScheduler(BatchScheduler):
             self.load_snapshot_writer = None
             writer.close()
             os.unlink(writer.path)
+
+
+def run_server_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Target of the scheduler process of a server, like `run_scheduler_process`."""
+    child_process.begin()
+    install(server_args, BatchScheduler)
+    upstream.run_scheduler_process(server_args, *args, **kwargs)
 
 
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -56,6 +56,9 @@ def kv_limit_tokens(server_args: Any, kv_capacity_tokens: int) -> int:
     return kv_capacity_tokens if limit is None else min(limit, kv_capacity_tokens)
 
 
+_OWN = ("kv_limit", "output_lengths")
+_OWN_TITLE = "batchllm"
+
 # Argument, the value that is fine, what to call it.
 _UNSUPPORTED = (
     ("pp_size", 1, "pipeline parallelism"),
@@ -101,21 +104,51 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
         raise ConfigError(f"-m {model_path}: {error}") from error
 
 
-def parse_server_flags(flags: list[str]) -> dict[str, Any]:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Of every flag of SGLang's server, and ours in a group of their own. What is not given is not in its result.
+
+    Args:
+        prog: What ``--help`` calls the program; None for a parser without ``--help``.
+    """
+    add_attention_backend_choices([ATTENTION_BACKEND])
+    parser = _Parser(prog=prog, allow_abbrev=False, add_help=prog is not None, argument_default=argparse.SUPPRESS)
+    ServerArgs.add_cli_args(parser)
+    add_cli_args_from_dataclass(own_flags(parser), BatchServerArgs, fields=sorted(_OWN))
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction):
+            action.default = argparse.SUPPRESS
+        action.required = False
+    return parser
+
+
+def own_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The group of our flags."""
+    for group in parser._action_groups:
+        if group.title == _OWN_TITLE:
+            return group
+    return parser.add_argument_group(_OWN_TITLE)
+
+
+def parse_server_flags(flags: list[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
     """SGLang's command line flags as server arguments; only those given.
+
+    Args:
+        flags: The command line.
+        parser: From `make_parser`, with further flags of the caller's, whose values are among the result.
 
     Raises:
         ConfigError: A flag is unknown or its value is wrong.
     """
-    add_attention_backend_choices([ATTENTION_BACKEND])
-    parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    ServerArgs.add_cli_args(parser)
-    own = {"kv_limit", "output_lengths"}
-    add_cli_args_from_dataclass(parser, BatchServerArgs, fields=sorted(own))
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-        action.required = False
+    parser = parser or make_parser()
     fields = {field.name for field in dataclasses.fields(BatchServerArgs) if field.init}
+    fields |= {action.dest for action in own_flags(parser)._group_actions}
+    if any(flag == "--config" or flag.startswith("--config=") for flag in flags):
+        from sglang.srt.server_args_config_parser import ConfigArgumentMerger
+
+        try:
+            flags = ConfigArgumentMerger(parser).merge_config_with_args(flags)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"--config: {error}") from error
     values = vars(parser.parse_args(flags))
     renamed = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
     values = {renamed.get(name, name): value for name, value in values.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
@@ -27,6 +28,8 @@ class BatchTokenizerManager(TokenizerManager):
         super().init_running_status()
         self._death: EngineDiedError | None = None
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
+        self.on_death: Callable[[], None] | None = None
+        """Called when a runtime process has ended, after the jobs have been told."""
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
@@ -87,6 +90,8 @@ class BatchTokenizerManager(TokenizerManager):
         self._death = error
         for queue in self._planned_outputs.values():
             queue.put_nowait(error)
+        if self.on_death is not None:
+            self.on_death()
 
     def _handle_planned_output(self, output: PlannedBatchOutput) -> None:
         queue = self._planned_outputs.get(output.job_id)

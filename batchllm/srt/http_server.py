@@ -1,0 +1,189 @@
+"""SGLang's HTTP server with our processes behind it, and room for routes of ours. (Upstream:
+``srt/entrypoints/http_server.py``.)
+
+Every route of SGLang's stays what it is, except that ``/health`` also says what it found to be in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import sglang.srt.entrypoints.http_server as upstream
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+from batchllm.errors import EngineDiedError
+from batchllm.srt import compat
+from batchllm.srt.detokenizer_manager import run_detokenizer_process
+from batchllm.srt.engine import launch_errors
+from batchllm.srt.processes import EngineProcesses
+from batchllm.srt.runtime import ManagedRuntime
+from batchllm.srt.scheduler import run_server_scheduler_process
+from batchllm.srt.tokenizer_manager import init_tokenizer_manager
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_STOP_TIMEOUT_S = 10
+
+
+class ServerRuntime(ManagedRuntime):
+    """The server's runtime, for jobs that are run by threads beside the server's event loop.
+
+    Args:
+        loop: The server's event loop; jobs are fed and received on it.
+    """
+
+    def __init__(
+        self, manager: Any, server_args: Any, init_info: dict[str, Any], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(manager, server_args, init_info)
+        self.loop = loop
+
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
+        """From any thread but the loop's own."""
+        try:
+            while True:
+                done, item = self._wait_for(_next(stream))
+                if done:
+                    return
+                yield item
+        finally:
+            self._wait_for(stream.aclose())
+
+    def _wait_for(self, coroutine: Any) -> Any:
+        if self.loop.is_closed():
+            coroutine.close()
+            raise EngineDiedError("the server has ended")
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def withdraw(self, job_id: int) -> None:
+        """From any thread."""
+        self.loop.call_soon_threadsafe(super().withdraw, job_id)
+
+    def shutdown(self) -> None:
+        """A job ends, the server does not."""
+
+
+async def _next(stream: AsyncGenerator[T, None]) -> tuple[bool, T | None]:
+    try:
+        return False, await anext(stream)
+    except StopAsyncIteration:
+        return True, None
+
+
+class HttpServer:
+    """SGLang's server. There is one in a process.
+
+    Args:
+        server_args: From `batchllm.srt.server_args.make_server_args`.
+        router: Further routes.
+        when_up: Called in a thread once the engine answers.
+        when_down: Called in a thread when the server ends, while the engine still answers.
+    """
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        *,
+        router: APIRouter,
+        when_up: Callable[[ServerRuntime], None],
+        when_down: Callable[[], None],
+    ) -> None:
+        self._args = server_args
+        self._when_up = when_up
+        self._when_down = when_down
+        self._processes = EngineProcesses()
+        self._manager: Any = None
+        self._init_info: dict[str, Any] = {}
+        self._runtime: ServerRuntime | None = None
+        self._upstream_lifespan = upstream.app.router.lifespan_context
+        upstream.app.router.lifespan_context = self._lifespan
+        upstream.app.include_router(router)
+        self._wrap_health()
+
+    def run(self) -> None:
+        """Serve until a signal ends it.
+
+        Raises:
+            EngineError: The engine did not come up.
+        """
+        compat.check()
+        before, upstream.Engine = upstream.Engine, self._engine_class()
+        try:
+            upstream.launch_server(
+                self._args,
+                init_tokenizer_manager,
+                run_server_scheduler_process,
+                run_detokenizer_process,
+                launch_callback=self._is_up,
+            )
+        finally:
+            upstream.Engine = before
+            self._processes.end(self._manager)
+
+    def _engine_class(self) -> type[Engine]:
+        server = self
+
+        class _ServerEngine(Engine):
+            """Launches as SGLang's does, but keeps track of what is to be ended."""
+
+            @classmethod
+            def _launch_subprocesses(cls, server_args: ServerArgs, **kwargs: Any) -> Any:
+                with server._processes.starting(), launch_errors(server_args):
+                    ports = PortArgs.init_new(server_args)
+                    ports.instance_id = server._processes.instance_id  # names a file in shared memory
+                    launched = super()._launch_subprocesses(server_args=server_args, port_args=ports, **kwargs)
+                server._manager = launched[0]
+                server._init_info = launched[3].scheduler_infos[0]
+                return launched
+
+        return _ServerEngine
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        self._manager.auto_create_handle_loop()
+        self._manager.on_death = lambda: setattr(self, "_dying", loop.create_task(self._die()))
+        self._runtime = ServerRuntime(self._manager, self._args, self._init_info, loop)
+        async with self._upstream_lifespan(app):
+            yield
+            await asyncio.to_thread(self._when_down)
+            await self._processes.ask_to_end(self._manager)
+
+    def _is_up(self) -> None:
+        assert self._runtime is not None
+        self._when_up(self._runtime)
+
+    async def _die(self) -> None:
+        """A process of the engine has ended: so does the server, for whoever watches it to start another."""
+        logger.error("a process of the engine has ended, its log is above; the server ends")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(self._when_down), _STOP_TIMEOUT_S)
+        self._processes.end(self._manager)
+        os._exit(1)  # requests wait for what will never come, and would keep it from ending otherwise
+
+    # What is really in
+
+    def _wrap_health(self) -> None:
+        router = upstream.app.router
+        (stock,) = [route for route in router.routes if getattr(route, "path", None) == "/health"]
+        router.routes.remove(stock)
+
+        async def health(request: Request) -> Response:
+            response: Response = await stock.endpoint(request)
+            if response.status_code != 200:
+                return response
+            parts = self._init_info.get("batchllm", {})
+            is_in = parts.get("scheduler") == "BatchScheduler" and parts.get("radix_cache") == "PlannedRadixCache"
+            content = {"status": "ok" if is_in else "the scheduler or the cache is not batchllm's", **parts}
+            return JSONResponse(content, status_code=200 if is_in else 503)
+
+        upstream.app.add_api_route("/health", health, methods=["GET"], include_in_schema=stock.include_in_schema)
