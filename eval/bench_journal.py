@@ -119,7 +119,7 @@ def _run(folder: Path, name: str, has_journal: bool, runtime: Kept) -> float:
     with journal, Progress(None, show=False) as progress, StopSignal(0.0) as stop:
         outputs = Outputs(str(folder / f"{name}.jsonl"), errors_path=None, order="input", journal=journal)
         runner = Runner(
-            lambda: runtime,  # type: ignore[arg-type, return-value] # it stands in for one
+            lambda: runtime,  # it stands in for one
             journal=journal,
             recorder=Recorder(journal, outputs, progress, None),
             progress=progress,

@@ -4,7 +4,8 @@ Plain requests: 2,000 over shuffled shared prefixes from 64 threads, the 28M mod
 one compute thread. Every stock policy runs once, then the best of them and ours in turn. Answers are compared.
 
 Batch: 2,000 rows over shared prefixes through the batch API, from the creation of the batch until it is completed, and
-`batchllm run` on the same rows, without the start of its engine; in turn. Prompt tokens computed are the server's count.
+`batchllm run` on the same rows, without the start of its engine; in turn.
+Prompt tokens computed are the server's count.
 
     python eval/bench_server.py --out eval/results/server.md
 """

@@ -206,7 +206,7 @@ def main(argv: list[str]) -> int:
     from batchllm.cli import main as command
     from batchllm.cli import run
 
-    run._start_engine = engine_starter(Settings.from_environment())  # type: ignore[assignment]
+    run._start_engine = engine_starter(Settings.from_environment())
     return command(argv)
 
 

@@ -213,7 +213,7 @@ def test_a_column_that_is_not_there_is_refused_at_once_naming_those_that_are(
         ("--carry", {"carry": ("txt",), "prompt_column": "text"}),
     ):
         with pytest.raises(ConfigError, match=rf"{flag}: -i .*in.* has no column 'txt'; it has 'label', 'text'"):
-            read_rows(path, defaults=SamplingParams(), columns=ColumnMap(**columns))  # type: ignore[arg-type]
+            read_rows(path, defaults=SamplingParams(), columns=ColumnMap(**columns))
     with pytest.raises(ConfigError, match="name one with --prompt-column"):
         read_rows(path, defaults=SamplingParams())
 
@@ -364,6 +364,6 @@ def test_a_forced_format_that_is_not_the_file_s_is_a_config_error(tmp_path: Path
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"prompt":"x"}\n')
     for forced in ("parquet", "hf"):
-        source = open_input(str(path), spool_folder=None, input_format=forced)  # type: ignore[arg-type]
+        source = open_input(str(path), spool_folder=None, input_format=forced)
         with pytest.raises(ConfigError, match=r"in\.jsonl cannot be read as a table"):
             read_rows(source, defaults=SamplingParams())

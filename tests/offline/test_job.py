@@ -431,7 +431,7 @@ def test_dropping_the_iterator_closes_the_job_as_not_complete() -> None:
     job = Loaded(runtime, [_request(i, [1] * 30 + [i]) for i in range(60)])
     stream = runtime.iterate(job.run())
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert runtime.closed == [False]
 
 

@@ -42,7 +42,7 @@ def test_results_come_back_by_row_and_as_they_finished(
 ) -> None:
     """Both orders, all three selections, in the journal that wrote them and in one that opens it later."""
     finishing = list(range(len(rows)))
-    order.shuffle(finishing)  # type: ignore[attr-defined]  # hypothesis' Random
+    order.shuffle(finishing)  # hypothesis' Random
     folder = tmp_path_factory.mktemp("job")
     with create(folder) as journal:
         for number, index in enumerate(finishing):

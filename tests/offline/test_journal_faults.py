@@ -361,7 +361,7 @@ def test_a_damaged_file_gives_right_lines_or_an_error_that_says_what_to_do(
             journal.failed()
             _ = journal.notes
             for order in ("input", "finished"):
-                assert set(journal.results(order)) <= {line_of(index) for index in range(30)}  # type: ignore[arg-type]
+                assert set(journal.results(order)) <= {line_of(index) for index in range(30)}
             journal.forget_failed()
 
     for act in (read, run):

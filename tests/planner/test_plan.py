@@ -131,7 +131,7 @@ def test_a_plan_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="read-only"):
         plan.order[0] = 1
     with pytest.raises(AttributeError):
-        plan.page_size = 4  # type: ignore[misc]
+        plan.page_size = 4
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_dropping_the_iterator_aborts_the_rest_and_frees_its_memory(engine: Batc
     prompts = _irregular(5)
     stream = engine.batch_generate_iter(input_ids=prompts, sampling_params=GREEDY)
     first = next(iter(stream))
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     again = engine.batch_generate(input_ids=[prompts[first.index]], sampling_params=GREEDY)
     assert list(again[0].output_ids) == list(first.output_ids)
 
@@ -243,10 +243,10 @@ def test_dropping_a_batch_whose_grammar_is_still_compiled_leaves_the_engine_aliv
     """Whether the grammar then turns out good or not."""
     bad = {**GREEDY, "json_schema": json.dumps({"type": "nor such a type"})}
     stream = engine.batch_generate_iter(["One", "Two", "Three"], [GREEDY, bad, bad])
-    stream.close()  # type: ignore[attr-defined]  # an iterator to the caller, a generator here
+    stream.close()  # an iterator to the caller, a generator here
     stream = engine.batch_generate_iter(["One", "Two", "Three"], [{**GREEDY, "max_new_tokens": 1}, bad, bad])
     next(stream)
-    stream.close()  # type: ignore[attr-defined]  # an iterator to the caller, a generator here
+    stream.close()  # an iterator to the caller, a generator here
     (again,) = engine.batch_generate(["One"], GREEDY)
     assert again.finish_reason == "length"
 
