@@ -3,6 +3,7 @@
     batchllm run        answer every row of an input; an interrupted job goes on where it ended
     batchllm status     say how far a job is, how fast, and what failed
     batchllm retry      run again what failed in a job
+    batchllm serve      SGLang's server, with plans and the batch API
     batchllm plan       say what would be shared and saved, without running
     batchllm report     say what a run looked like, from its trace
     batchllm simulate   run a workload on a simulated device

@@ -10,6 +10,7 @@ from batchllm.cli.inputs import add_input_flags
 from batchllm.cli.outcome import EXIT_STATUSES
 from batchllm.cli.plan import plan
 from batchllm.cli.run import retry, run
+from batchllm.cli.serve import serve
 from batchllm.cli.simulate import calibrate, report, simulate_workload
 from batchllm.cli.status import status
 from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GROUP_ORDERS
@@ -33,6 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     _add_retry(commands)
+    commands.add_parser(
+        "serve", help="SGLang's server, with plans and the batch API (`serve --help` has its flags)", add_help=False
+    ).set_defaults(command=serve)
     show = commands.add_parser("status", help="say how far a job is, how fast, and what failed", allow_abbrev=False)
     show.add_argument("job_dir", metavar="JOBDIR", help="folder of the job")
     show.add_argument("--json", action="store_true", help="for machines")

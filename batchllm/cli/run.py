@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -48,6 +49,8 @@ _PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "mode
 _FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port")
 _DEFAULT_MEMORY_SHARE = 0.5
 _TOKEN_BYTES = 4
+COLLECT_EVERY = 100_000
+"""Containers made between two looks of the garbage collector: those of a row go without it, and there are millions."""
 
 
 def run(args: argparse.Namespace, server_flags: list[str]) -> int:
@@ -129,7 +132,8 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFold
         stack.callback(runner.close)
         journal.event("start", f"{num_before} rows had a result")
         outputs.begin()
-        is_complete = runner.run(rows)
+        with _rare_collections():
+            is_complete = runner.run(rows)
         journal.event("end" if is_complete else "stop", stop.name or "")
         journal.commit()
         if not is_complete:
@@ -138,6 +142,17 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFold
             return EXIT_STOPPED
         outputs.finish()
     return _tell(args, runner, recorder, num_before, time.perf_counter() - started)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """This process has nothing else to do: the garbage collector looks rarely."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(COLLECT_EVERY, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def _check_other_files(args: argparse.Namespace) -> None:

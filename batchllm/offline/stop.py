@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the work under way can answer.
+"""Ctrl-C and SIGTERM, or a word from another thread, as a request that the work under way can answer.
 
 Knows signals of this process; not what it works on.
 
@@ -55,11 +55,14 @@ class StopSignal:
         finally:
             self._is_heeded = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+    def ask(self, name: str) -> None:
+        """Asks as a signal of that name would; from any thread."""
+        self._asked_at = self._asked_at if self.is_set else time.monotonic()
         self._num_signals += 1
-        if self._num_signals == 1:
-            self._asked_at = time.monotonic()
+        self.name = name
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.ask(signal.Signals(number).name)
         if not self._is_heeded or self._num_signals > 2:
             raise KeyboardInterrupt
 

@@ -86,7 +86,8 @@ class HttpServer:
         server_args: From `batchllm.srt.server_args.make_server_args`.
         router: Further routes.
         when_up: Called in a thread once the engine answers.
-        when_down: Called in a thread when the server ends, while the engine still answers.
+        when_down: Called in a thread when the server ends: with False while the engine still answers, with True if it
+            has died.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class HttpServer:
         *,
         router: APIRouter,
         when_up: Callable[[ServerRuntime], None],
-        when_down: Callable[[], None],
+        when_down: Callable[[bool], None],
     ) -> None:
         self._args = server_args
         self._when_up = when_up
@@ -155,7 +156,7 @@ class HttpServer:
         self._runtime = ServerRuntime(self._manager, self._args, self._init_info, loop)
         async with self._upstream_lifespan(app):
             yield
-            await asyncio.to_thread(self._when_down)
+            await asyncio.to_thread(self._when_down, False)
             await self._processes.ask_to_end(self._manager)
 
     def _is_up(self) -> None:
@@ -166,7 +167,7 @@ class HttpServer:
         """A process of the engine has ended: so does the server, for whoever watches it to start another."""
         logger.error("a process of the engine has ended, its log is above; the server ends")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.to_thread(self._when_down), _STOP_TIMEOUT_S)
+            await asyncio.wait_for(asyncio.to_thread(self._when_down, True), _STOP_TIMEOUT_S)
         self._processes.end(self._manager)
         os._exit(1)  # requests wait for what will never come, and would keep it from ending otherwise
 

@@ -1,0 +1,92 @@
+"""``batchllm serve`` and ``python -m batchllm.launch_server``: SGLang's server, with plans and the batch API."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchllm.cli.outcome import EXIT_OK, EXIT_STOPPED
+from batchllm.cli.run import COLLECT_EVERY
+from batchllm.default_model import default_model_path
+from batchllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from batchllm.server import BatchOptions, BatchService
+    from batchllm.srt.http_server import ServerRuntime
+
+PROGRAM = "python -m batchllm.launch_server"
+
+
+def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
+    """Serve until a signal ends it; returns the exit status."""
+    # FastAPI and SGLang take seconds to import.
+    from batchllm.server import BatchService
+    from batchllm.srt.http_server import HttpServer
+    from batchllm.srt.server_args import make_parser, make_server_args, own_flags, parse_server_flags
+
+    parser = make_parser(PROGRAM)
+    _add_batch_flags(own_flags(parser))
+    given = parse_server_flags(server_flags, parser)
+    batch = {name: given.pop(name) for name in list(given) if name.startswith("batch_")}
+    model_path = given.pop("model_path", None) or default_model_path()
+    log_level = given.setdefault("log_level", "info")
+    logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    server_args = make_server_args(model_path, **given)
+    gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
+    service = BatchService(_batch_options(batch, server_args.port))
+    try:
+        server = HttpServer(
+            server_args,
+            router=service.router,
+            when_up=lambda runtime: _start(service, runtime, server_args.enable_metrics),
+            when_down=lambda is_crash: service.stop(is_crash=is_crash),
+        )
+        server.run()
+    except KeyboardInterrupt:  # the server has ended in order, and passes the signal on
+        return EXIT_STOPPED
+    finally:
+        service.close()
+    return EXIT_OK
+
+
+def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> None:
+    from batchllm.offline.joint_jobs import JointJobs
+    from batchllm.server import BatchMetrics
+
+    service.start(lambda: runtime, JointJobs(runtime).make_job, BatchMetrics() if has_metrics else None)
+
+
+def _add_batch_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch-storage",
+        metavar="DIR",
+        help="where files and batches are kept; a server started again with the same folder goes on with them "
+        "(default: batchllm/port-PORT under $XDG_STATE_HOME or ~/.local/state)",
+    )
+    group.add_argument(
+        "--batch-max-file-bytes", type=int, metavar="N", help="largest file that may be uploaded (default: 1 GiB)"
+    )
+    group.add_argument("--batch-max-rows", type=int, metavar="N", help="most rows of a batch (default: 1,000,000)")
+    group.add_argument(
+        "--batch-max-active-jobs",
+        type=int,
+        metavar="N",
+        help="batches in progress at once, planned together; others wait for their turn (default: 32)",
+    )
+
+
+def _batch_options(given: dict[str, Any], port: int) -> BatchOptions:
+    from batchllm.server import BatchOptions
+
+    storage = given.pop("batch_storage", None)
+    if storage is None:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        storage = Path(state, "batchllm", f"port-{port}")
+    for name, value in given.items():
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    return BatchOptions(storage=Path(storage), **{name.removeprefix("batch_"): value for name, value in given.items()})

@@ -1,0 +1,132 @@
+"""The storage's database: files, batches and idempotency keys in one SQLite file.
+
+Knows tables, transactions and the storage's lock; not what the rows mean.
+
+INVARIANT: a transaction is on disk, whole, when it has ended well, and is not there at all otherwise; one process at a
+time has the storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchllm.errors import ConfigError
+from batchllm.offline.job_folder import FolderLock
+
+NAME = "batches.db"
+FLAG = "--batch-storage"
+
+_FORMAT = 1
+_SCHEMA = f"""
+BEGIN;
+CREATE TABLE file (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, num_bytes INTEGER NOT NULL,
+    created_at INTEGER NOT NULL, expires_at INTEGER, filename TEXT NOT NULL, purpose TEXT NOT NULL
+);
+CREATE INDEX file_expiry ON file (expires_at) WHERE expires_at IS NOT NULL;
+CREATE TABLE batch (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, endpoint TEXT NOT NULL,
+    input_file_id TEXT NOT NULL, completion_window TEXT NOT NULL, metadata TEXT, output_expiry_s INTEGER,
+    created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, in_progress_at INTEGER, finalizing_at INTEGER,
+    completed_at INTEGER, failed_at INTEGER, expired_at INTEGER, cancelling_at INTEGER, cancelled_at INTEGER,
+    model TEXT, errors TEXT, output_file_id TEXT, error_file_id TEXT, usage TEXT,
+    num_rows INTEGER NOT NULL DEFAULT 0, num_answered INTEGER NOT NULL DEFAULT 0,
+    num_failed INTEGER NOT NULL DEFAULT 0,
+    num_attempts INTEGER NOT NULL DEFAULT 0, num_done_at_attempt INTEGER NOT NULL DEFAULT -1
+);
+CREATE INDEX batch_status ON batch (status);
+CREATE TABLE idempotency (
+    kind TEXT NOT NULL, key TEXT NOT NULL, digest TEXT NOT NULL, object_id TEXT NOT NULL, PRIMARY KEY (kind, key)
+) WITHOUT ROWID;
+CREATE INDEX idempotency_object ON idempotency (object_id);
+PRAGMA user_version = {_FORMAT};
+COMMIT;
+"""
+
+
+class Database:
+    """The database of a storage, which is made if need be; threads take turns.
+
+    Args:
+        folder: The storage.
+
+    Raises:
+        ConfigError: Another process has the storage, it cannot be written, or its database is none of ours.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._turn = threading.RLock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(folder)
+        except OSError as error:
+            raise ConfigError(f"{FLAG} {folder}: cannot be made: {error.strerror}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{FLAG}: another server uses it, or it cannot be written: {error}") from error
+        try:
+            self._db = self._open(folder / NAME)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        try:
+            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                db.row_factory = sqlite3.Row
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                (found,) = db.execute("PRAGMA user_version").fetchone()
+                if found == 0:
+                    db.executescript(_SCHEMA)
+                elif found != _FORMAT:
+                    raise ConfigError(
+                        f"{FLAG}: {path} was written by another version (format {found}, this one has {_FORMAT}); "
+                        "give another folder"
+                    )
+            except BaseException:
+                db.close()
+                raise
+            return db
+        except sqlite3.Error as error:
+            raise ConfigError(f"{FLAG}: {path} cannot be used: {error}") from error
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing of what is written in here; inside another one it is part of that.
+
+        Raises:
+            sqlite3.Error: The disk refuses.
+        """
+        with self._turn:
+            if self._db.in_transaction:
+                yield
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """The rows of an answer."""
+        with self._turn:
+            return self._db.execute(sql, values).fetchall()
+
+    def write(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """Change rows, and tell how many; safe when the transaction around it has ended, or at once where none is."""
+        with self.transaction():
+            return self._db.execute(sql, values).rowcount
+
+    def close(self) -> None:
+        """Let others have the storage. Closing twice does nothing."""
+        with self._turn:
+            self._db.close()
+            self._lock.release()

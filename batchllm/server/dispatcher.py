@@ -1,0 +1,161 @@
+"""Which batch does its next step when, and what has expired.
+
+Knows records, threads and the clock; what a step is, is `batch_run`'s.
+
+INVARIANT: a batch is in at most one thread; what is to be done next is read from the records, so that a server that was
+killed finds all of it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from batchllm.offline.stop import StopSignal
+from batchllm.server.batch_run import CRASH, SHUTDOWN, BatchContext, BatchRun
+from batchllm.server.batch_store import BatchRecord
+from batchllm.server.objects import BatchStatus
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.5
+_RETRY_AFTER_S = 5.0
+_SWEEP_EVERY_S = 60.0
+_JOIN_S = 60.0
+_MAX_VALIDATIONS = 4
+"""Files that are looked at together: a small one need not wait for a large one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A batch at work."""
+
+    run: BatchRun
+    stop: StopSignal
+    thread: threading.Thread
+    is_done: threading.Event
+    """The thread has nothing more to do; it may live a moment longer."""
+    is_validation: bool
+    is_suspect: bool
+
+
+class Dispatcher:
+    """Begins steps of batches, in threads of their own, until stopped."""
+
+    def __init__(self, context: BatchContext) -> None:
+        self._context = context
+        self._steps: dict[str, _Step] = {}
+        self._not_before: dict[str, float] = {}
+        self._swept_at = -_SWEEP_EVERY_S
+        self._is_stopping = False
+        self._reason = SHUTDOWN
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something has changed in the records."""
+        self._wake.set()
+
+    def stop(self, *, is_crash: bool) -> None:
+        """End all steps where they are; what is recorded stays. Returns when their threads have ended."""
+        self._reason = CRASH if is_crash else SHUTDOWN
+        self._is_stopping = True
+        self._wake.set()
+        self._thread.join(_JOIN_S)
+        if self._thread.is_alive():
+            logger.error("batches still run after %.0f s; they go on with the next start", _JOIN_S)
+
+    def _run(self) -> None:
+        self._sweep_folders()
+        while not self._is_stopping:
+            try:
+                self._look()
+            except (OSError, sqlite3.Error) as error:  # the disk; it may come back
+                logger.error("the batch storage refuses: %r", error)
+            self._wake.wait(_LOOK_EVERY_S)
+            self._wake.clear()
+        for step in self._steps.values():
+            step.stop.ask(self._reason)
+            step.stop.ask(self._reason)  # now
+        for step in self._steps.values():
+            step.thread.join()
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for batch_id, step in list(self._steps.items()):
+            if step.is_done.is_set():
+                del self._steps[batch_id]
+                if step.run.has_trouble:
+                    self._not_before[batch_id] = now + _RETRY_AFTER_S
+        batches = self._context.batches.active()
+        for batch in batches:
+            at_work = self._steps.get(batch.id)
+            if at_work is None:
+                if now >= self._not_before.get(batch.id, 0.0) and self._has_room(batch):
+                    self._begin(batch)
+            elif not at_work.stop.is_set and _must_stop(batch):
+                at_work.stop.ask(batch.status)
+        if now - self._swept_at >= _SWEEP_EVERY_S:
+            self._swept_at = now
+            self._context.files.delete_expired()
+        self._tell(batches)
+
+    def _has_room(self, batch: BatchRecord) -> bool:
+        """A batch that may have ended the server is begun beside no other such: the next end then tells them apart."""
+        steps = self._steps.values()
+        if batch.status == "validating":
+            return sum(step.is_validation for step in steps) < _MAX_VALIDATIONS
+        if batch.is_suspect and any(step.is_suspect for step in steps):
+            return False
+        return sum(not step.is_validation for step in steps) < self._context.options.max_active_jobs
+
+    def _begin(self, batch: BatchRecord) -> None:
+        stop = StopSignal(self._context.options.grace_s)
+        run = BatchRun(self._context, batch.id, stop)
+
+        is_done = threading.Event()
+
+        def work() -> None:
+            try:
+                run.run()
+            finally:
+                is_done.set()
+                self.wake()
+
+        thread = threading.Thread(target=work, name=batch.id, daemon=True)
+        self._steps[batch.id] = _Step(run, stop, thread, is_done, batch.status == "validating", batch.is_suspect)
+        self._not_before.pop(batch.id, None)
+        thread.start()
+
+    def _sweep_folders(self) -> None:
+        """Folders of batches that a killed server has ended; those of failed ones may have the only copy of results."""
+        folder = self._context.options.storage / "jobs"
+        try:
+            for path in folder.iterdir():
+                batch = self._context.batches.get(path.name)
+                if batch is None or batch.status in ("completed", "cancelled", "expired"):
+                    shutil.rmtree(path, ignore_errors=True)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("%s cannot be tidied up: %r", folder, error)
+
+    def _tell(self, batches: list[BatchRecord]) -> None:
+        if self._context.metrics is None:
+            return
+        found = self._context.batches.num_by_status()
+        num_by_status: Mapping[str, int] = {status: found.get(status, 0) for status in get_args(BatchStatus)}
+        self._context.metrics.set_batches(num_by_status, sum(batch.num_rows - batch.num_done for batch in batches))
+
+
+def _must_stop(batch: BatchRecord) -> bool:
+    """What runs of the batch shall come to its end."""
+    return batch.status == "cancelling" or (batch.expires_at <= time.time() and batch.status != "finalizing")

@@ -1,0 +1,189 @@
+"""Files of the storage: their records in the database, their bytes under names of our own.
+
+Knows records, folders and lifetimes; not HTTP, and not what is in a file.
+
+INVARIANT: a file that has a record has all its bytes on disk; bytes without a record are gone after the next start.
+What a user calls a file is never part of a path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import sqlite3
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from batchllm.server.database import Database
+from batchllm.server.objects import ACTIVE_STATUSES
+
+logger = logging.getLogger(__name__)
+
+Order = Literal["asc", "desc"]
+_ID = re.compile(r"file-[0-9a-f]{32}")
+_NEEDED = f"SELECT input_file_id FROM batch WHERE status IN {ACTIVE_STATUSES}"
+_COLUMNS = "id, num_bytes, created_at, expires_at, filename, purpose"
+
+
+class FileInUseError(Exception):
+    """A batch that has not ended needs the file."""
+
+
+class UnknownCursorError(Exception):
+    """There is nothing with the id after which a page shall begin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """What is known of a file; times in Unix seconds."""
+
+    id: str
+    num_bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+
+
+class FileStore:
+    """The files of a storage.
+
+    Args:
+        database: Has the records.
+        storage: Has the bytes, in ``files``, and unfinished ones in ``incoming``.
+
+    Raises:
+        OSError: The folders cannot be made.
+    """
+
+    def __init__(self, database: Database, storage: Path) -> None:
+        self._database = database
+        self._folder = storage / "files"
+        self._incoming = storage / "incoming"
+        self._folder.mkdir(exist_ok=True)
+        self._incoming.mkdir(exist_ok=True)
+        self._sweep_leftovers()
+
+    def _sweep_leftovers(self) -> None:
+        """What a server that was killed has left behind."""
+        for path in self._incoming.iterdir():
+            path.unlink()
+        known = {row["id"] for row in self._database.query("SELECT id FROM file")}
+        for path in self._folder.iterdir():
+            if path.name not in known:
+                path.unlink()
+
+    def open_incoming(self) -> tuple[BinaryIO, Path]:
+        """A new file, to be written and then given to `place`, or deleted."""
+        fd, name = tempfile.mkstemp(dir=self._incoming)
+        return cast(BinaryIO, os.fdopen(fd, "wb", buffering=0)), Path(name)
+
+    def place(self, incoming: Path) -> str:
+        """Give a file, written where this store says, its place; returns its id, which has no record yet."""
+        file_id = f"file-{secrets.token_hex(16)}"
+        os.replace(incoming, self.path(file_id))
+        sync_folder(self._folder)
+        return file_id
+
+    def new_path(self) -> Path:
+        """Where a file may be written that becomes `place`d."""
+        return self._incoming / secrets.token_hex(16)
+
+    def add(self, file_id: str, *, filename: str, purpose: str, lifetime_s: int | None) -> FileRecord:
+        """Record a file that has its place."""
+        now = int(time.time())
+        expires_at = None if lifetime_s is None else now + lifetime_s
+        num_bytes = self.path(file_id).stat().st_size
+        values = (file_id, num_bytes, now, expires_at, filename, purpose)
+        self._database.write(f"INSERT INTO file ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", values)
+        return FileRecord(
+            id=file_id,
+            num_bytes=num_bytes,
+            created_at=now,
+            expires_at=expires_at,
+            filename=filename,
+            purpose=purpose,
+        )
+
+    def drop(self, file_id: str) -> None:
+        """Delete the bytes of a file, unless it has got a record: a commit that ended in an error may have worked."""
+        if self.get(file_id) is None:
+            self.path(file_id).unlink(missing_ok=True)
+
+    def path(self, file_id: str) -> Path:
+        """Where its bytes are."""
+        assert _ID.fullmatch(file_id), file_id
+        return self._folder / file_id
+
+    def get(self, file_id: str) -> FileRecord | None:
+        """The record of a file; None where there is none, or it has expired."""
+        if not _ID.fullmatch(file_id):
+            return None
+        query = f"SELECT {_COLUMNS} FROM file WHERE id = ? AND (expires_at IS NULL OR expires_at > ?)"
+        found = self._database.query(query, (file_id, int(time.time())))
+        return FileRecord(**dict(found[0])) if found else None
+
+    def page(
+        self, *, purpose: str | None, after: str | None, limit: int, order: Order
+    ) -> tuple[list[FileRecord], bool]:
+        """Files by age, and whether there are more.
+
+        Raises:
+            UnknownCursorError: There is no file ``after``.
+        """
+        where, values = "(expires_at IS NULL OR expires_at > ?)", [int(time.time())] + [purpose] * (purpose is not None)
+        if purpose is not None:
+            where += " AND purpose = ?"
+        if after is not None:
+            cursor = self._database.query("SELECT seq FROM file WHERE id = ?", (after,))
+            if not cursor:
+                raise UnknownCursorError
+            where += f" AND seq {'>' if order == 'asc' else '<'} ?"
+            values.append(cursor[0]["seq"])
+        query = f"SELECT {_COLUMNS} FROM file WHERE {where} ORDER BY seq {order} LIMIT ?"
+        found = self._database.query(query, (*values, limit + 1))
+        return [FileRecord(**dict(row)) for row in found[:limit]], len(found) > limit
+
+    def delete(self, file_id: str) -> bool:
+        """Delete a file; returns whether there was one.
+
+        Raises:
+            FileInUseError: It stays.
+        """
+        with self._database.transaction():
+            if self.get(file_id) is None:
+                return False
+            if self._database.query(f"SELECT 1 WHERE ? IN ({_NEEDED})", (file_id,)):
+                raise FileInUseError
+            self._forget(file_id)
+        self.path(file_id).unlink(missing_ok=True)
+        return True
+
+    def delete_expired(self) -> None:
+        """Delete what has expired, but for the inputs of batches that have not ended."""
+        query = f"SELECT id FROM file WHERE expires_at <= ? AND id NOT IN ({_NEEDED})"
+        for row in self._database.query(query, (int(time.time()),)):
+            try:
+                with self._database.transaction():
+                    self._forget(row["id"])
+                self.path(row["id"]).unlink(missing_ok=True)
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("file %s has expired and cannot be deleted: %r", row["id"], error)
+
+    def _forget(self, file_id: str) -> None:
+        self._database.write("DELETE FROM file WHERE id = ?", (file_id,))
+        self._database.write("DELETE FROM idempotency WHERE object_id = ?", (file_id,))
+
+
+def sync_folder(folder: Path) -> None:
+    """Names of files in the folder are on disk from now on."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,27 @@
+"""What of the batch API can be set.
+
+Knows limits and the storage's place; not what uses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """Limits of the batch API, and where it keeps what it has."""
+
+    storage: Path
+    """Folder of files, batches and their results; made if need be. One server at a time uses it."""
+    max_file_bytes: int = 1 << 30
+    """Largest file that may be uploaded."""
+    max_rows: int = 1_000_000
+    """Most rows of a batch."""
+    max_active_jobs: int = 32
+    """Batches that run at once; the others wait, in order of creation."""
+    max_token_bytes: int = 1 << 30
+    """Token ids that a batch holds in memory; a larger one is planned in shards."""
+    grace_s: float = 30.0
+    """Time that running rows of a batch may take to finish, after it was cancelled or has expired."""

@@ -1,0 +1,113 @@
+"""Whether a file can be a batch: every line's envelope, and ids that occur once.
+
+Knows lines and what is around a request's body; what is in the body is looked at when the row runs, and its mistakes
+cost that row alone.
+
+INVARIANT: a file is good as a whole or not at all; memory is one line and 24 bytes a row.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchllm.dataset import RowIds
+from batchllm.dataset.field_checks import show
+from batchllm.dataset.jsonl import parse_lines
+from batchllm.dataset.openai_rows import check_envelope
+from batchllm.dataset.records import BrokenRecord
+from batchllm.errors import RowError
+
+MAX_SHOWN = 100
+"""Errors that are told of one by one."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Verdict:
+    """What is to be said of a file.
+
+    Attributes:
+        num_rows: Its rows.
+        errors: The first of what is wrong, as objects of a batch's ``errors``; empty if nothing is.
+        num_errors: How much is wrong.
+    """
+
+    num_rows: int = 0
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    num_errors: int = 0
+
+    def add(self, error: RowError, line: int | None) -> None:
+        """One more thing is wrong."""
+        self.num_errors += 1
+        if len(self.errors) < MAX_SHOWN:
+            self.errors.append({"code": error.code, "line": line, "message": error.message, "param": error.param})
+
+
+def validate(path: Path, *, endpoint: str, max_rows: int, keep_on: Callable[[], bool]) -> Verdict | None:
+    """Look at every line of a file.
+
+    Args:
+        path: The file.
+        endpoint: Which all rows must name.
+        max_rows: Most rows there may be.
+        keep_on: Asked before each line.
+
+    Returns:
+        What was found; None if it was told to stop.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    verdict = Verdict()
+    ids, lines = RowIds(), array("q")
+    # Raw bytes: a compressed file, or a table, is no JSON lines and is told so.
+    with path.open("rb", buffering=1 << 20) as stream:
+        for line, record in parse_lines(stream):
+            if not keep_on():
+                return None
+            verdict.num_rows += 1
+            if verdict.num_rows > max_rows:
+                message = f"the file has more than {max_rows} rows; split it"
+                verdict.add(RowError(message, code="too_many_rows"), line)
+                break
+            given_id: str | None = None
+            try:
+                given_id = _check_line(record, endpoint)
+            except RowError as error:
+                verdict.add(error, line)
+            ids.append(given_id)
+            lines.append(line)
+    if verdict.num_rows == 0:
+        verdict.add(RowError("the file has no rows", code="empty_file"), None)
+    _add_duplicates(verdict, ids, lines)
+    return verdict
+
+
+def _check_line(record: dict[str, Any] | BrokenRecord, endpoint: str) -> str:
+    """The line's id."""
+    if isinstance(record, BrokenRecord):
+        raise record.error
+    given_id = record.get("custom_id")
+    if given_id is None:
+        message = "the row has no custom_id; answers are matched to rows by it"
+        raise RowError(message, code="missing_id", param="custom_id")
+    if not isinstance(given_id, str) or not given_id:
+        message = f"custom_id must be a non-empty string, not {show(given_id)}"
+        raise RowError(message, code="invalid_id", param="custom_id")
+    check_envelope(record)
+    if record["url"] != endpoint:
+        message = f"url must be the batch's endpoint, {endpoint}, not {show(record['url'])}"
+        raise RowError(message, code="invalid_url", param="url")
+    return given_id
+
+
+def _add_duplicates(verdict: Verdict, ids: RowIds, lines: array[int]) -> None:
+    """Known at the end only, and told in their places."""
+    others, verdict.errors = verdict.errors, []
+    for row, first in ids.find_duplicates():
+        message = f"this custom_id is already used on line {lines[first]}; ids must be unique in a file"
+        verdict.add(RowError(message, code="duplicate_id", param="custom_id"), lines[row])
+    verdict.errors = sorted(others + verdict.errors, key=lambda error: error["line"] or 0)[:MAX_SHOWN]

@@ -1,0 +1,143 @@
+"""The batch API over HTTP on an engine that answers at once; everything above the runtime's seam is the real thing.
+
+    python tests/server/instant_server.py STORAGE PORT_FILE
+
+The port, any that is free, is written to PORT_FILE when requests are served. The engine's `Settings` are taken from the
+environment, as those of `tests.cli.instant_engine`. A prompt that ends with `KILLER` ends the process.
+
+Knows the runtime's seam, and how a server is started; claims nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import fastapi
+import uvicorn
+
+from batchllm.offline.runtime import FinishedRequests, RunRequests
+from batchllm.server import BatchMetrics, BatchOptions, BatchService
+from tests.cli.instant_engine import InstantRuntime, Settings
+
+if TYPE_CHECKING:
+    import openai
+
+T = TypeVar("T")
+START_S = 30
+KILLER = 998
+
+
+class SharedRuntime:
+    """Many jobs at once, each on an `InstantRuntime` of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._numbers = count()
+        self._jobs: dict[int, InstantRuntime] = {}
+        self._first = InstantRuntime(settings)
+        self.info = self._first.info
+        self.tokenizer = self._first.tokenizer
+
+    def open_job(self) -> int:
+        job_id = next(self._numbers)
+        self._jobs[job_id] = InstantRuntime(self._settings)
+        return job_id
+
+    def submit(self, job_id: int, requests: RunRequests) -> None:
+        self._jobs[job_id].submit(job_id, requests)
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        job = self._jobs[job_id]
+        if KILLER in job._last_ids.values():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await job.receive(job_id)
+
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
+        return self._first.iterate(stream)
+
+    def withdraw(self, job_id: int) -> None:
+        self._jobs[job_id].withdraw(job_id)
+
+    def close_job(self, job_id: int, *, is_complete: bool) -> None:
+        del self._jobs[job_id]
+
+    def shutdown(self) -> None:
+        pass
+
+
+class Api:
+    """A server in a thread of this process.
+
+    Attributes:
+        url: Where it listens.
+        service: What it serves.
+    """
+
+    def __init__(
+        self,
+        options: BatchOptions,
+        runtime: SharedRuntime,
+        *,
+        is_started: bool = True,
+        metrics: BatchMetrics | None = None,
+    ) -> None:
+        self.service = BatchService(options)
+        self.storage = options.storage
+        app = fastapi.FastAPI()
+        app.include_router(self.service.router)
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        deadline = time.monotonic() + START_S
+        while not self._server.started:
+            assert time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.005)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._is_up = True
+        if is_started:
+            self.service.start(lambda: runtime, metrics=metrics)
+
+    @cached_property
+    def client(self) -> openai.OpenAI:
+        """A real client of it, which tries nothing twice."""
+        import openai  # takes a second, which a process of its own does without
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def stop(self) -> None:
+        """End in good order. Ending twice does nothing."""
+        if self._is_up:
+            self._is_up = False
+            if "client" in self.__dict__:
+                self.client.close()
+            self.service.stop()
+            self._server.should_exit = True
+            self._thread.join()
+            self.service.close()
+
+    def wait(self) -> None:
+        """Return when the server has ended."""
+        self._thread.join()
+
+
+def main(storage: str, port_file: str) -> None:
+    options: dict[str, Any] = {"grace_s": 0.2}
+    api = Api(BatchOptions(storage=Path(storage), **options), SharedRuntime(Settings.from_environment()))
+    unfinished = Path(f"{port_file}.new")
+    unfinished.write_text(str(api.port))
+    unfinished.rename(port_file)
+    api.wait()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,235 @@
+"""A server that is killed or stopped goes on where it was: nothing that was recorded is lost or run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.cli.instant_engine import Settings
+from tests.cli.jobs import SubmissionLog, environment_of, recorded_rows
+from tests.server.api_rows import (
+    DEADLINE_S,
+    begin,
+    check_each_row_once,
+    counts_of,
+    lines_of,
+    row,
+    rows_of,
+    until,
+    upload,
+    wait_for,
+    wait_for_rows,
+)
+from tests.server.conftest import Serve
+from tests.server.instant_server import KILLER
+
+ROOT = Path(__file__).parents[2]
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, base: Path, **engine: Any) -> None:
+        port_file = base / "port"
+        port_file.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.server.instant_server", str(base / "storage"), str(port_file)],
+            cwd=ROOT,
+            env=environment_of(Settings(**engine)),
+            stderr=subprocess.DEVNULL,
+        )
+        until(lambda: port_file.exists() or self.process.poll() is not None, "the server does not start")
+        port = port_file.read_text() if port_file.exists() else "1"
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+
+
+class Processes:
+    """Servers that run one after the other on one storage."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.all: list[Process] = []
+
+    def start(self, **engine: Any) -> Process:
+        self.all.append(Process(self.base, **engine))
+        return self.all[-1]
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    found = Processes(tmp_path)
+    yield found
+    for process in found.all:
+        process.kill()
+
+
+def test_a_server_that_is_killed_again_and_again_asks_for_no_recorded_row_twice(processes: Processes) -> None:
+    log = SubmissionLog(processes.base / "log.txt")
+    engine: dict[str, Any] = {"batch": 10, "delay_s": 0.02, "log": str(log.path)}
+    server = processes.start(**engine)
+    batch_id = begin(server.client, rows_of(600)).id
+    folder = processes.base / "storage" / "jobs" / batch_id
+    for least in (50, 250):
+        wait_for_rows(server.client, batch_id, least)
+        server.kill()
+        recorded = recorded_rows(folder)
+        assert least <= len(recorded) < 600
+        log.take()
+        server = processes.start(**engine)
+        wait_for_rows(server.client, batch_id, len(recorded) + 1)
+        asked = log.take()
+        asked.pop("start")
+        assert asked == {str(i): 1 for i in range(600) if i not in recorded}
+    batch = wait_for(server.client, batch_id)
+    assert batch.status == "completed"
+    check_each_row_once(server.client, batch, 600)
+    assert batch.usage is not None
+    assert batch.usage.total_tokens == 600 * 4
+    until(lambda: not folder.exists(), "the journal is still there")
+
+
+def test_a_row_that_kills_the_server_costs_its_batch_and_no_other(processes: Processes) -> None:
+    """The other one may be suspected at first; the two are not run together again."""
+    server = processes.start(batch=1, delay_s=0.05)
+    good = begin(server.client, rows_of(20)).id
+    file_id = upload(server.client, [*rows_of(9), row(9, prompt=[KILLER])])
+    bad = server.client.batches.create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h").id
+    num_deaths = 0
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        assert time.monotonic() < deadline
+        try:
+            found = [server.client.batches.retrieve(batch_id) for batch_id in (good, bad)]
+        except openai.APIConnectionError:
+            assert server.process.wait(DEADLINE_S) == -signal.SIGKILL
+            num_deaths += 1
+            server = processes.start(batch=1, delay_s=0.0)
+            continue
+        if {batch.status for batch in found} <= {"completed", "failed"}:
+            break
+        time.sleep(0.02)
+    assert num_deaths == 3
+    assert [batch.status for batch in found] == ["completed", "failed"]
+    check_each_row_once(server.client, found[0], 20)
+    assert found[1].errors is not None
+    assert found[1].errors.data is not None
+    assert [error.code for error in found[1].errors.data] == ["crash_loop"]
+    codes = {line["error"]["code"] for line in lines_of(server.client, found[1].error_file_id)}
+    assert (codes, counts_of(found[1])) == ({"batch_failed"}, (10, 0, 10))
+
+
+def test_a_batch_that_was_acknowledged_survives_at_any_point(processes: Processes) -> None:
+    """Killed right after each answer."""
+    server = processes.start()
+    file_id = upload(server.client, rows_of(5))
+    begun = server.client.batches.create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h")
+    server.kill()
+    server = processes.start(batch=1, stuck_after=1)
+    wait_for_rows(server.client, begun.id, 1)
+    server.client.batches.cancel(begun.id)
+    server.kill()
+    server = processes.start()
+    batch = wait_for(server.client, begun.id)
+    assert batch.status == "cancelled"
+    check_each_row_once(server.client, batch, 5)
+
+
+def test_a_server_that_is_stopped_in_good_order_again_and_again_blames_nobody(serve: Serve) -> None:
+    api = serve(engine={"delay_s": 3600})
+    batch_id = begin(api.client, rows_of(5)).id
+    for _ in range(5):
+        wait_for(api.client, batch_id, "in_progress")
+        until((api.storage / "jobs" / batch_id / "journal.db").exists, "it is not begun")
+        api.stop()
+        api = serve(engine={"delay_s": 3600})
+    api.stop()
+    api = serve()
+    batch = wait_for(api.client, batch_id)
+    assert (batch.status, counts_of(batch)) == ("completed", (5, 5, 0))
+
+
+def test_a_batch_that_runs_whenever_the_engine_dies_is_given_up(serve: Serve) -> None:
+    """As one that runs whenever the process is killed."""
+    batch_id = ""
+    for num_attempts in (1, 2, 3):
+        api = serve(engine={"delay_s": 3600})
+        batch_id = batch_id or begin(api.client, rows_of(5)).id
+        query = f"SELECT 1 FROM batch WHERE num_attempts = {num_attempts}"
+        with closing(sqlite3.connect(api.storage / "batches.db")) as db:
+            until(lambda db=db, query=query: db.execute(query).fetchone() is not None, "it is not begun")  # type: ignore[misc]
+        api.service.stop(is_crash=True)
+        api.stop()
+    api = serve()
+    batch = wait_for(api.client, batch_id)
+    assert (batch.status, counts_of(batch)) == ("failed", (5, 0, 5))
+
+
+def test_rows_that_were_done_when_the_server_stopped_are_not_asked_again(serve: Serve, tmp_path: Path) -> None:
+    log = SubmissionLog(tmp_path / "log.txt")
+    api = serve(engine={"batch": 10, "stuck_after": 30, "log": str(log.path)})
+    batch_id = begin(api.client, rows_of(50)).id
+    wait_for_rows(api.client, batch_id, 30)
+    api.stop()
+    log.take()
+    api = serve(engine={"log": str(log.path)})
+    check_each_row_once(api.client, wait_for(api.client, batch_id), 50)
+    asked = log.take()
+    asked.pop("start")
+    assert sum(asked.values()) == len(asked) == 20
+
+
+def test_a_batch_cut_off_between_its_files_and_its_status_is_finished_again(serve: Serve, tmp_path: Path) -> None:
+    """Neither lost nor doubled: the files that had no record go, and the same lines come."""
+    log = SubmissionLog(tmp_path / "log.txt")
+    api = serve(is_started=False)
+    with closing(sqlite3.connect(api.storage / "batches.db")) as db, db:
+        db.execute(
+            "CREATE TRIGGER refuse BEFORE UPDATE OF status ON batch WHEN OLD.status = 'finalizing' "
+            "BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    api.stop()
+    api = serve()
+    batch_id = begin(api.client, rows_of(20)).id
+    assert wait_for(api.client, batch_id, "finalizing").output_file_id is None
+    assert [file.purpose for file in api.client.files.list()] == ["batch"]
+    api.stop()
+    assert len(os.listdir(api.storage / "files")) == 1
+    with closing(sqlite3.connect(api.storage / "batches.db")) as db, db:
+        db.execute("DROP TRIGGER refuse")
+    api = serve(engine={"log": str(log.path)})
+    batch = wait_for(api.client, batch_id)
+    assert batch.status == "completed"
+    check_each_row_once(api.client, batch, 20)
+    assert sum(file.purpose == "batch_output" for file in api.client.files.list()) == 1
+    assert set(log.take()) == {"start"}, "rows were run again"
+
+
+def test_results_that_are_damaged_on_disk_are_made_again(serve: Serve) -> None:
+    """A journal whose lines are not what was recorded costs those rows another run, and nothing else."""
+    api = serve(engine={"batch": 10, "stuck_after": 30})
+    batch_id = begin(api.client, rows_of(50)).id
+    wait_for_rows(api.client, batch_id, 30)
+    api.stop()
+    with closing(sqlite3.connect(api.storage / "jobs" / batch_id / "journal.db")) as db, db:
+        db.execute("UPDATE result SET line = ? WHERE idx = 3", (json.dumps({"custom_id": "r3"}).encode(),))
+    api = serve()
+    batch = wait_for(api.client, batch_id)
+    assert batch.status == "completed"
+    check_each_row_once(api.client, batch, 50)

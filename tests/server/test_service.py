@@ -1,0 +1,84 @@
+"""The room as others see it: light to import, counted, and patient with an engine that has died."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import prometheus_client
+import pytest
+
+from batchllm.errors import EngineDiedError
+from batchllm.offline.runtime import FinishedRequests
+from batchllm.server import BatchMetrics, dispatcher
+from tests.cli.instant_engine import Settings
+from tests.server.api_rows import begin, check_each_row_once, counts_of, lines_of, row, rows_of, until, wait_for
+from tests.server.conftest import Serve
+from tests.server.instant_server import SharedRuntime
+
+
+class MortalRuntime(SharedRuntime):
+    """Dies when asked for answers, as often as told."""
+
+    def __init__(self, num_deaths: int) -> None:
+        super().__init__(Settings())
+        self.num_deaths = num_deaths
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        if self.num_deaths:
+            self.num_deaths -= 1
+            raise EngineDiedError("the scheduler is gone")
+        return await super().receive(job_id)
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    code = (
+        "import batchllm.server, sys\n"
+        "print(*(name for name in ('torch', 'sglang', 'transformers', 'prometheus_client') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_batches_rows_and_uploads_are_counted(serve: Serve) -> None:
+    registry = prometheus_client.CollectorRegistry()
+    api = serve(metrics=BatchMetrics(registry), engine={"batch": 10, "stuck_after": 10})
+    done = wait_for(api.client, begin(api.client, [row(0), row(1, n=-1)]).id)
+    assert done.status == "completed"
+    waiting = begin(api.client, rows_of(25))
+    num_bytes = sum(api.client.files.retrieve(batch.input_file_id).bytes for batch in (done, waiting))
+    expected = {
+        'batchllm_batch_rows_total{outcome="answered"}': 11.0,
+        'batchllm_batch_rows_total{outcome="failed"}': 1.0,
+        'batchllm_batches{status="completed"}': 1.0,
+        'batchllm_batches{status="in_progress"}': 1.0,
+        'batchllm_batches{status="failed"}': 0.0,
+        "batchllm_batch_backlog_rows": 15.0,
+        "batchllm_batch_upload_bytes_total": float(num_bytes),
+    }
+    until(lambda: expected.items() <= _numbers(registry).items(), "the numbers are others")
+
+
+def _numbers(registry: prometheus_client.CollectorRegistry) -> dict[str, float]:
+    lines = prometheus_client.generate_latest(registry).decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def test_an_engine_that_dies_and_comes_back_costs_no_row(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "_RETRY_AFTER_S", 0.0)
+    api = serve(runtime=MortalRuntime(2))
+    batch = wait_for(api.client, begin(api.client, rows_of(5)).id)
+    assert (batch.status, counts_of(batch)) == ("completed", (5, 5, 0))
+    check_each_row_once(api.client, batch, 5)
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_batch_and_blames_no_row(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "_RETRY_AFTER_S", 0.0)
+    runtime = MortalRuntime(3)
+    api = serve(runtime=runtime)
+    batch = wait_for(api.client, begin(api.client, rows_of(5)).id)
+    assert (batch.status, counts_of(batch), runtime.num_deaths) == ("failed", (5, 0, 5), 0)
+    assert {line["error"]["code"] for line in lines_of(api.client, batch.error_file_id)} == {"batch_failed"}
+    assert wait_for(api.client, begin(api.client, rows_of(5)).id).status == "completed"
