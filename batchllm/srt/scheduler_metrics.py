@@ -1,0 +1,75 @@
+"""What the scheduler does, for Prometheus. (Upstream: ``srt/observability/metrics_collector.py``.)
+
+Values travel through files, as SGLang's own do: the server's ``/metrics`` has both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from batchllm.srt.schedule_batch import PlannedReq
+
+
+class SchedulerMetrics:
+    """Counters and gauges of one scheduler process; made there, after the server has said where the files are.
+
+    Names begin with ``batchllm_scheduler_``; ``kind`` is planned or live.
+    """
+
+    def __init__(self) -> None:
+        # It looks for the folder of the files when it is imported.
+        from prometheus_client import Counter, Gauge
+
+        def gauge(name: str, text: str, *labels: str) -> Any:
+            return Gauge(f"batchllm_scheduler_{name}", text, labels, multiprocess_mode="mostrecent")
+
+        def counter(name: str, text: str, *labels: str) -> Any:
+            return Counter(f"batchllm_scheduler_{name}", text, labels)
+
+        self._pinned = gauge("pinned_tokens", "KV tokens of planned prefixes that are kept for requests to come.")
+        self._open = gauge("open_prefixes", "Planned prefixes that are being computed or kept.")
+        waiting = gauge("waiting_requests", "Requests in the scheduler that have not started.", "kind")
+        self._waiting_planned, self._waiting_live = waiting.labels("planned"), waiting.labels("live")
+        steps = counter("steps", "Forward steps.", "kind")
+        self._steps = {kind: steps.labels(kind) for kind in ("prefill", "decode", "mixed")}
+        tokens = counter("step_tokens", "Tokens that forward steps carried.", "kind")
+        self._prefill_tokens, self._decode_tokens = tokens.labels("prefill"), tokens.labels("decode")
+        prompt = counter("prompt_tokens", "Prompt tokens of requests that started.", "kind", "source")
+        self._prompt = {
+            (is_planned, source): prompt.labels("planned" if is_planned else "live", source)
+            for is_planned in (True, False)
+            for source in ("computed", "reused")
+        }
+        self._retracted = counter("retractions", "Planned requests that lost their KV and had to start again.")
+
+    def count_step(self, scheduler: Any, batch: Any) -> None:
+        """A step is about to run."""
+        ledger = scheduler.tree_cache.ledger
+        self._pinned.set(ledger.num_pinned_tokens)
+        self._open.set(ledger.num_open)
+        self._waiting_planned.set(len(scheduler.planned_window))
+        self._waiting_live.set(len(scheduler.waiting_queue))
+        if not batch.forward_mode.is_extend():
+            self._steps["decode"].inc()
+            self._decode_tokens.inc(len(batch.reqs))
+            return
+        num_decoding = len(batch.decoding_reqs or ())
+        self._steps["mixed" if num_decoding else "prefill"].inc()
+        self._decode_tokens.inc(num_decoding)
+        num_prefill = len(batch.reqs) - num_decoding
+        self._prefill_tokens.inc(sum(batch.extend_lens[:num_prefill]))
+        # A mixed step has its decoding rows last.
+        for req, cached_len, num_tokens in zip(
+            batch.reqs[:num_prefill], batch.prefix_lens, batch.extend_lens, strict=False
+        ):
+            is_planned = isinstance(req, PlannedReq)
+            # Not the generated tokens of a retracted request.
+            num_computed = min(cached_len + num_tokens, len(req.origin_input_ids)) - cached_len
+            self._prompt[is_planned, "computed"].inc(max(num_computed, 0))
+            if not getattr(req, "has_counted_reuse", False):  # later: the rest of a prompt in pieces, or once more
+                req.has_counted_reuse = True
+                self._prompt[is_planned, "reused"].inc(cached_len)
+
+    def count_retraction(self) -> None:
+        """A planned request has lost its KV."""
+        self._retracted.inc()

@@ -1,0 +1,318 @@
+"""Claims about the server: a real one in processes of its own, driven by the `openai` client and plain HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from openai import OpenAI
+
+pytestmark = pytest.mark.engine
+
+KEY = "sk-test"
+ENDED = ("completed", "failed", "expired", "cancelled")
+_START_TIMEOUT_S = 240
+_BATCH_TIMEOUT_S = 120
+
+
+@dataclass
+class Server:
+    """One server at a time, on one storage."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @cached_property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=2)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        temporary = self.folder / "tmp"
+        temporary.mkdir(exist_ok=True)
+        environment |= {"TMPDIR": str(temporary), "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-W", "ignore", "-m", "batchllm.launch_server", "--port", str(self.port)),
+                    *("--api-key", KEY, "--enable-metrics", "--max-total-tokens", "4096", "--random-seed", "7"),
+                    *("--batch-storage", str(self.folder / "storage"), *self.flags),
+                ],
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log[-3000:]
+            try:
+                self.get("/health")
+                return
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        raise AssertionError(self.log[-3000:])
+
+    def get(self, path: str, *, key: str | None = KEY) -> str:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        response = httpx.get(self.url + path, headers=headers, timeout=60)
+        response.raise_for_status()
+        return response.text
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(number)
+        status = self.process.wait(60)
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive, alive
+        self.process = None
+        return status
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of what is said of this name with these labels."""
+        total = 0.0
+        for line in self.get("/metrics").splitlines():
+            if re.match(rf"{name}[ {{]", line) and all(f'{key}="{value}"' in line for key, value in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = Server(tmp_path_factory.mktemp("server"), port)
+    server.start()
+    yield server
+    server.client.close()
+    if server.process is not None:
+        server.end()
+
+
+def rows(num_documents: int, num_questions: int, **body: Any) -> list[dict[str, Any]]:
+    """Questions to documents of 200 tokens, the documents in turn."""
+    made = []
+    for question in range(num_questions):
+        for document in range(num_documents):
+            prompt = [100 + document] * 200 + [500 + question, 700 + document]
+            fields = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 8} | body
+            row_id = f"{document}-{question}"
+            made.append({"custom_id": row_id, "method": "POST", "url": "/v1/completions", "body": fields})
+    return made
+
+
+def create(server: Server, lines: list[dict[str, Any]], **options: Any) -> openai.types.Batch:
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = server.client.files.create(file=("rows.jsonl", content), purpose="batch")
+    return server.client.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", **options
+    )
+
+
+def wait(server: Server, batch_id: str) -> openai.types.Batch:
+    deadline = time.monotonic() + _BATCH_TIMEOUT_S
+    while (batch := server.client.batches.retrieve(batch_id)).status not in ENDED:
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.1)
+    return batch
+
+
+def wait_for_answers(server: Server, batch_id: str, num_rows: int) -> None:
+    deadline = time.monotonic() + _BATCH_TIMEOUT_S
+    while server.client.batches.retrieve(batch_id).request_counts.completed < num_rows:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def answers(server: Server, file_id: str | None) -> dict[str, dict[str, Any]]:
+    if file_id is None:
+        return {}
+    records = [json.loads(line) for line in server.client.files.content(file_id).text.splitlines()]
+    by_id = {record["custom_id"]: record for record in records}
+    assert len(by_id) == len(records), "a row was answered twice"
+    return by_id
+
+
+def text_of(record: dict[str, Any]) -> str:
+    return str(record["response"]["body"]["choices"][0]["text"])
+
+
+def test_health_says_that_scheduler_and_cache_are_in(server: Server) -> None:
+    """The names come from the scheduler's process."""
+    health = json.loads(server.get("/health"))
+    assert (health["status"], health["scheduler"], health["radix_cache"]) == (
+        "ok",
+        "BatchScheduler",
+        "PlannedRadixCache",
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches", "/v1/files/file-1/content", "/v1/batches/batch_1"])
+def test_no_batch_route_answers_without_the_key(server: Server, path: str) -> None:
+    """As every other route of a server with `--api-key`."""
+    for key in (None, "sk-other"):
+        with pytest.raises(httpx.HTTPStatusError) as refused:
+            server.get(path, key=key)
+        assert refused.value.response.status_code == 401
+
+
+def test_stock_routes_answer_as_ever(server: Server) -> None:
+    """Completions, chat, streams, models, and SGLang's own route."""
+    client = server.client
+    whole = client.completions.create(model="m", prompt="a b c", max_tokens=12, temperature=0)
+    stream = client.completions.create(model="m", prompt="a b c", max_tokens=12, temperature=0, stream=True)
+    pieces = [piece.choices[0].text for piece in stream if piece.choices]
+    assert len(pieces) > 3
+    assert "".join(pieces) == whole.choices[0].text
+    chat = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}], max_tokens=4)
+    assert chat.usage is not None and chat.usage.completion_tokens <= 4
+    assert len(client.models.list().data) == 1
+
+
+def test_a_batch_is_planned_and_answers_what_single_requests_answer(server: Server) -> None:
+    """Prompt tokens computed, counted in the scheduler, are the fewest possible."""
+    lines = rows(6, 10)
+    computed = {"kind": "planned", "source": "computed"}
+    before = server.metric("batchllm_scheduler_prompt_tokens_total", **computed)
+    batch = wait(server, create(server, lines, metadata={"of": "test"}).id)
+    assert batch.status == "completed", batch
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (60, 60, 0)
+    assert batch.error_file_id is None
+    assert batch.metadata == {"of": "test"}
+    found = answers(server, batch.output_file_id)
+    assert set(found) == {line["custom_id"] for line in lines}
+    for line in lines[::13]:
+        single = server.client.completions.create(**line["body"])
+        assert text_of(found[line["custom_id"]]) == single.choices[0].text
+    num_computed = server.metric("batchllm_scheduler_prompt_tokens_total", **computed) - before
+    assert num_computed == 6 * 200 + 60 * 2
+    assert server.metric("batchllm_scheduler_pinned_tokens") == 0
+
+
+def test_live_requests_are_answered_while_a_batch_runs(server: Server) -> None:
+    """One that needs more than pins and rows leave free, too; and the batch goes on."""
+    batch = create(server, rows(4, 100, max_tokens=24, ignore_eos=True))
+    wait_for_answers(server, batch.id, 1)
+    for prompt_len in (10, 2500):
+        answer = server.client.completions.create(model="m", prompt=[900] * prompt_len, max_tokens=4)
+        assert answer.usage is not None and answer.usage.prompt_tokens == prompt_len
+    during = server.client.batches.retrieve(batch.id)
+    assert during.status == "in_progress", "the batch was too short for this test"
+    assert wait(server, batch.id).request_counts.completed == 400
+
+
+def test_a_small_batch_does_not_wait_for_the_end_of_a_large_one(server: Server) -> None:
+    """They are planned together and share the engine fairly; both answer all."""
+    large = create(server, rows(8, 120, max_tokens=16, ignore_eos=True))
+    wait_for_answers(server, large.id, 1)
+    small = wait(server, create(server, rows(2, 10)).id)
+    assert small.request_counts.completed == 20
+    assert server.client.batches.retrieve(large.id).status == "in_progress"
+    done = wait(server, large.id)
+    assert len(answers(server, done.output_file_id)) == 960
+
+
+def test_batches_over_the_same_documents_compute_them_once(server: Server) -> None:
+    """Two batches created together cost the optimum of their union, but for what had begun when the second came."""
+    computed = {"kind": "planned", "source": "computed"}
+    blocker = create(server, rows(1, 60, max_tokens=32, ignore_eos=True))  # the others are planned while it runs
+    wait_for_answers(server, blocker.id, 1)
+    before = server.metric("batchllm_scheduler_prompt_tokens_total", **computed)
+    documents = [line for line in rows(9, 16) if not line["custom_id"].startswith("0-")]
+    batches = [create(server, documents[part::2]) for part in range(2)]
+    for batch in [*batches, blocker]:
+        assert wait(server, batch.id).status == "completed"
+    num_computed = server.metric("batchllm_scheduler_prompt_tokens_total", **computed) - before
+    optimum = 8 * 200 + len(documents) * 2
+    rest_of_blocker = 60 * 2
+    assert num_computed <= optimum + rest_of_blocker + 200 * 8 // 2, "documents were computed for each batch"
+
+
+def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server) -> None:
+    """200 requests at once over 5 documents, in no order."""
+    live = {"kind": "live", "source": "computed"}
+    before = server.metric("batchllm_scheduler_prompt_tokens_total", **live)
+    lines = [line["body"] | {"prompt": [40, *line["body"]["prompt"]]} for line in rows(5, 40)]
+    client = server.client
+    texts: list[str | None] = [None] * len(lines)
+
+    def ask(number: int) -> None:
+        texts[number] = client.completions.create(**lines[number]).choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(lines))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in texts
+    num_computed = server.metric("batchllm_scheduler_prompt_tokens_total", **live) - before
+    optimum = 1 + 5 * 200 + 200 * 2
+    assert num_computed <= 1.25 * optimum
+
+
+def test_a_server_killed_in_a_batch_goes_on_with_it(server: Server) -> None:
+    """SIGKILL to the server, then the same command: each row answered once, none that was acknowledged again."""
+    lines = rows(4, 60, max_tokens=16, ignore_eos=True)
+    batch = create(server, lines)
+    wait_for_answers(server, batch.id, 10)
+    server.end(signal.SIGKILL)
+    server.start()
+    done = wait(server, batch.id)
+    assert done.status == "completed"
+    assert (done.request_counts.total, done.request_counts.completed) == (240, 240)
+    assert set(answers(server, done.output_file_id)) == {line["custom_id"] for line in lines}
+
+
+def test_sigterm_ends_in_order_and_leaves_nothing(server: Server) -> None:
+    """In the middle of a batch; no process, no file in the temporary directory or in shared memory."""
+    batch = create(server, rows(4, 60, max_tokens=16, ignore_eos=True))
+    wait_for_answers(server, batch.id, 1)
+    assert server.process is not None
+    pid = server.process.pid
+    assert server.end() == 0
+    assert not [name for name in os.listdir("/dev/shm") if f"batchllm-{pid}" in name]
+    assert not list((server.folder / "tmp").glob("batchllm-*"))
+    server.start()
+    assert wait(server, batch.id).request_counts.completed == 240
+
+
+def test_a_dead_scheduler_ends_the_server(server: Server) -> None:
+    """With status 1, for whoever watches it to start it again; the batch goes on then."""
+    batch = create(server, rows(4, 60, max_tokens=16, ignore_eos=True))
+    wait_for_answers(server, batch.id, 1)
+    assert server.process is not None
+    (scheduler,) = [
+        child for child in psutil.Process(server.process.pid).children() if "scheduler" in " ".join(child.cmdline())
+    ]
+    scheduler.kill()
+    assert server.process.wait(60) == 1
+    server.process = None
+    server.start()
+    assert wait(server, batch.id).request_counts.completed == 240
