@@ -1,0 +1,60 @@
+"""Stock SGLang's server, and an engine of ours; each takes half a minute to start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from batchllm import BatchEngine
+from batchllm.default_model import default_model_path
+
+# Of SGLang's grammar backends only this one runs on a CPU without our scheduler.
+GRAMMAR_BACKEND = "llguidance"
+_START_TIMEOUT_S = 300
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[BatchEngine]:
+    with BatchEngine(max_total_tokens=2048, grammar_backend=GRAMMAR_BACKEND, random_seed=7) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("stock") / "log"
+    flags = f"--device cpu --dtype float32 --port {port} --max-total-tokens 2048 --grammar-backend {GRAMMAR_BACKEND}"
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", default_model_path(), *flags.split()]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    try:
+        _wait(server, url, log)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=30):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"stock SGLang did not start: {log.read_text(errors='replace')[-3000:]}")
