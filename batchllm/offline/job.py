@@ -8,6 +8,7 @@ import ctypes
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,14 +48,70 @@ class FinishedSamples:
     num_computed_prompt_tokens: int = 0
 
 
-_NOTHING = FinishedSamples(rows=[], samples=[], completions=[])
+NOTHING = FinishedSamples(rows=[], samples=[], completions=[])
+"""What is said every `TICK_S`."""
 
 
-def _give_memory_back() -> None:
+class RunningJob(Protocol):
+    """What a runner needs of a job: `Job`, or one that is planned together with others."""
+
+    is_stopping: bool
+
+    @property
+    def stats(self) -> JobStats: ...
+
+    @property
+    def steps(self) -> list[StepArray] | None: ...
+
+    def run(self) -> AsyncGenerator[FinishedSamples, None]: ...
+
+    def stop_admitting(self) -> None: ...
+
+    def give_up(self) -> None: ...
+
+    def rows_in_flight(self) -> Int64Array: ...
+
+
+class JobMaker(Protocol):
+    """Makes a job of some rows on a runtime; the arguments are those of `Job`."""
+
+    def __call__(
+        self,
+        runtime: Runtime,
+        rows: JobRows,
+        *,
+        subset: Int64Array | None = None,
+        group_order: GroupOrder = DEFAULT_GROUP_ORDER,
+        max_in_flight: int | None = None,
+        keep_steps: bool = False,
+    ) -> RunningJob: ...
+
+
+def give_memory_back() -> None:
     """What millions of rows needed for a moment; the C library would keep it for this process."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
+
+
+def sampling_of(
+    rows: JobRows, row_numbers: Int64Array, samples: Int64Array
+) -> tuple[npt.NDArray[np.int32], list[int], list[str] | None]:
+    """How to sample some samples: of each its row's kind, its seed, and its namespace (None: all in the default one).
+
+    Args:
+        rows: The rows of the job.
+        row_numbers: Of which row each is.
+        samples: Which of its row's samples each is.
+    """
+    kinds = rows.kind(row_numbers)
+    draws = np.array([not is_greedy(kind) for kind in rows.kinds])[kinds]  # a greedy row needs no seed
+    numbers, names, seed_of = rows.namespace(row_numbers), rows.namespace_names, rows.sample_seed
+    seeds = [
+        seed_of(row, sample) if draw else 0
+        for row, sample, draw in zip(row_numbers.tolist(), samples.tolist(), draws.tolist(), strict=True)
+    ]
+    return kinds, seeds, [names[number] for number in numbers.tolist()] if numbers.any() else None
 
 
 class Job:
@@ -97,9 +154,9 @@ class Job:
         self.stats = JobStats()
         started = time.perf_counter()
         self._samples, self._table = rows.sample_table(subset)
-        _give_memory_back()
+        give_memory_back()
         self._plan = self._make_plan(group_order)
-        _give_memory_back()
+        give_memory_back()
         self.stats.plan_s = time.perf_counter() - started
         self.stats.num_optimal_prompt_tokens = self._plan.optimal_prefill_tokens
         self._feeder = self._make_feeder()
@@ -156,7 +213,7 @@ class Job:
                 receiving = receiving or asyncio.ensure_future(runtime.receive(job_id))
                 await asyncio.wait([receiving], timeout=TICK_S)
                 if not receiving.done():
-                    yield _NOTHING
+                    yield NOTHING
                     continue
                 finished, receiving = receiving.result(), None
                 feeder.finish(finished.positions)
@@ -187,24 +244,17 @@ class Job:
 
     def _with_sampling(self, run: PlannedRun) -> RunRequests:
         """The run with only the sampling parameters that occur in it."""
-        rows = self._rows
-        row_numbers = self._samples.rows(run.request_row)
-        samples = self._samples.samples(run.request_row)
-        kinds = rows.kind(row_numbers)
+        samples = self._samples
+        kinds, seeds, namespaces = sampling_of(
+            self._rows, samples.rows(run.request_row), samples.samples(run.request_row)
+        )
         used, place = np.unique(kinds, return_inverse=True)
-        draws = np.array([not is_greedy(kind) for kind in rows.kinds])[kinds]  # a greedy row needs no seed
-        numbers = rows.namespace(row_numbers)
-        names = rows.namespace_names
-        seed_of = rows.sample_seed
         return RunRequests(
             run=run,
-            sampling=tuple(rows.kinds[kind] for kind in used.tolist()),
+            sampling=tuple(self._rows.kinds[kind] for kind in used.tolist()),
             sampling_index=place.tolist(),
-            seeds=[
-                seed_of(row, sample) if draw else 0
-                for row, sample, draw in zip(row_numbers.tolist(), samples.tolist(), draws.tolist(), strict=True)
-            ],
-            namespaces=[names[number] for number in numbers.tolist()] if numbers.any() else None,
+            seeds=seeds,
+            namespaces=namespaces,
         )
 
     def _collect(self, finished: FinishedRequests) -> FinishedSamples:

@@ -10,7 +10,6 @@ INVARIANT: a row is run only if it has no result, and never while another engine
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from batchllm.dataset import BadRow, Row, find_abort, reject
 from batchllm.errors import ConfigError, EngineDiedError, EngineError, RowError, WorkloadError
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.ingest import Ingest
-from batchllm.offline.job import FinishedSamples, Job
+from batchllm.offline.job import FinishedSamples, Job, JobMaker, RunningJob
 from batchllm.offline.job_rows import JobRows
 from batchllm.offline.journal import Journal
 from batchllm.offline.progress import Progress
@@ -40,9 +39,6 @@ from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
 from batchllm.planner.shards import split_by_prefix
 from batchllm.request import Completion
 from batchllm.trace.steps import StepArray
-
-_COLLECT_EVERY = 100_000
-"""Containers made between two looks of the garbage collector: those of a row go without it, and there are millions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +67,7 @@ class Runner:
         stop: Asked whether to stop.
         folder: For what does not fit in memory.
         options: How to run it.
+        make_job: Makes a job of rows that run together: one of its own, or part of a plan that others are in too.
 
     Attributes:
         runtime: The engine of the moment; None before the first has started.
@@ -93,6 +90,7 @@ class Runner:
         stop: StopSignal,
         folder: Path,
         options: RunOptions,
+        make_job: JobMaker = Job,
     ) -> None:
         self._start_engine = start_engine
         self._journal = journal
@@ -100,6 +98,7 @@ class Runner:
         self._progress = progress
         self._stop = stop
         self._options = options
+        self._make_job = make_job
         self._spool = RowSpool(folder)
         self._store = TokenStore(folder, options.max_token_bytes)
         self._identical = IdenticalRows() if options.shares_answers else None
@@ -126,8 +125,6 @@ class Runner:
             JournalError: The disk refuses.
             WorkloadError: The input cannot be read, or too many rows have failed.
         """
-        thresholds = gc.get_threshold()
-        gc.set_threshold(_COLLECT_EVERY, *thresholds[1:])
         try:
             self._progress.set_state("reading")
             ingest = Ingest(np.sort(self._journal.finished()), self._recorder.fail, self._spool)
@@ -148,7 +145,6 @@ class Runner:
             self._recorder.commit()  # what is there is good
             raise
         finally:
-            gc.set_threshold(*thresholds)
             if self.runtime is not None:
                 self.runtime.shutdown()
 
@@ -210,7 +206,7 @@ class Runner:
     def _run_work(self, job_rows: JobRows, work: Work, queue: WorkQueue) -> None:
         assert self.runtime is not None
         self._progress.set_state("running")
-        job = Job(
+        job = self._make_job(
             self.runtime,
             job_rows,
             subset=work.rows,
@@ -230,7 +226,7 @@ class Runner:
             self.stats += job.stats
             self.steps += job.steps or []
 
-    def _run_job(self, job: Job, job_rows: JobRows) -> None:
+    def _run_job(self, job: RunningJob, job_rows: JobRows) -> None:
         assert self.runtime is not None
         for finished in self.runtime.iterate(job.run()):
             self._take(finished, job_rows)

@@ -4,7 +4,8 @@ Knows: positions, planned prefixes, pages, and what it means for a plan to be so
 how the plan was found, KV slots, time. The scheduler, the cache and the simulator all rely on this
 contract.
 Invariant: whoever runs the prompts in ``order``, keeps each planned prefix from its first consumer
-to its last, and computes nothing it can read, computes ``optimal_prefill_tokens`` prompt tokens.
+to its last, and computes nothing it can read, computes ``optimal_prefill_tokens`` prompt tokens, and
+``num_lost_tokens`` more where the order was chosen for another reason than reuse.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class BatchPlan:
         num_prompt_tokens: Tokens of all prompts.
         optimal_prefill_tokens: Fewest prompt tokens any schedule can compute, sharing whole pages
             and computing at least the last token of every prompt.
+        num_lost_tokens: Prompt tokens that this plan computes beyond that, because its order parts
+            what shares (`fair_order`).
     """
 
     num_requests: int
@@ -69,6 +72,7 @@ class BatchPlan:
     num_consumers: Int64Array
     num_prompt_tokens: int
     optimal_prefill_tokens: int
+    num_lost_tokens: int = 0
 
     def __post_init__(self) -> None:
         for _, array in self._arrays():
@@ -103,7 +107,7 @@ class BatchPlan:
         """Prompt tokens each position must compute under the plan, a leader its prefixes too.
 
         Returns:
-            int32[num_requests]; they add up to ``optimal_prefill_tokens``.
+            int32[num_requests]; they add up to ``optimal_prefill_tokens`` and ``num_lost_tokens``.
         """
         readable = self.end_len_of(self.read_prefix())
         reused = np.minimum(readable, self.prompt_lens - 1)
@@ -254,9 +258,12 @@ def _check_consumers(plan: BatchPlan) -> None:
 
 
 def _check_totals(plan: BatchPlan) -> None:
+    if plan.num_lost_tokens < 0:
+        raise PlanError(f"num_lost_tokens must be at least 0, not {plan.num_lost_tokens}")
+    computed_name = "optimal_prefill_tokens" + (" + num_lost_tokens" if plan.num_lost_tokens else "")
     for name, stated, counted in (
         ("num_prompt_tokens", plan.num_prompt_tokens, plan.prompt_lens),
-        ("optimal_prefill_tokens", plan.optimal_prefill_tokens, plan.computed_lens()),
+        (computed_name, plan.optimal_prefill_tokens + plan.num_lost_tokens, plan.computed_lens()),
     ):
         total = int(counted.sum(dtype=np.int64))
         if stated != total:
@@ -297,7 +304,7 @@ def _check_namespaces(plan: BatchPlan, namespaces: Int64Array) -> None:
     )
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def deepest_prefix(parent: Int32Array, first: Int64Array, num_consumers: Int64Array, num_requests: int) -> Int32Array:
     """Deepest prefix over each position, or -1; prefixes are nested and in preorder.
 
@@ -322,7 +329,7 @@ def deepest_prefix(parent: Int32Array, first: Int64Array, num_consumers: Int64Ar
     return deepest
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _read_prefix(request_prefix: Int32Array, parent: Int32Array, first: Int64Array) -> Int32Array:
     read = request_prefix.copy()
     for i in range(len(read)):

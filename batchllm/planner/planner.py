@@ -78,7 +78,7 @@ def _whole_pages(tree: PrefixTree, prompt_lens: Int32Array, page_size: int) -> B
     )
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _floor_nodes(
     parent: Int32Array,
     depth: Int32Array,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from batchllm.planner.plan import BatchPlan
 from batchllm.tokens import TokenTable
@@ -135,12 +136,28 @@ class RunCutter:
 
 def _gather(tokens: Int32, starts: Int64, lens: npt.NDArray[np.integer]) -> Int32:
     """``tokens[starts[i] : starts[i] + lens[i]]`` of every i, one after the other."""
-    lens = lens.astype(np.int64)
-    ends = np.cumsum(lens)
-    total = int(ends[-1]) if len(ends) else 0
-    index = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lens), lens)
-    gathered: Int32 = tokens[index]
+    offsets = np.zeros(len(lens) + 1, np.int64)
+    np.cumsum(lens, out=offsets[1:])
+    gathered = np.empty(offsets[-1], np.int32)
+    copy_runs(tokens, starts, gathered, offsets)
     return gathered
+
+
+@njit(cache=True, nogil=True)
+def copy_runs(source: Int32, starts: Int64, target: Int32, offsets: Int64) -> None:
+    """Fill ``target[offsets[i] : offsets[i + 1]]`` with what stands at ``source[starts[i]]``, for every i.
+
+    Args:
+        source: int32[any].
+        starts: int64[num_runs].
+        target: int32[offsets[-1] or more].
+        offsets: Ascending, int64[num_runs + 1].
+    """
+    for i in range(len(starts)):
+        # Unsigned, as in `batchllm.tokens.common_len`: five times as fast.
+        start, to = np.uint64(starts[i]), np.uint64(offsets[i])
+        for k in range(np.uint64(offsets[i + 1]) - to):
+            target[to + k] = source[start + k]
 
 
 def _max_over_ranges(values: Int64, first: Int64, num: Int64) -> Int64:

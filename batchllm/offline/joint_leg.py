@@ -1,0 +1,177 @@
+"""A joint plan while it runs, as one job of the runtime: what of it goes out, and whose it is when it comes back.
+
+Knows positions of a plan and numbers of parts and samples; not the jobs behind them, or why the plan is given up.
+
+INVARIANT: what the runtime has counted is divided among the parts so that their shares add up to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchllm.offline.job_rows import Int64Array
+from batchllm.offline.joint_plan import JointPlan
+from batchllm.offline.runtime import FinishedRequests, RunRequests
+from batchllm.offline.stats import JobStats
+from batchllm.request import Completion
+from batchllm.scheduler.output_length import PredictionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Delivery:
+    """What of one message is one part's.
+
+    Attributes:
+        part: Number of the part.
+        samples: Samples answered, by their number in the job. int64[num_answers].
+        completions: Their answers.
+        withdrawn: Samples that have not run.
+        stats: What the message says that the part has cost.
+    """
+
+    part: int
+    samples: Int64Array
+    completions: list[Completion]
+    withdrawn: Int64Array
+    stats: JobStats
+
+
+class Leg:
+    """A plan as a job of the runtime.
+
+    Args:
+        job_id: Number of that job.
+        plan: The plan; let go when the rest of it is withdrawn.
+
+    Attributes:
+        job_id: As given.
+        is_settled: What was withdrawn is back.
+    """
+
+    def __init__(self, job_id: int, plan: JointPlan) -> None:
+        self.job_id = job_id
+        self.is_settled = False
+        self._plan: JointPlan | None = plan
+        self._part_at, self._sample_at, self._optimal_at = plan.part_at, plan.sample_at, plan.optimal_at
+        self._kept: Int64Array | None = None  # positions that the arrays are of, once they are not of all
+        self._num_in_flight = 0
+        self._counted = JobStats()
+
+    @property
+    def is_complete(self) -> bool:
+        """All of the plan has run."""
+        return self._plan is not None and self._plan.feeder.is_done
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing more will come back, or go out."""
+        return self._num_in_flight == 0 and (self._plan is None or self._plan.feeder.is_done)
+
+    def take_run(self) -> tuple[RunRequests, list[tuple[int, Int64Array]]] | None:
+        """The next run to submit, and which samples of which parts are in it; None while the window is full."""
+        run = None if self._plan is None else self._plan.feeder.take_run()
+        if run is None or self._plan is None:
+            return None
+        self._num_in_flight += len(run)
+        places = np.arange(run.first_position, run.first_position + len(run))
+        return self._plan.requests(run), [(part, self._sample_at[own]) for part, _, own in self._by_part(places)]
+
+    def withdraw(self) -> None:
+        """Nothing more goes out. What is needed of the plan is where its requests in flight belong."""
+        assert self._plan is not None
+        self._kept = self._plan.feeder.positions_in_flight()
+        self._part_at, self._sample_at = self._part_at[self._kept], self._sample_at[self._kept]
+        self._optimal_at = self._optimal_at[self._kept]
+        self._plan = None
+
+    def finish(self, finished: FinishedRequests) -> list[Delivery]:
+        """These have come back."""
+        self._num_in_flight -= len(finished.positions)
+        if self._plan is not None:
+            self._plan.feeder.finish(finished.positions)
+        places = np.array(finished.positions, np.int64)
+        if self._kept is not None:
+            places = np.searchsorted(self._kept, places)
+        groups = list(self._by_part(places))
+        # Counters are of the whole job of the runtime. Computed tokens are divided by what the answers of the message
+        # had to compute; what cannot be divided goes to the part with the most of them.
+        counted = self._take_counters(finished)
+        completions = finished.completions
+        weights = [
+            sum([1 + completions[i].prompt_tokens - completions[i].cached_tokens for i in chosen])
+            for _, chosen, _ in groups
+        ]
+        shares = divide(counted.num_computed_prompt_tokens, weights)
+        largest = max((len(chosen) for _, chosen, _ in groups), default=0)
+        deliveries = []
+        for (part, chosen, own), share in zip(groups, shares, strict=True):
+            stats = JobStats(num_computed_prompt_tokens=share, peak_kv_tokens=counted.peak_kv_tokens)
+            if len(chosen) == largest:
+                largest = -1  # one only
+                stats.num_retractions, stats.prediction = counted.num_retractions, counted.prediction
+            deliveries.append(self._delivery(part, [completions[i] for i in chosen], own, stats))
+        return deliveries
+
+    def _delivery(self, part: int, completions: list[Completion], places: Int64Array, stats: JobStats) -> Delivery:
+        withdrawn: Int64Array = np.zeros(0, np.int64)
+        if self._plan is None:  # what was withdrawn has not been answered
+            is_answer = np.array([completion.finish_reason != "abort" for completion in completions])
+            completions = [completion for completion in completions if completion.finish_reason != "abort"]
+            withdrawn, places = self._sample_at[places[~is_answer]], places[is_answer]
+        stats.num_prompt_tokens = sum([completion.prompt_tokens for completion in completions])
+        stats.num_output_tokens = sum([completion.completion_tokens for completion in completions])
+        stats.num_optimal_prompt_tokens = int(self._optimal_at[places].sum(dtype=np.int64))
+        return Delivery(
+            part=part,
+            samples=self._sample_at[places],
+            completions=completions,
+            withdrawn=withdrawn,
+            stats=stats,
+        )
+
+    def _by_part(self, places: Int64Array) -> Iterator[tuple[int, list[int], Int64Array]]:
+        """Each part among these places: its number, which of them are its, and those."""
+        parts = self._part_at[places]
+        numbers = np.unique(parts).tolist()
+        if len(numbers) == 1:
+            yield numbers[0], list(range(len(places))), places
+            return
+        for number in numbers:
+            chosen = np.flatnonzero(parts == number)
+            yield number, chosen.tolist(), places[chosen]
+
+    def _take_counters(self, finished: FinishedRequests) -> JobStats:
+        """What has been counted since the last message."""
+        before = self._counted
+        self._counted = JobStats(
+            num_computed_prompt_tokens=finished.num_computed_prompt_tokens,
+            num_retractions=finished.num_retractions,
+            prediction=finished.prediction,
+        )
+        return JobStats(
+            num_computed_prompt_tokens=finished.num_computed_prompt_tokens - before.num_computed_prompt_tokens,
+            num_retractions=finished.num_retractions - before.num_retractions,
+            peak_kv_tokens=finished.peak_kv_tokens,
+            prediction=_difference(finished.prediction, before.prediction),
+        )
+
+
+def divide(total: int, weights: Sequence[int]) -> list[int]:
+    """``total`` in shares that are nearly as the weights are, and add up to it. One weight at least, if any total."""
+    if not weights:
+        return []
+    ends = np.cumsum(np.array(weights, np.float64))
+    shares: list[int] = np.diff(np.rint(ends / ends[-1] * total).astype(np.int64), prepend=0).tolist()
+    return shares
+
+
+def _difference(after: PredictionError, before: PredictionError) -> PredictionError:
+    return PredictionError(
+        num_requests=after.num_requests - before.num_requests,
+        num_predicted_tokens=after.num_predicted_tokens - before.num_predicted_tokens,
+        num_actual_tokens=after.num_actual_tokens - before.num_actual_tokens,
+        sum_absolute_error=after.sum_absolute_error - before.sum_absolute_error,
+    )

@@ -1,0 +1,287 @@
+"""In which order the requests of several owners run, planned together: each gets its share while it has work.
+
+A plan's order serves reuse: a document's ten thousand questions come in one piece, whoever waits. Here
+the order is walked again and again, and an owner that is a *quantum* of service ahead of another one that
+still has work is passed over until it is ahead of nobody. So the order stays what it was while owners
+keep pace (a document that several share is still computed once, for all of them), and is cut only
+where one would starve: what was passed over is planned again, its prefixes as prefixes of their own.
+
+Knows: a plan, who owns each request, what each costs. Must not know: tokens, KV slots, time, jobs.
+Invariant: at any position, an owner that has work left is less than the quantum and one request behind
+any other that has; and what the cuts cost, ``num_lost_tokens``, is at most `MAX_LOST_SHARE` of the
+cost of all requests, for which the quantum is doubled as often as that takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from batchllm.errors import WorkloadError
+from batchllm.planner.plan import BatchPlan, deepest_prefix
+from batchllm.tokens import Int32Array, Int64Array
+
+Integers = npt.NDArray[np.integer]
+
+MAX_LOST_SHARE = 0.05
+"""Of the cost of all requests; what is computed again for the sake of fairness stays below."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FairPlan:
+    """A plan in fair order.
+
+    Attributes:
+        plan: The plan; what its cuts cost is its ``num_lost_tokens``.
+        quantum: What an owner may be behind another, in units of the costs: at least what was asked for.
+    """
+
+    plan: BatchPlan
+    quantum: int
+
+
+def fair_order(
+    plan: BatchPlan,
+    owners: Integers,
+    costs: Integers,
+    *,
+    quantum: int,
+    service: Integers | None = None,
+) -> FairPlan:
+    """The same requests, so ordered that no owner is left far behind. Validated.
+
+    Linear in requests and owners for each quantum tried, of which there are at most log2(cost of all / quantum) + 2.
+
+    Args:
+        plan: In the order that serves reuse; returned itself where one owner has all, or nothing is to move.
+        owners: Number of the owner of each row, from 0, int[num_requests].
+        costs: Service that each row is, such as tokens computed and decoded, at least 1, int[num_requests].
+        quantum: How far behind an owner may fall, at least 1.
+        service: What each owner has had before, int[num_owners]. None: nothing. Owners that begin further apart
+            than the quantum come nearer, and never further apart.
+
+    Raises:
+        WorkloadError: The arrays do not fit the plan, or a number is too small.
+    """
+    num_owners = _check(plan, owners, costs, quantum, service)
+    if num_owners < 2:
+        return FairPlan(plan=plan, quantum=quantum)
+    owner_at = owners[plan.order].astype(np.int64)
+    cost_at = costs[plan.order].astype(np.int64)
+    served = np.zeros(num_owners, np.int64) if service is None else service.astype(np.int64)
+    may_lose = int(cost_at.sum() * MAX_LOST_SHARE)
+    in_order = np.arange(plan.num_requests)
+    while True:
+        turn = _take_turns(owner_at, cost_at, quantum, served.copy())
+        if np.array_equal(turn, in_order):
+            return FairPlan(plan=plan, quantum=quantum)
+        ordered = _reordered(plan, turn)
+        if ordered.num_lost_tokens <= may_lose:
+            ordered.validate()
+            return FairPlan(plan=ordered, quantum=quantum)
+        quantum *= 2
+
+
+def _check(plan: BatchPlan, owners: Integers, costs: Integers, quantum: int, service: Integers | None) -> int:
+    """Number of owners."""
+    n = plan.num_requests
+    for name, array in (("owners", owners), ("costs", costs)):
+        if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
+            raise WorkloadError(f"{name} must be {n} integers, not {array.dtype} of shape {array.shape}")
+    for name, array, lowest in (("owner", owners, 0), ("cost", costs, 1)):
+        if n and array.min() < lowest:
+            row = int(array.argmin())
+            raise WorkloadError(f"row {row} has the {name} {array[row]}; it must be at least {lowest}")
+    if quantum < 1:
+        raise WorkloadError(f"quantum must be at least 1, not {quantum}")
+    num_owners = int(owners.max()) + 1 if n else 0
+    if service is None or num_owners == 0:
+        return num_owners
+    if service.ndim != 1 or len(service) < num_owners or not np.issubdtype(service.dtype, np.integer):
+        raise WorkloadError(
+            f"service must be {num_owners} or more integers, not {service.dtype} of shape {service.shape}"
+        )
+    return len(service)
+
+
+@njit(cache=True, nogil=True)
+def _take_turns(owner: Int64Array, cost: Int64Array, quantum: int, service: Int64Array) -> Int64Array:
+    """Place in the fair order -> position. ``service`` is counted on."""
+    n, num_owners = len(owner), len(service)
+    # The positions of each owner, ascending, are places[start[o] : start[o + 1]].
+    start = np.zeros(num_owners + 1, np.int64)
+    for o in owner:
+        start[o + 1] += 1
+    num_left = start[1:].copy()
+    start = start.cumsum()
+    places, end = np.empty(n, np.int64), start[:-1].copy()
+    for position in range(n):
+        places[end[owner[position]]] = position
+        end[owner[position]] += 1
+    # left[k] leads to the first of places[k:] that is not taken.
+    left = np.arange(n + 1)
+    upcoming = start[:-1].copy()
+    is_passed_over = np.zeros(num_owners, np.bool_)
+    turn, cursor = np.empty(n, np.int64), np.int64(0)
+    for i in range(n):
+        least = np.int64(np.iinfo(np.int64).max)
+        for o in range(num_owners):
+            if num_left[o] > 0:
+                least = min(least, service[o])
+        best = _first_in_order(num_left, service, least, quantum, start, places, left, upcoming, is_passed_over, cursor)
+        if best < 0:  # the end of the order: once more from its start
+            for o in range(num_owners):
+                upcoming[o] = _find(left, start[o])
+            cursor = np.int64(0)
+            best = _first_in_order(
+                num_left, service, least, quantum, start, places, left, upcoming, is_passed_over, cursor
+            )
+        k = upcoming[best]
+        turn[i] = places[k]
+        cursor = places[k] + 1
+        left[k] = k + 1
+        upcoming[best] = _find(left, k + 1)
+        num_left[best] -= 1
+        service[best] += cost[places[k]]
+    return turn
+
+
+@njit(cache=True, nogil=True)
+def _first_in_order(
+    num_left: Int64Array,
+    service: Int64Array,
+    least: int,
+    quantum: int,
+    start: Int64Array,
+    places: Int64Array,
+    left: Int64Array,
+    upcoming: Int64Array,
+    is_passed_over: npt.NDArray[np.bool_],
+    cursor: int,
+) -> int:
+    """Owner of the first position from ``cursor`` on that may run, or -1. Says who is passed over from here on."""
+    best = -1
+    for o in range(len(num_left)):
+        if num_left[o] == 0:
+            continue
+        if is_passed_over[o]:
+            if service[o] > least:
+                continue
+            # Not sooner: it would take a request here and there, and cut every group on its way.
+            is_passed_over[o] = False
+            behind = start[o] + np.searchsorted(places[start[o] : start[o + 1]], cursor)
+            upcoming[o] = _find(left, behind)
+        elif service[o] >= least + quantum:
+            is_passed_over[o] = True
+            continue
+        # Beyond its own slice: nothing of it is left up to the end of the order.
+        if upcoming[o] < start[o + 1] and (best < 0 or places[upcoming[o]] < places[upcoming[best]]):
+            best = o
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _find(left: Int64Array, k: int) -> int:
+    """First index from ``k`` on that is not taken; shortens the way there."""
+    while left[k] != k:
+        left[k] = left[left[k]]
+        k = left[k]
+    return k
+
+
+def _reordered(plan: BatchPlan, turn: Int64Array) -> BatchPlan:
+    """The plan with its positions in another order, and a prefix for each run of its consumers."""
+    request_prefix = plan.request_prefix[turn]
+    runs = _runs_of_prefixes(request_prefix, plan.parent, _num_openings(request_prefix, plan.parent))
+    parent, start_len, end_len, first, num_consumers = _as_prefixes(*runs, plan.end_len)
+    ordered = BatchPlan(
+        num_requests=plan.num_requests,
+        page_size=plan.page_size,
+        order=plan.order[turn],
+        prompt_lens=plan.prompt_lens[turn],
+        request_prefix=deepest_prefix(parent, first, num_consumers, plan.num_requests),
+        parent=parent,
+        start_len=start_len,
+        end_len=end_len,
+        first=first,
+        num_consumers=num_consumers,
+        num_prompt_tokens=plan.num_prompt_tokens,
+        optimal_prefill_tokens=plan.optimal_prefill_tokens,
+    )
+    num_computed = int(ordered.computed_lens().sum(dtype=np.int64))
+    return replace(ordered, num_lost_tokens=num_computed - plan.optimal_prefill_tokens)
+
+
+@njit(cache=True, nogil=True)
+def _num_openings(request_prefix: Int32Array, parent: Int32Array) -> int:
+    """How often a position has a prefix that the one before it has not."""
+    count, before = 0, np.int32(-1)
+    for prefix in request_prefix:
+        a, b = before, prefix
+        while a != b:  # a parent's number is the smaller one
+            if a > b:
+                a = parent[a]
+            else:
+                b = parent[b]
+                count += 1
+        before = prefix
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _runs_of_prefixes(
+    request_prefix: Int32Array, parent: Int32Array, num_openings: int
+) -> tuple[Int32Array, Int32Array, Int64Array, Int64Array]:
+    """Every longest run of positions that have a prefix in common: its prefix, the run around it, first, number."""
+    prefix_of, above = np.empty(num_openings, np.int32), np.empty(num_openings, np.int32)
+    first, num = np.empty(num_openings, np.int64), np.empty(num_openings, np.int64)
+    run_of = np.full(len(parent), -1, np.int32)
+    count, before, n = 0, np.int32(-1), len(request_prefix)
+    for i in range(n + 1):
+        prefix = request_prefix[i] if i < n else np.int32(-1)
+        a, b, num_new = before, prefix, 0
+        while a != b:
+            if a > b:
+                num[run_of[a]] = i - first[run_of[a]]
+                a = parent[a]
+            else:
+                b = parent[b]
+                num_new += 1
+        before = prefix
+        k, count = count + num_new, count + num_new
+        while prefix != b:  # the outermost gets the smallest number
+            k -= 1
+            prefix_of[k], first[k], run_of[prefix] = prefix, i, k
+            above[k] = np.int32(k - 1)
+            prefix = parent[prefix]
+        if num_new > 0:
+            above[k] = run_of[b] if b >= 0 else np.int32(-1)
+    return prefix_of, above, first, num
+
+
+@njit(cache=True, nogil=True)
+def _as_prefixes(
+    prefix_of: Int32Array, above: Int32Array, first: Int64Array, num: Int64Array, end_len: Int32Array
+) -> tuple[Int32Array, Int32Array, Int32Array, Int64Array, Int64Array]:
+    """Parents, starts, ends, first and number of consumers of the runs as prefixes, numbered anew.
+
+    A run of one shares nothing, and of two prefixes with the same run the longer stands for both.
+    """
+    num_runs, count = len(first), 0
+    parent, start, end = np.empty(num_runs, np.int32), np.empty(num_runs, np.int32), np.empty(num_runs, np.int32)
+    # The run that stays and has what this one has: itself, or the nearest above it.
+    stand_in = np.empty(num_runs, np.int32)
+    for k in range(num_runs):
+        outer = stand_in[above[k]] if above[k] >= 0 else np.int32(-1)
+        stand_in[k] = outer
+        is_doubled = k + 1 < num_runs and first[k + 1] == first[k] and num[k + 1] == num[k]
+        if num[k] >= 2 and not is_doubled:
+            parent[count], start[count] = outer, end[outer] if outer >= 0 else 0
+            end[count] = end_len[prefix_of[k]]
+            first[count], num[count] = first[k], num[k]
+            stand_in[k] = count
+            count += 1
+    return parent[:count].copy(), start[:count].copy(), end[:count].copy(), first[:count].copy(), num[:count].copy()
