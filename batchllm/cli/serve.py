@@ -57,7 +57,9 @@ def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> 
     from batchllm.offline.joint_jobs import JointJobs
     from batchllm.server import BatchMetrics
 
-    service.start(lambda: runtime, JointJobs(runtime).make_job, BatchMetrics() if has_metrics else None)
+    jobs = JointJobs(runtime)
+    metrics = BatchMetrics(job_stats=lambda: jobs.stats) if has_metrics else None
+    service.start(lambda: runtime, jobs.make_job, metrics)
 
 
 def _add_batch_flags(group: argparse._ArgumentGroup) -> None:

@@ -155,7 +155,7 @@ def _read_only(array: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
     return view
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _slice_cuts(bucket_end: Int64Array, share: int) -> Int64Array:
     """Bucket boundaries, from 0 to the end, that cut the positions in slices of about a share."""
     cuts = [np.int64(0)]
@@ -326,7 +326,7 @@ def _partition(keys: UInt64Array, order: Int64Array, lo: int, hi: int, pivot: in
     return less, greater
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _lcp_intervals(lcp: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array]:
     """Depth, first position and size of every interval of the LCP array, in DFS preorder.
 
@@ -350,7 +350,7 @@ def _lcp_intervals(lcp: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array]
     return depth[:count][::-1].copy(), first[:count][::-1].copy(), size[:count][::-1].copy()
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def enclosing_interval(first: Int64Array, size: Int64Array) -> Int32Array:
     """Smallest earlier interval that holds each interval, or -1; intervals are in preorder.
 

@@ -7,11 +7,13 @@ INVARIANT: nothing is registered before a `BatchMetrics` is made, and one proces
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+
+    from batchllm.offline.stats import JobStats
 
 
 class BatchMetrics:
@@ -19,9 +21,12 @@ class BatchMetrics:
 
     Args:
         registry: Where they are registered; the default one where none is given.
+        job_stats: What all rows of all batches have cost so far; None where nobody counts it.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | None = None, *, job_stats: Callable[[], JobStats] | None = None
+    ) -> None:
         from prometheus_client import REGISTRY, Counter, Gauge
 
         registry = REGISTRY if registry is None else registry
@@ -38,6 +43,15 @@ class BatchMetrics:
             registry=registry,
             multiprocess_mode="livemostrecent",
         )
+        self._job_stats = job_stats
+        planned = Gauge(
+            "batchllm_planned_prompt_tokens",
+            "Prompt tokens of rows answered so far: all, those that had to be computed, those that were.",
+            ["of"],
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self._prompt, self._optimal, self._computed = map(planned.labels, ("prompts", "optimum", "computed"))
         self._upload_bytes = Counter("batchllm_batch_upload_bytes", "Bytes of files received.", registry=registry)
 
     def add_rows(self, num_answered: int, num_failed: int) -> None:
@@ -54,3 +68,8 @@ class BatchMetrics:
         for status, num in num_by_status.items():
             self._batches.labels(status=status).set(num)
         self._backlog.set(num_backlog_rows)
+        if self._job_stats is not None:
+            stats = self._job_stats()
+            self._prompt.set(stats.num_prompt_tokens)
+            self._optimal.set(stats.num_optimal_prompt_tokens)
+            self._computed.set(stats.num_computed_prompt_tokens)
