@@ -6,9 +6,10 @@ that holds the KV asks it what may be freed.
     planned ──start_computing──> computing ──mark_resident──> resident ──last consumer──> released
        ^                             │
        └──────────abandon────────────┘            (any state ──last consumer──> released)
+       └───────────────────────give_up──────────────────────────┘
 
 INVARIANT: a prefix is resident only while its parent is, and has at least as few consumers left as its
-parent; what is released never comes back.
+parent; what is released never comes back. Consumers of a job that is withdrawn may never come: `release_job`.
 """
 
 from __future__ import annotations
@@ -212,6 +213,30 @@ class PinLedger:
         del self._open[prefix_id]
         self._num_open_tokens -= self.num_tokens(prefix_id)
 
+    def give_up(self, prefix_id: int) -> None:
+        """Its KV is needed for something else: the next consumer leads. Children go before their parents."""
+        if not self.may_give_up(prefix_id):
+            raise ValueError(f"prefix {prefix_id} cannot be given up before what continues it")
+        self._move(prefix_id, PrefixState.RESIDENT, PrefixState.PLANNED)
+        del self._open[prefix_id]
+        self._num_open_tokens -= self.num_tokens(prefix_id)
+        self._num_pinned_tokens -= self.num_tokens(prefix_id)
+
+    def may_give_up(self, prefix_id: int) -> bool:
+        """Whether nothing that is open continues this prefix."""
+        return all(prefix.parent_id != prefix_id for prefix in self._open.values())
+
+    def release_job(self, job_id: int) -> list[int]:
+        """No consumer of this job's prefixes is left or will come: release them, whatever was announced.
+
+        Returns:
+            Those whose KV is resident, deepest first: unpin them now.
+        """
+        released = [prefix_id for prefix_id, prefix in self._prefixes.items() if prefix.end_order[0] == job_id]
+        # A prefix becomes known after its parent.
+        released.reverse()
+        return [prefix_id for prefix_id in released if self._release(prefix_id)]
+
     def finish_consumer(self, prefix_id: int) -> list[int]:
         """Count off one consumer of ``prefix_id`` and of all its ancestors.
 
@@ -222,16 +247,21 @@ class PinLedger:
         while prefix_id != NO_PREFIX:
             prefix = self._prefixes[prefix_id]
             prefix.num_consumers_left -= 1
-            if prefix.num_consumers_left == 0:
-                num_tokens = prefix.end_len - prefix.start_len
-                if prefix.state is PrefixState.RESIDENT:
-                    to_free.append(prefix_id)
-                    self._num_pinned_tokens -= num_tokens
-                if self._open.pop(prefix_id, None) is not None:
-                    self._num_open_tokens -= num_tokens
-                del self._prefixes[prefix_id]
+            if prefix.num_consumers_left == 0 and self._release(prefix_id):
+                to_free.append(prefix_id)
             prefix_id = prefix.parent_id
         return to_free
+
+    def _release(self, prefix_id: int) -> bool:
+        """Forget a prefix; whether its KV was resident."""
+        prefix = self._prefixes.pop(prefix_id)
+        num_tokens = prefix.end_len - prefix.start_len
+        if self._open.pop(prefix_id, None) is not None:
+            self._num_open_tokens -= num_tokens
+        if prefix.state is not PrefixState.RESIDENT:
+            return False
+        self._num_pinned_tokens -= num_tokens
+        return True
 
     def clear(self) -> None:
         """Forget everything (the cache has been flushed)."""

@@ -26,6 +26,12 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Requests to start in this step, in plan order."""
+    """Requests to start in this step, in plan order.
+
+    Attributes:
+        admissions: The requests.
+        lacks_room: True where the first request that may start does not fit: it waits for KV to become free.
+    """
 
     admissions: tuple[Admission, ...] = ()
+    lacks_room: bool = False

@@ -39,7 +39,7 @@ class PlannedPolicy:
         admissions = step.admit()
         if admissions and step.num_tokens_left > 0 and _should_wait(view, admissions):
             return Decision()
-        return Decision(tuple(admissions))
+        return Decision(tuple(admissions), step.lacks_room and not admissions)
 
 
 def _should_wait(view: SchedulerView, admissions: list[Admission]) -> bool:
@@ -62,6 +62,7 @@ class _Step:
         self.claimed: set[int] = set()  # prefixes computed by a request admitted in this very step
         self.any_behind = False  # some earlier request was passed over
         self.longest_beside = view.running.longest_total_len  # of what runs or was passed over
+        self.lacks_room = False  # the walk ended at a request that does not fit
 
     @property
     def is_full(self) -> bool:
@@ -79,6 +80,7 @@ class _Step:
             blocked_by = self._prefix_to_wait_for(found)
             if blocked_by is None and not self._may_open(found):
                 if not self.any_behind:
+                    self.lacks_room = True
                     break  # the head of the plan: what is free is for it
                 blocked_by = found.missing_ids[0]
             if blocked_by is not None:
@@ -137,11 +139,13 @@ class _Step:
             num_left = request.prefill_len - cached_len - num_tokens
             remaining_len += 1 + decode_lag(num_left, view.chunk_tokens, is_mixed=True)
             private_len -= 1
-        if not self._fits_alone(request, found, led_tokens):
+        self.lacks_room = not self._fits_alone(request, found, led_tokens)
+        if self.lacks_room:
             return None
         if self.projection.num_requests and not self.projection.fits(
             private_len, remaining_len, is_guess, led_tokens, view.kv_limit_tokens
         ):
+            self.lacks_room = True
             return None
         if num_tokens < request.prefill_len - cached_len:
             num_tokens = num_tokens // page_size * page_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
 from batchllm.scheduler import SchedulerView
 from batchllm.scheduler.admission import RunningKv, page_ceil
 from batchllm.scheduler.output_length import OutputLengths
@@ -69,7 +71,7 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
         waiting=scheduler.planned_window,
         ledger=scheduler.tree_cache.ledger,
         lengths=scheduler.output_lengths,
-        running=_running_kv(admitted, owned, scheduler.output_lengths, int(scheduler.enable_overlap), lag),
+        running=_running_kv(scheduler, admitted, owned, lag),
         kv_limit_tokens=scheduler.kv_limit_tokens,
         kv_shared_tokens=shared_tokens,
         num_free_slots=num_free_slots,
@@ -81,26 +83,36 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
     )
 
 
-def _running_kv(admitted: list[Any], owned: list[int], lengths: OutputLengths, num_stale: int, lag: int) -> RunningKv:
+def _running_kv(scheduler: Any, admitted: list[Any], owned: list[int], lag: int) -> RunningKv:
     """KV of what has been admitted.
 
     Args:
+        scheduler: A `BatchScheduler`.
         admitted: The requests; one in pieces is the last.
         owned: Slots that each owns, or will own when its prompt is computed.
-        lengths: What is expected of them.
-        num_stale: Tokens that have been generated and are not known yet (overlap scheduling).
         lag: Decode steps of the others until the one in pieces begins to decode.
     """
+    lengths: OutputLengths = scheduler.output_lengths
+    num_stale = int(scheduler.enable_overlap)  # tokens that have been generated and are not known yet
     estimates = [req.output for req in admitted]
     generated = [len(req.output_ids) for req in admitted]
     lengths.refresh(estimates, generated)
     expected = lengths.expected_lens(estimates, generated)
     remaining = [e - g + num_stale for e, g in zip(expected.tolist(), generated, strict=True)]
+    longest = 0
+    for i, req in enumerate(admitted):
+        if isinstance(req, PlannedReq):
+            longest = max(longest, len(req.origin_input_ids) + req.output.max_new_len + num_stale)
+        else:
+            # As SGLang reckons with it: most name a limit far beyond what they will need. One that needs it takes it
+            # from what it decodes with, or from pins that nobody reads, so it is no reason to open nothing.
+            left = min(max(req.output.max_new_len - generated[i], 1), CLIP_MAX_NEW_TOKENS)
+            remaining[i] = int(left * scheduler.new_token_ratio_tracker.current) + num_stale
     if lag:
         remaining[-1] += lag
     return RunningKv.of(
         owned,
         remaining,
         [e < o.max_new_len and not o.known_len for e, o in zip(expected.tolist(), estimates, strict=True)],
-        max((len(req.origin_input_ids) + req.output.max_new_len + num_stale for req in admitted), default=0),
+        longest,
     )

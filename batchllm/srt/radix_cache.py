@@ -8,15 +8,25 @@ planned request owns its slots like this, in ``req_to_token[slot]``::
     [ planned prefixes: the tree's, pinned )[ private prompt and output: the request's )
 
 The private part is freed when the request finishes and never becomes a leaf of the tree. Requests outside any
-plan are SGLang's as ever: their KV is kept and evicted by LRU, and nothing pinned is evicted for them.
+plan are SGLang's as ever: their KV is kept and evicted, in the order of `batchllm.srt.live_prefixes`. Nothing pinned
+is evicted for them, but pins that no running request reads are given up where a live request has no room otherwise:
+their next consumer computes them again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, registered_radix_cache_backends
 
@@ -24,6 +34,7 @@ from batchllm.errors import ConfigError
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger, PrefixState
 from batchllm.scheduler.admission import reusable_len
 from batchllm.srt.schedule_batch import PlannedReq
+from batchllm.srt.shared_prefixes import SharedPrefixes
 
 BACKEND_NAME = "batchllm"
 
@@ -64,20 +75,42 @@ class _Pin:
         self.indices = indices
 
 
+def _path(node: TreeNode) -> Iterator[TreeNode]:
+    """``node`` and what is above it."""
+    while node is not None:
+        yield node
+        node = node.parent
+
+
 class PlannedRadixCache(RadixCache):
     """Radix cache that computes each planned prefix once and keeps it until its last consumer has
     finished.
+
+    Attributes:
+        readers: Who reads which nodes; told of those that go. Nobody until it is set.
+        num_given_up_tokens: Tokens of planned prefixes that were given up for live requests.
+        yields_to_live: Whether eviction may go on with pinned prefixes once no planned request runs.
     """
 
     def __init__(self, params: Any) -> None:
         self.ledger = PinLedger()
         self._pins: dict[int, _Pin] = {}
+        self._reading: set[PlannedReq] = set()
+        self._missed: set[int] = set()  # prefixes of which a consumer was aborted
+        self._withdrawn: list[TreeNode] = []  # what nobody may need any more, released without all having read it
+        self.num_given_up_tokens = 0
+        self.readers = SharedPrefixes.empty()
+        self.yields_to_live = False
         super().__init__(params)
 
     def reset(self) -> None:
         super().reset()
         self.ledger.clear()
         self._pins.clear()
+        self._reading.clear()
+        self._missed.clear()
+        self._withdrawn.clear()
+        self.readers.remove_all_nodes()
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """A planned follower gets its prefix without a walk of the tree; everyone else is matched as ever."""
@@ -95,6 +128,10 @@ class PlannedRadixCache(RadixCache):
             last_host_node=self.root_node,
             best_match_node=self.root_node,
         )
+
+    def start(self, req: PlannedReq) -> None:
+        """``req`` has been taken into a step: the prefixes that it reads stay until it gives up its KV."""
+        self._reading.add(req)
 
     def lead(self, req: PlannedReq, prefix_ids: tuple[int, ...]) -> None:
         """``req`` has been admitted and computes these prefixes, outermost first."""
@@ -156,6 +193,7 @@ class PlannedRadixCache(RadixCache):
         self.token_to_kv_pool_allocator.free_segment(
             private.to(dtype=torch.int64, copy=True), start_pos=req.cache_protected_len
         )
+        self._reading.discard(req)
         self.dec_lock_ref(req.last_node)
         for prefix_id in req.led_prefix_ids:
             self.ledger.abandon(prefix_id)
@@ -168,10 +206,77 @@ class PlannedRadixCache(RadixCache):
         if req.is_counted_off:
             return
         req.is_counted_off = True
+        if isinstance(req.finished_reason, FINISH_ABORT):
+            self._missed.update(self.ledger.path(req.prefix_id))
         for prefix_id in self.ledger.finish_consumer(req.prefix_id):
-            node = self._pins.pop(prefix_id).node
-            self.dec_lock_ref(node)
-            self._free_upward(node)
+            node = self._unpin(prefix_id)
+            if prefix_id in self._missed:  # the job may come again, with what is left of it
+                self._withdrawn.append(node)
+            else:
+                self._free_upward(node)
+
+    def release_job(self, job_id: int) -> None:
+        """Nothing more will read this job's prefixes for it. Their KV stays until it is evicted or `free_withdrawn`:
+        a job that is planned anew comes before the old one is closed.
+        """
+        self._withdrawn += [self._unpin(prefix_id) for prefix_id in self.ledger.release_job(job_id)]
+        self._missed = {prefix_id for prefix_id in self._missed if prefix_id in self.ledger}
+
+    def free_withdrawn(self) -> None:
+        """Free what jobs that were withdrawn have left behind, as far as nobody else holds it."""
+        for node in self._withdrawn:
+            if node.parent.children.get(node.key.child_key(self.page_size)) is node:  # not evicted
+                self._free_upward(node)
+        self._withdrawn.clear()
+
+    def make_room(self, total_len: int, node: TreeNode, pool_tokens: int) -> bool:
+        """Give up pins until a request would fit into the pool if all that runs had finished.
+
+        Args:
+            total_len: Slots that the request needs, prompt and output.
+            node: What it reads ends here; that is not given up.
+            pool_tokens: Slots of the pool.
+
+        Returns:
+            Whether any was given up.
+        """
+        path = set(_path(node))
+        num_read = max((self.ledger.end_len(i) for i, pin in self._pins.items() if pin.node in path), default=0)
+        num_missing = total_len - num_read + self.ledger.num_pinned_tokens - pool_tokens
+        return num_missing > 0 and self._give_up_pins(num_missing, path) > 0
+
+    def _give_up_pins(self, num_tokens: int, spared: set[TreeNode] | None = None) -> int:
+        """Let so many pinned tokens become evictable, of prefixes that no running request reads, last in plan first.
+
+        Their next consumer computes them again, unless they are still there.
+
+        Returns:
+            Pinned tokens given up; fewer where there are no more.
+        """
+        read = {prefix_id for req in self._reading for prefix_id in self.ledger.path(req.prefix_id)}
+        num_given_up = 0
+        # Numbers grow with jobs, with the plan, and from parents to children.
+        for prefix_id in sorted(self._pins, reverse=True):
+            if num_given_up >= num_tokens:
+                break
+            is_spared = spared is not None and self._pins[prefix_id].node in spared
+            if prefix_id not in read and not is_spared and self.ledger.may_give_up(prefix_id):
+                num_given_up += self.ledger.num_tokens(prefix_id)
+                self.ledger.give_up(prefix_id)
+                self._unpin(prefix_id)
+        self.num_given_up_tokens += num_given_up
+        return num_given_up
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        missing = params.num_tokens - self.evictable_size_
+        if missing > 0 and self.yields_to_live and not self._reading:  # planned requests are retracted first
+            self._give_up_pins(missing)
+        return super().evict(params)
+
+    def _unpin(self, prefix_id: int) -> TreeNode:
+        node = self._pins.pop(prefix_id).node
+        self.dec_lock_ref(node)
+        return node
 
     def _free_upward(self, node: TreeNode) -> None:
         """Free ``node`` and then its ancestors, as far as nothing locks or continues them."""
@@ -181,6 +286,17 @@ class PlannedRadixCache(RadixCache):
             self._delete_leaf(node)
             self._record_remove_event(node)
             node = parent
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        super()._delete_leaf(node)
+        self.readers.remove_node(node)
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        node = super()._split_node(key, child, split_len)
+        # The marks of `batchllm.srt.live_prefixes`.
+        node.num_waiting = getattr(child, "num_waiting", 0)
+        node.read_at = getattr(child, "read_at", None)
+        return node
 
     def check_integrity(self) -> None:
         """State every invariant of ledger and pins; dear, for tests and debugging.

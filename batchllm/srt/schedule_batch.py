@@ -78,8 +78,9 @@ class PlannedReq(Req):
         return len(self.origin_input_ids) + len(self.output_ids)
 
 
-def give_estimate(req: Any) -> None:
-    """Let a request outside any plan be counted beside planned ones: it may run to its limit."""
+def prepare_live(req: Any) -> None:
+    """Let a request outside any plan run beside planned ones: it may run to its limit, and has read nothing yet."""
+    req.matched_node = None
     max_new_len = req.sampling_params.max_new_tokens
     req.output = OutputEstimate(max_new_len=max_new_len, known_len=max_new_len, kind=0, position=0)
 

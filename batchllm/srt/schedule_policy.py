@@ -10,11 +10,21 @@ from batchllm.srt.schedule_batch import PlannedReq
 
 
 class PlannedPrefillAdder(PrefillAdder):
-    """Adds planned requests without guessing at memory: `PlannedPolicy` has set theirs aside already."""
+    """Adds planned requests without guessing at memory: `PlannedPolicy` has set theirs aside already.
+
+    Attributes:
+        takes_live: A live request has been added in this pass. Its memory is not in the decision for planned ones:
+            those behind it take SGLang's own test.
+    """
+
+    takes_live = False
 
     def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
         if not isinstance(req, PlannedReq):
-            return super().add_one_req(req, has_chunked_req, truncation_align_size)
+            num_taken = len(self.can_run_list)
+            result = super().add_one_req(req, has_chunked_req, truncation_align_size)
+            self.takes_live = self.takes_live or len(self.can_run_list) > num_taken
+            return result
         cached_len = len(req.prefix_indices)
         num_tokens = len(req.full_untruncated_fill_ids) - cached_len
         # A prompt may be cut, but only one may be in pieces; without chunking the first is taken whatever its
@@ -27,12 +37,19 @@ class PlannedPrefillAdder(PrefillAdder):
                 self.new_chunked_req = req
         elif self.can_run_list and num_tokens > self.rem_input_tokens:
             return AddReqResult.OTHER
+        if self.takes_live and self._takes_too_much(req, num_tokens):
+            return AddReqResult.OTHER
         req.set_extend_range(cached_len, cached_len + num_tokens)
         self._req_inc_lock_ref(req)
+        self.tree_cache.start(req)
         self.can_run_list.append(req)
         self._update_prefill_budget(cached_len, num_tokens, 0, req.retracted_stain)
         is_full = self.rem_input_tokens <= 0 or (self.rem_chunk_tokens is not None and self.rem_chunk_tokens <= 0)
         return AddReqResult.OTHER if is_full else AddReqResult.CONTINUE
+
+    def _takes_too_much(self, req: PlannedReq, num_tokens: int) -> bool:
+        total = num_tokens + req.output.max_new_len - req.num_generated + self.page_size
+        return bool(total >= self.rem_total_tokens)
 
     def add_chunked_req(self, req: Any) -> Any:
         """Go on with a prompt in pieces, in all that is left of the chunk; returns it unless this was the last."""

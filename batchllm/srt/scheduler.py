@@ -1,9 +1,9 @@
 """SGLang's scheduler, running plans. (Upstream: ``srt/managers/scheduler.py``.)
 
 Planned requests wait in a window of their own, in plan order; SGLang's ``waiting_queue`` keeps the requests
-outside any plan. Each step, `PlannedPolicy` looks at the live state and names the planned requests to start;
-they are put behind the live ones for SGLang's own prefill pass, and what it took is settled with the cache
-afterwards.
+outside any plan. Each step, `PlannedPolicy` looks at the live state and names the planned requests to start, and
+`LiveQueue` the live ones; `Turns` says who goes first where both wait. SGLang's own prefill pass is shown these, and
+what it took is settled with the cache afterwards.
 """
 
 from __future__ import annotations
@@ -15,55 +15,64 @@ from typing import Any, cast
 
 import numpy as np
 import sglang.srt.managers.scheduler as upstream
-from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+from sglang.srt.managers.scheduler import NextBatchPlan
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.utils import TypeBasedDispatcher
 
 from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
+from batchllm.scheduler.turns import Turns
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt import attention_backend, child_process, compat, cpu_ops, radix_cache, sampling
 from batchllm.srt.io_struct import (
-    JobCounters,
     PlannedAbortReqInput,
     PlannedCloseReqInput,
     PlannedRunReqInput,
 )
+from batchllm.srt.live_queue import LiveQueue
 from batchllm.srt.live_view import free_kv_tokens, make_view, step_budget
 from batchllm.srt.output_streamer import BatchOutputStreamer
+from batchllm.srt.planned_intake import PlannedIntake
+from batchllm.srt.planned_jobs import PlannedJobs
 from batchllm.srt.planned_run import RunReader
 from batchllm.srt.radix_cache import PlannedRadixCache
-from batchllm.srt.schedule_batch import DecodingReqs, PlannedReq, give_estimate
+from batchllm.srt.schedule_batch import DecodingReqs, PlannedReq
 from batchllm.srt.schedule_policy import PlannedPrefillAdder
+from batchllm.srt.scheduler_metrics import SchedulerMetrics
 from batchllm.srt.server_args import ATTENTION_BACKEND, kv_limit_tokens
 from batchllm.srt.shared_prefixes import SharedPrefixes
 from batchllm.srt.step_layout import SharesPrefixes
 from batchllm.srt.step_recorder import StepRecorder
 
 
-class BatchScheduler(Scheduler):
+class BatchScheduler(PlannedIntake):
     """SGLang's scheduler with a window of planned requests beside the queue of live ones."""
 
     tree_cache: PlannedRadixCache
 
     def init_running_status(self) -> None:
         super().init_running_status()
-        self.planned_window: RequestWindow[PlannedReq] = RequestWindow()
+        self.planned_window = RequestWindow()
         self.planned_policy = PlannedPolicy()
         self.output_lengths = OutputLengths()
         self.kv_limit_tokens = kv_limit_tokens(self.server_args, self.max_total_num_tokens)
-        self.planned_counters: dict[int, JobCounters] = {}
-        self.unfinished_planned: dict[tuple[int, int], PlannedReq] = {}
-        # Requests running when the last decision admitted nothing; None when something has changed since.
-        self._settled_at: int | None = None
+        self.planned_jobs = PlannedJobs()
+        self.turns = Turns()
+        # SGLang's own order where one was asked for, or where something else has a say in it.
+        has_own_order = (
+            self.server_args.schedule_policy != "fcfs" or self.enable_priority_scheduling or self.enable_lora
+        )
+        self.live_queue = None if has_own_order else LiveQueue(self.tree_cache, self.max_total_num_tokens)
+        self._settled = None
         self._any_finished = False
         self.shared_prefixes = SharedPrefixes(
             self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token), self.page_size
         )
+        self.tree_cache.readers = self.shared_prefixes
         self.attention = self.tp_worker.model_runner.attn_backend
         self.step_recorder = StepRecorder(self.attention)
+        self.metrics = SchedulerMetrics() if self.server_args.enable_metrics and self.ps.tp_rank == 0 else None
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
         # With overlap a request that has ended runs one more step.
@@ -111,86 +120,11 @@ class BatchScheduler(Scheduler):
             take_steps=lambda: self.step_recorder.take_steps(),
         )
 
-    # What comes in
-
-    def handle_planned_run(self, message: PlannedRunReqInput) -> None:
-        """Take the next requests of a job into the window."""
-        self.planned_counters.setdefault(message.job_id, JobCounters())
-        self.shared_prefixes.drop_released()
-        for req in self.planned_runs.read(message):
-            self._take_in(req)
-        self._settled_at = None
-
-    def _take_in(self, req: PlannedReq) -> None:
-        self.unfinished_planned[req.job_id, req.position] = req
-        req.is_ready = not self.grammar_manager.process_req_with_grammar(req)
-        if req.to_finish is not None:
-            self._abort_waiting(req)
-        else:
-            self.planned_window.add(req)
-
-    def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
-        """Drop what is left of a job."""
-        for req in list(self.unfinished_planned.values()):
-            is_running = req is self.chunked_req or req.req_pool_idx is not None
-            if req.job_id == message.job_id and not (is_running and message.spares_running):
-                self._abort_planned(req)
-
-    def handle_planned_close(self, message: PlannedCloseReqInput) -> None:
-        """Forget a job; every request of it has been answered."""
-        self.planned_counters.pop(message.job_id, None)
-        self.output_lengths.forget(message.job_id)
-
-    def _abort_planned(self, req: PlannedReq) -> None:
-        if req is self.chunked_req:
-            self._pending_chunked_abort_req = req
-        elif req.req_pool_idx is not None:
-            req.to_finish = FINISH_ABORT()  # taken up when its running step is done
-        elif req.finished_reason is None:
-            self.planned_window.remove([req])
-            req.to_finish = FINISH_ABORT()
-            self._abort_waiting(req)
-
-    def _abort_waiting(self, req: PlannedReq) -> None:
-        """Finish a request that holds no KV, without running it."""
-        req.finished_reason, req.to_finish = req.to_finish, None
-        self.tree_cache.count_off(req)
-        self.output_streamer.send_finished([req])
-
-    def abort_request(self, recv_req: AbortReq) -> None:
-        super().abort_request(recv_req)
-        if recv_req.abort_all:
-            for req in list(self.unfinished_planned.values()):
-                self._abort_planned(req)
-
-    def process_pending_chunked_abort(self) -> None:
-        req = self._pending_chunked_abort_req
-        super().process_pending_chunked_abort()
-        if isinstance(req, PlannedReq) and req.finished() and not req.finished_output:
-            self.output_streamer.send_finished([req])
-
-    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
-        """Every request enters a queue here: new, with its grammar compiled, or retracted."""
-        if not isinstance(req, PlannedReq):
-            give_estimate(req)
-            super()._add_request_to_queue(req, is_retracted)
-            return
-        if req.finished():  # aborted while its grammar was being compiled
-            return
-        self._settled_at = None
-        if is_retracted:
-            self._counters(req).num_retractions += 1
-            self.step_recorder.num_retracted += 1
-            self.planned_window.add(req)
-        elif req.to_finish is not None:  # its grammar does not compile
-            self.planned_window.remove([req])
-            self._abort_waiting(req)
-        else:
-            req.is_ready = True
-
     # What runs next
 
     def get_new_batch_prefill(self, running_batch: Any) -> NextBatchPlan:
+        if self.live_queue is not None:
+            self.live_queue.drop_gone(self.waiting_queue)
         if self.grammar_manager.has_waiting_grammars():
             for req in self.grammar_manager.get_ready_grammar_requests():
                 self._add_request_to_queue(req)
@@ -203,42 +137,86 @@ class BatchScheduler(Scheduler):
         budget = step_budget(self, running)
         if budget == 0:  # what decodes needs the last slots: a prompt in pieces waits, and SGLang makes room
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-        decision = self._decide(running_batch, budget)
-        if not decision.admissions and not self.waiting_queue and self.chunked_req is None:
+        is_planned_turn = self.turns.is_planned
+        if running_batch.batch_is_full and self._waits_for_room(running) and not is_planned_turn:
+            if self.planned_window:
+                self.turns.wait()
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        live = self._live_to_start(len(running), budget)
+        if not live or not self.planned_window:
+            self.turns.reset()
+            is_planned_turn = False
+        decision = self._decide(running_batch, budget, live)
         planned = [admission.request for admission in decision.admissions]
-        if running:
-            self.waiting_queue = self.waiting_queue + planned
-        else:
-            # A live request may have to wait until pins are released, and SGLang stops at the first that does not
-            # fit. With nothing running the plan goes first, or neither would ever.
-            self.waiting_queue = planned + self.waiting_queue
+        if is_planned_turn and decision.lacks_room:
+            self.turns.wait()
+            live = []  # what becomes free is for the plan
+        if not planned and not live and self.chunked_req is None:
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        # SGLang stops at the first that does not fit.
+        is_stuck = not running and running_batch.batch_is_full
+        queue = planned + live if is_planned_turn or is_stuck else live + planned
         if planned:
             running_batch.batch_is_full = False
-        chunk = self.chunked_prefill_size
-        if chunk is not None:  # read again in each pass; SGLang takes the decoding rows of a mixed step off it
-            self.chunked_prefill_size = budget + (len(running) if self.is_mixed_chunk else 0)
-        plan = super().get_new_batch_prefill(running_batch)
-        self.chunked_prefill_size = chunk
-        self.waiting_queue = [req for req in self.waiting_queue if not isinstance(req, PlannedReq)]
+        plan, refused = self._show(queue, budget, running_batch)
         batch = plan.batch_to_run
         if batch is not None and batch.decoding_reqs:
             batch.decoding_reqs = DecodingReqs(batch.decoding_reqs)
-        self._settle(decision, batch)
+        self._settle(decision, batch, live)
+        if batch is not None and self.live_queue is not None:  # SGLang has counted those that it was shown
+            batch.prefill_stats.num_pending_tokens += self.live_queue.num_tokens - sum(req.seqlen for req in refused)
+        if refused and batch is None and plan.running_batch.batch_is_full:
+            self._make_room(refused[0], plan.running_batch)
         return plan
 
-    def _decide(self, running_batch: Any, budget: int) -> Decision:
-        # A live request that found no room goes first when some is free again.
+    def _show(self, queue: list[Any], budget: int, running_batch: Any) -> tuple[NextBatchPlan, list[Any]]:
+        """Have SGLang take what it can of ``queue``. Returns its plan, and the live requests that it left."""
+        waiting, chunk = self.waiting_queue, self.chunked_prefill_size
+        self.waiting_queue = list(queue)
+        if chunk is not None:  # read again in each pass; SGLang takes the decoding rows of a mixed step off it
+            self.chunked_prefill_size = budget + (len(running_batch.reqs) if self.is_mixed_chunk else 0)
+        plan = super().get_new_batch_prefill(running_batch)
+        self.chunked_prefill_size = chunk
+        left = [req for req in self.waiting_queue if not isinstance(req, PlannedReq)]
+        shown = set(queue)  # the pass may have put others behind them
+        self.waiting_queue = [req for req in waiting if req.req_pool_idx is None]
+        self.waiting_queue += [req for req in left if req not in shown]
+        return plan, left
+
+    def _live_to_start(self, num_running: int, budget: int) -> list[Any]:
+        """Live requests that may start in the coming step, in order."""
+        if self.live_queue is None or not self.waiting_queue:
+            return self.waiting_queue
+        return self.live_queue.choose(
+            max_requests=self.get_num_allocatable_reqs(num_running), max_tokens=budget, chunked_req=self.chunked_req
+        )
+
+    def _waits_for_room(self, running: list[Any]) -> bool:
+        """Whether live requests wait, with nothing else to do in this step: what becomes free is for them."""
+        return bool(self.live_queue is not None and self.waiting_queue and running and self.chunked_req is None)
+
+    def _decide(self, running_batch: Any, budget: int, live: list[Any]) -> Decision:
         num_running = len(running_batch.reqs)
-        live_has_no_room = self.waiting_queue and running_batch.batch_is_full and num_running
-        if not self.planned_window or self._settled_at == num_running or live_has_no_room:
+        live_lacks_room = live and num_running and running_batch.batch_is_full
+        if not self.planned_window or (live_lacks_room and not self.turns.is_planned):
             return Decision()
+        if self._settled is not None and self._settled[1] == num_running:
+            return self._settled[0]
         decision = self.planned_policy.decide(make_view(self, running_batch.reqs, budget))
-        self._settled_at = None if decision.admissions else num_running
+        self._settled = None if decision.admissions else (decision, num_running)
         return decision
 
-    def _settle(self, decision: Decision, batch: Any) -> None:
+    def _make_room(self, req: Any, running_batch: Any) -> None:
+        """A live request was refused: give up pins if it would not fit though all that runs had finished."""
+        total = len(req.full_untruncated_fill_ids) + 2 * self.page_size
+        total += min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS)
+        if self.tree_cache.make_room(total, req.last_node, self.max_total_num_tokens):
+            running_batch.batch_is_full = False
+            self._settled = None
+
+    def _settle(self, decision: Decision, batch: Any, live: list[Any]) -> None:
         """Tell the cache what the prefill pass has taken, and pin the prefixes that its step completes."""
+        has_planned = bool(self.planned_window)
         started = []
         for admission in decision.admissions:
             req = cast(PlannedReq, admission.request)
@@ -251,12 +229,22 @@ class BatchScheduler(Scheduler):
         for req in batch.reqs if batch is not None else ():
             if isinstance(req, PlannedReq) and req.led_prefix_ids:
                 self.tree_cache.insert_led_prefixes(req)
-                self._settled_at = None
+                self._settled = None
+        started_live = [req for req in live if req.req_pool_idx is not None]
+        if self.live_queue is not None:
+            for req in started_live:
+                self.live_queue.start(req, is_whole=req is not self.chunked_req)
+        if live and has_planned:
+            self.turns.add(*(sum(req.extend_range.length for req in reqs) for reqs in (started_live, started)))
 
     def update_running_batch(self, batch: Any) -> Any:
-        self._give_up_chunk(batch)
         before = batch.reqs
+        num_free = self.token_to_kv_pool_allocator.available_size()
+        if num_free < len(before) * self.page_size and not batch.check_decode_mem():
+            self._give_up_chunk()
+            self.tree_cache.yields_to_live = any(not isinstance(req, PlannedReq) for req in before)
         batch = super().update_running_batch(batch)
+        self.tree_cache.yields_to_live = False
         if len(batch.reqs) < len(before):
             for req in before:
                 # SGLang gives up on a request that does not fit even alone; its answer is ours to send.
@@ -264,13 +252,13 @@ class BatchScheduler(Scheduler):
                     self._abort_waiting(req)
         return batch
 
-    def _give_up_chunk(self, batch: Any) -> None:
+    def _give_up_chunk(self) -> None:
         """Retract a prompt in pieces before anything that decodes.
 
         SGLang retracts decoding requests only, and aborts the last of them rather than touch a prompt in pieces.
         """
         req = self.chunked_req
-        if isinstance(req, PlannedReq) and req.inflight_middle_chunks == 0 and not batch.check_decode_mem():
+        if isinstance(req, PlannedReq) and req.inflight_middle_chunks == 0:
             release_kv_cache(req, self.tree_cache, is_insert=False)
             req.reset_for_retract()
             self.chunked_req = None
@@ -283,7 +271,9 @@ class BatchScheduler(Scheduler):
             self.shared_prefixes.start(batch.reqs)
         if isinstance(self.attention, SharesPrefixes):
             self.attention.begin_step(batch.req_pool_indices_cpu.numpy().astype(np.int32))
-        if not self.unfinished_planned:
+        if self.metrics is not None:
+            self.metrics.count_step(self, batch)
+        if not self.planned_jobs.any_unfinished():
             return super().run_batch(batch, pp_proxy_tensors)
         self._count(batch)
         self.step_recorder.begin(self, batch)
@@ -293,7 +283,7 @@ class BatchScheduler(Scheduler):
 
     def _count(self, batch: Any) -> None:
         num_used = self.max_total_num_tokens - free_kv_tokens(self)
-        for counters in self.planned_counters.values():
+        for counters in self.planned_jobs.all_counters():
             counters.peak_kv_tokens = max(counters.peak_kv_tokens, num_used)
         if not batch.forward_mode.is_extend():
             return
@@ -301,21 +291,7 @@ class BatchScheduler(Scheduler):
             # Not the generated tokens: those of decoding rows of a mixed step, or of a retracted request.
             if isinstance(req, PlannedReq) and cached_len < req.num_prompt_tokens:
                 num_tokens = min(cached_len + num_tokens, req.num_prompt_tokens) - cached_len
-                self._counters(req).num_computed_prompt_tokens += num_tokens
-
-    def _finish_planned(self, req: PlannedReq) -> JobCounters:
-        del self.unfinished_planned[req.job_id, req.position]
-        self._settled_at = None
-        self._any_finished = True
-        counters = self._counters(req)
-        if not isinstance(req.finished_reason, FINISH_ABORT):
-            self.output_lengths.finish(req.output, len(req.output_ids))
-            counters.prediction.add(req.output, len(req.output_ids))
-        return counters
-
-    def _counters(self, req: PlannedReq) -> JobCounters:
-        # A job may be closed while the last of its aborted requests still runs.
-        return self.planned_counters.get(req.job_id) or JobCounters()
+                self.planned_jobs.counters(req.job_id).num_computed_prompt_tokens += num_tokens
 
     def on_idle(self) -> None:
         self.step_recorder.pause()
@@ -323,7 +299,7 @@ class BatchScheduler(Scheduler):
 
     def is_fully_idle(self, for_health_check: bool = False) -> bool:
         # An open job has a claim on its pins even while none of its requests is here.
-        return not self.planned_counters and super().is_fully_idle(for_health_check)
+        return not self.planned_jobs and super().is_fully_idle(for_health_check)
 
 
 class OfflineBatchScheduler(BatchScheduler):

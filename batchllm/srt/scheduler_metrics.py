@@ -41,6 +41,8 @@ class SchedulerMetrics:
             for source in ("computed", "reused")
         }
         self._retracted = counter("retractions", "Planned requests that lost their KV and had to start again.")
+        self._given_up = counter("given_up_tokens", "Pinned KV tokens given up for live requests.")
+        self._num_given_up = 0
 
     def count_step(self, scheduler: Any, batch: Any) -> None:
         """A step is about to run."""
@@ -49,6 +51,10 @@ class SchedulerMetrics:
         self._open.set(ledger.num_open)
         self._waiting_planned.set(len(scheduler.planned_window))
         self._waiting_live.set(len(scheduler.waiting_queue))
+        self._retracted.inc(scheduler.step_recorder.num_retracted)
+        num_given_up = scheduler.tree_cache.num_given_up_tokens
+        self._given_up.inc(num_given_up - self._num_given_up)
+        self._num_given_up = num_given_up
         if not batch.forward_mode.is_extend():
             self._steps["decode"].inc()
             self._decode_tokens.inc(len(batch.reqs))
@@ -69,7 +75,3 @@ class SchedulerMetrics:
             if not getattr(req, "has_counted_reuse", False):  # later: the rest of a prompt in pieces, or once more
                 req.has_counted_reuse = True
                 self._prompt[is_planned, "reused"].inc(cached_len)
-
-    def count_retraction(self) -> None:
-        """A planned request has lost its KV."""
-        self._retracted.inc()

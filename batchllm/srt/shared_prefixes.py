@@ -1,4 +1,8 @@
-"""Which planned prefix each row of the request-to-token table reads from: what the attention of a step plans by."""
+"""Which prefix each row of the request-to-token table reads from: what the attention of a step plans by.
+
+Of a planned request it is a prefix of the plan; of a live one the node of the radix tree that it was matched to when it
+started. Nodes split: whoever was matched to the longer node before reads it by itself until it ends, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sglang.srt.mem_cache.radix_cache import TreeNode
 
 from batchllm.attention.layout import PrefixPaths
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
@@ -30,6 +35,7 @@ class SharedPrefixes:
         self._ledger = ledger
         self._page_size = page_size
         self._ids: dict[int, int] = {}
+        self._node_ids: dict[TreeNode, int] = {}
         self.paths = PrefixPaths()
         self.leaf = np.full(num_table_rows, -1, np.int32)
 
@@ -45,7 +51,19 @@ class SharedPrefixes:
     def start(self, reqs: list[Any]) -> None:
         """These requests hold their table rows now."""
         for req in reqs:
-            self.leaf[req.req_pool_idx] = self._id(req.prefix_id) if isinstance(req, PlannedReq) else -1
+            is_planned = isinstance(req, PlannedReq)
+            self.leaf[req.req_pool_idx] = self._id(req.prefix_id) if is_planned else self._node_id(req.matched_node)
+
+    def remove_node(self, node: TreeNode) -> None:
+        """This node is no longer in the tree; no request in a table row reads it any more."""
+        path_id = self._node_ids.pop(node, None)
+        if path_id is not None:
+            self.paths.release(path_id)
+
+    def remove_all_nodes(self) -> None:
+        """The tree is empty."""
+        for node in list(self._node_ids):
+            self.remove_node(node)
 
     def drop_released(self) -> None:
         """Forget the prefixes that the ledger has released; no request in a table row reads them any more."""
@@ -53,6 +71,22 @@ class SharedPrefixes:
             path_id = self._ids.pop(prefix_id)
             if path_id >= 0:
                 self.paths.release(path_id)
+
+    def _node_id(self, node: TreeNode | None) -> int:
+        """Id of the path to a node of the tree: -1 for its root, or where nothing was matched."""
+        if node is None or node.parent is None:
+            return -1
+        if node not in self._node_ids:
+            new = []
+            while node.parent is not None and node not in self._node_ids:
+                new.append(node)
+                node = node.parent
+            parent = self._node_ids.get(node, -1)
+            end_len = _end_len(node)
+            for node in reversed(new):
+                end_len += len(node.key)
+                parent = self._node_ids[node] = self.paths.add(parent, end_len)
+        return self._node_ids[node]
 
     def _id(self, prefix_id: int) -> int:
         if prefix_id == NO_PREFIX:
@@ -67,3 +101,12 @@ class SharedPrefixes:
                     self._ids[ancestor] = self.paths.add(parent, end) if end > start else -1
                 parent, start = self._ids[ancestor], end
         return self._ids[prefix_id]
+
+
+def _end_len(node: TreeNode) -> int:
+    """Tokens from the start of the prompt to the end of a node of the tree."""
+    end_len = 0
+    while node.parent is not None:
+        end_len += len(node.key)
+        node = node.parent
+    return end_len

@@ -229,6 +229,38 @@ def test_a_prefix_that_contradicts_what_is_known_raises(
     ledger.check_integrity()
 
 
+def test_a_prefix_that_is_given_up_may_be_computed_by_the_next_consumer() -> None:
+    ledger = _chain()
+    _open(ledger, 0)
+    ledger.give_up(0)
+    assert (ledger.state(0), ledger.num_pinned_tokens, ledger.num_open_tokens) == (PrefixState.PLANNED, 0, 0)
+    assert ledger.num_consumers_left(0) == 3
+    ledger.start_computing(0)
+
+
+def test_what_continues_a_prefix_is_given_up_before_it() -> None:
+    ledger = _chain()
+    _open(ledger, 0, 1)
+    assert (ledger.may_give_up(0), ledger.may_give_up(1)) == (False, True)
+    with pytest.raises(ValueError, match="before what continues it"):
+        ledger.give_up(0)
+    ledger.give_up(1)
+    ledger.give_up(0)
+
+
+def test_a_job_is_released_with_all_its_prefixes_and_no_other_job_s() -> None:
+    """Whatever consumers were announced; resident ones are named, deepest first."""
+    ledger = _chain()
+    ledger.add(
+        7, parent_id=NO_PREFIX, start_len=0, end_len=3, num_consumers=2, longest_consumer_len=9, end_order=(1, 2)
+    )
+    _open(ledger, 0, 1, 7)
+    ledger.start_computing(2)
+    assert ledger.release_job(0) == [1, 0]
+    assert (len(ledger), ledger.num_open, ledger.num_pinned_tokens, ledger.num_open_tokens) == (1, 1, 3, 3)
+    assert ledger.release_job(0) == []
+
+
 def test_clear_forgets_everything() -> None:
     ledger = _chain()
     _open(ledger, 0)
@@ -247,6 +279,7 @@ class _Model:
     start_len: int
     end_len: int
     longest_consumer_len: int
+    job_id: int
     state: PrefixState = PrefixState.PLANNED
 
 
@@ -292,7 +325,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for prefix_id, parent_id, num_tokens in zip(ids, parents, lens, strict=True):
             start_len = 0 if parent_id == NO_PREFIX else self.model[parent_id].end_len
             longest = data.draw(st.integers(1, 99))
-            self.model[prefix_id] = _Model(parent_id, start_len, start_len + num_tokens, longest)
+            self.model[prefix_id] = _Model(parent_id, start_len, start_len + num_tokens, longest, job_id=first)
         self.unfinished += named
         for prefix_id in ids:
             prefix = self.model[prefix_id]
@@ -303,7 +336,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 end_len=prefix.end_len,
                 num_consumers=self.num_left(prefix_id),
                 longest_consumer_len=prefix.longest_consumer_len,
-                end_order=(0, prefix_id),
+                end_order=(prefix.job_id, prefix_id),
             )
         return multiple(*named)
 
@@ -346,6 +379,25 @@ class LedgerMachine(RuleBasedStateMachine):
         is_legal = self.state(prefix_id) is PrefixState.COMPUTING
         self.move("abandon", prefix_id, is_legal, PrefixState.PLANNED)
 
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        prefix_id = self.any_prefix(data)
+        is_legal = self.state(prefix_id) is PrefixState.RESIDENT and all(
+            prefix.parent_id != prefix_id or prefix.state is PrefixState.PLANNED for prefix in self.model.values()
+        )
+        self.move("give_up", prefix_id, is_legal, PrefixState.PLANNED)
+
+    @rule(data=st.data())
+    def release_job(self, data: st.DataObject) -> None:
+        """Whoever has not finished never will."""
+        job_id = data.draw(st.integers(0, self.num_added))
+        released = [i for i, prefix in self.model.items() if prefix.job_id == job_id]
+        was_resident = [i for i in reversed(released) if self.model[i].state is PrefixState.RESIDENT]
+        assert self.ledger.release_job(job_id) == was_resident
+        self.unfinished = [named for named in self.unfinished if named not in released]
+        for prefix_id in released:
+            del self.model[prefix_id]
+
     @rule(named=consumers)
     def compute_path(self, named: int) -> None:
         """What a leader does: all that is missing and not being computed, at once."""
@@ -361,6 +413,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(named=consumes(consumers))
     def finish_consumer(self, named: int) -> None:
+        if named not in self.model:
+            return
         path = self.path(named)
         self.unfinished.remove(named)
         released = [i for i in path if self.num_left(i) == 0]

@@ -181,6 +181,24 @@ def test_stops_at_the_first_that_does_not_fit() -> None:
     assert _names(_free(_view(_lone(4, 8, 1)), 10)) == "a"
 
 
+def test_a_decision_says_that_the_first_does_not_fit() -> None:
+    """Not where there is something to start, or the step is full, or nothing waits."""
+    view = _view(_lone(5, 5, max_new_len=3))
+    beside = _beside(view, (3, 9))
+    assert PlannedPolicy().decide(_free(beside, 4)) == Decision((), lacks_room=True)
+    assert not PlannedPolicy().decide(_free(view, 9)).lacks_room
+    assert not PlannedPolicy().decide(replace(view, num_step_tokens=0)).lacks_room
+    assert not PlannedPolicy().decide(replace(view, num_step_tokens=3, can_chunk=False)).lacks_room
+    assert not PlannedPolicy().decide(_view([])).lacks_room
+
+
+def test_a_prefix_that_may_not_be_opened_lacks_room() -> None:
+    """Beside a request that may yet need the memory."""
+    ledger = _ledger((NO_PREFIX, 8), longest=12)
+    view = replace(_beside(_view(_group("a", 0, 9), ledger), (1, 1), longest=90), kv_limit_tokens=95)
+    assert PlannedPolicy().decide(view) == Decision((), lacks_room=True)
+
+
 def test_the_output_to_come_counts_as_taken() -> None:
     view = _view(_lone(4, 4, max_new_len=3))
     assert _names(_free(view, 12)) == "ab"

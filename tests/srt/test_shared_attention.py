@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from batchllm import BatchEngine
 from batchllm.kernels.cpu import CpuKernels, load
@@ -117,7 +120,7 @@ def _req(row: int, prefix_id: int) -> PlannedReq:
 
 
 def test_rows_know_the_path_of_their_prefix() -> None:
-    """A row that a live request takes over reads nothing together with others."""
+    """A row that a live request takes over which found nothing in the cache reads nothing together with others."""
     prefixes = SharedPrefixes(_ledger(), num_table_rows=4, page_size=1)
     prefixes.start([_req(0, 11), _req(1, 10), _req(2, NO_PREFIX)])
     deep, shallow, none, unused = prefixes.leaf_of(np.arange(4, dtype=np.int32)).tolist()
@@ -125,8 +128,61 @@ def test_rows_know_the_path_of_their_prefix() -> None:
     assert prefixes.paths._parent[deep] == shallow
     # One token less than the prefix: a prompt that ends there computes that one for itself.
     assert (prefixes.paths._end[shallow], prefixes.paths._end[deep]) == (7, 19)
-    prefixes.start([SimpleNamespace(req_pool_idx=0)])
+    prefixes.start([SimpleNamespace(req_pool_idx=0, matched_node=None)])
     assert prefixes.leaf[0] == -1
+
+
+def _tree(*prompts: list[int]) -> RadixCache:
+    tree = RadixCache.create_simulated()
+    for prompt in prompts:
+        tree.insert(InsertParams(key=RadixKey(array("q", prompt))))
+    return tree
+
+
+def _node(tree: RadixCache, prompt: list[int]) -> Any:
+    return tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt)))).last_device_node
+
+
+def test_live_rows_know_the_path_of_the_node_that_they_were_matched_to() -> None:
+    """Rows under one node share its path, whatever else was in the tree; the root is nothing to share."""
+    shared, other = [1] * 20 + [2] * 30, [1] * 20 + [3] * 10
+    tree = _tree(shared, other)
+    prefixes = SharedPrefixes(PinLedger(), num_table_rows=4, page_size=1)
+    nodes = [_node(tree, shared), _node(tree, [*shared, 9]), _node(tree, other), tree.root_node]
+    prefixes.start([SimpleNamespace(req_pool_idx=i, matched_node=node) for i, node in enumerate(nodes)])
+    first, second, third, none = prefixes.leaf_of(np.arange(4, dtype=np.int32)).tolist()
+    assert first == second and none == -1
+    parent = prefixes.paths._parent[first]
+    assert parent == prefixes.paths._parent[third] and prefixes.paths._parent[parent] == -1
+    assert [int(prefixes.paths._end[i]) for i in (parent, first, third)] == [20, 50, 30]
+
+
+def test_a_node_that_splits_keeps_its_path_for_those_that_read_it() -> None:
+    """Those that come later share the shorter one."""
+    tree = _tree([1] * 50)
+    prefixes = SharedPrefixes(PinLedger(), num_table_rows=4, page_size=1)
+    prefixes.start([SimpleNamespace(req_pool_idx=0, matched_node=_node(tree, [1] * 50))])
+    half = _node(tree, [1] * 25 + [2])
+    prefixes.start([SimpleNamespace(req_pool_idx=i, matched_node=half) for i in (1, 2)])
+    long, short, same = prefixes.leaf_of(np.arange(3, dtype=np.int32)).tolist()
+    assert short == same != long
+    assert (int(prefixes.paths._end[long]), int(prefixes.paths._end[short])) == (50, 25)
+
+
+def test_nodes_that_are_evicted_give_their_ids_back() -> None:
+    """Or a server would grow with every request."""
+    prefixes = SharedPrefixes(PinLedger(), num_table_rows=4, page_size=1)
+    for token in range(1, 200):
+        tree = _tree([token] * 50, [token] * 20 + [0])
+        node = _node(tree, [token] * 50)
+        prefixes.start([SimpleNamespace(req_pool_idx=0, matched_node=node)])
+        parent = node.parent
+        if token % 2:
+            prefixes.remove_node(node)
+            prefixes.remove_node(parent)
+        else:
+            prefixes.remove_all_nodes()
+    assert len(prefixes.paths) == 2
 
 
 def test_released_prefixes_are_dropped_and_their_ids_given_out_again() -> None:

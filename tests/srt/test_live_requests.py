@@ -1,0 +1,380 @@
+"""Claims about requests outside any plan, beside jobs and among themselves, on the real runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+from batchllm import BatchEngine
+from batchllm.offline.job import Job
+from batchllm.offline.job_rows import JobRows
+from batchllm.offline.token_store import TokenStore
+from batchllm.request import Request, SamplingParams
+
+pytestmark = pytest.mark.engine
+
+GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+
+
+def _ids(seed: int, num_tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randint(10, 1500) for _ in range(num_tokens)]
+
+
+def _groups(seed: int, num_groups: int, group_size: int, shared_len: int, private_len: int) -> list[list[int]]:
+    """Prompts of groups that share a prefix each, shuffled."""
+    prompts = [
+        _ids(seed * 1000 + group, shared_len) + _ids(seed * 1000 + 500 + group * group_size + i, private_len)
+        for group in range(num_groups)
+        for i in range(group_size)
+    ]
+    random.Random(seed).shuffle(prompts)
+    return prompts
+
+
+def _job(engine: BatchEngine, prompts: list[list[int]], max_new_tokens: int = 8) -> Job:
+    sampling = SamplingParams(temperature=0, max_new_tokens=max_new_tokens, ignore_eos=True)
+    rows = JobRows(engine.runtime.info, engine.runtime.tokenizer, TokenStore(None, 1 << 30))
+    rows.add([Request(row_id=str(i), index=i, sampling=sampling, input_ids=p) for i, p in enumerate(prompts)])
+    return Job(engine.runtime, rows)
+
+
+async def _answers(job: Job, on_first: Any = None) -> dict[int, list[int]]:
+    answers: dict[int, list[int]] = {}
+    async for finished in job.run():
+        for row, completion in zip(finished.rows, finished.completions, strict=True):
+            answers[row] = list(completion.output_ids)
+        if on_first is not None:
+            on_first()
+            on_first = None
+    return answers
+
+
+async def _live(engine: BatchEngine, prompt: list[int], **sampling: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = await engine.runtime.sglang_engine.async_generate(
+        input_ids=prompt, sampling_params=GREEDY | sampling
+    )
+    return answer
+
+
+def _run(engine: BatchEngine, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return engine.runtime.loop.run_until_complete(coroutine)
+
+
+def _all_live(engine: BatchEngine, prompts: list[list[int]], **sampling: Any) -> list[dict[str, Any]]:
+    async def run() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(_live(engine, prompt, **sampling) for prompt in prompts))
+
+    answers: list[dict[str, Any]] = _run(engine, run())
+    return answers
+
+
+async def _all_at_once(engine: BatchEngine, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Answers to live requests that have all arrived before the first of them starts."""
+    manager = engine.runtime.sglang_engine.tokenizer_manager
+    manager.auto_create_handle_loop()
+    manager.send(PauseGenerationReqInput(mode="in_place"))
+    tasks = [asyncio.ensure_future(_live(engine, prompt)) for prompt in prompts]
+    await asyncio.sleep(0.1)  # each has sent its request before it waits for the answer
+    manager.send(ContinueGenerationReqInput(torch_empty_cache=False))
+    return list(await asyncio.gather(*tasks))
+
+
+def _num_computed(answers: list[dict[str, Any]]) -> int:
+    return sum(answer["meta_info"]["prompt_tokens"] - answer["meta_info"]["cached_tokens"] for answer in answers)
+
+
+def _expected(engine: BatchEngine, prompts: list[list[int]]) -> list[list[int]]:
+    return [list(c.output_ids) for c in engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)]
+
+
+# A closed job gives back everything
+
+
+def test_batches_that_are_dropped_leave_the_whole_pool(engine: BatchEngine) -> None:
+    """Wherever they were: what they had pinned for requests that never came is free again."""
+    prompts = _groups(1, num_groups=3, group_size=40, shared_len=300, private_len=10)
+    for num_taken in (1, 5, 30, 70):
+        stream = engine.batch_generate_iter(input_ids=prompts, sampling_params=GREEDY)
+        for _ in range(num_taken):
+            next(stream)
+        stream.close()  # type: ignore[attr-defined]  # an iterator to the caller, a generator here
+    (answer,) = _all_live(engine, [_ids(2, 1400)])  # of 1500
+    assert len(answer["output_ids"]) == 8
+    engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
+    report = engine.last_report
+    assert report is not None
+    assert report.num_computed_prompt_tokens == report.num_optimal_prompt_tokens
+
+
+def test_a_job_that_is_planned_anew_finds_what_the_old_one_had_computed(engine: BatchEngine) -> None:
+    """The old one is withdrawn, the new one submitted, the old one closed: prefixes that are there stay there."""
+    prompts = _groups(3, num_groups=2, group_size=60, shared_len=400, private_len=10)
+    expected = _expected(engine, prompts)
+    old, new = _job(engine, prompts), _job(engine, prompts)
+
+    async def replan() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        begin = asyncio.Event()
+
+        def withdraw() -> None:
+            old.stop_admitting()
+            begin.set()
+
+        async def again() -> dict[int, list[int]]:
+            await begin.wait()
+            return await _answers(new)
+
+        first, second = await asyncio.gather(_answers(old, withdraw), again())
+        return first, second
+
+    first, second = _run(engine, replan())
+    assert 0 < len(first) < len(prompts)
+    assert all(ids == expected[row] for row, ids in first.items())
+    assert second == dict(enumerate(expected))
+    assert new.stats.num_computed_prompt_tokens <= new.stats.num_optimal_prompt_tokens - 350
+    (answer,) = _all_live(engine, [_ids(4, 1400)])
+    assert len(answer["output_ids"]) == 8
+
+
+# Neither live nor planned requests starve
+
+
+def test_a_live_request_gets_room_from_a_job_that_pins_nearly_all_of_it(engine: BatchEngine) -> None:
+    """Its prompt would not fit before the job ends; the job goes on behind it, and both are right."""
+    prompts = _groups(5, num_groups=1, group_size=200, shared_len=1200, private_len=10)
+    live_prompt = _ids(6, 700)
+    expected, (expected_live,) = _expected(engine, prompts), _expected(engine, [live_prompt])
+    job = _job(engine, prompts)
+    num_left: list[int] = []
+
+    async def both() -> tuple[dict[int, list[int]], dict[str, Any]]:
+        begin = asyncio.Event()
+
+        async def live() -> dict[str, Any]:
+            await begin.wait()
+            answer = await _live(engine, live_prompt)
+            num_left.append(len(job.rows_in_flight()))
+            return answer
+
+        done, answer = await asyncio.gather(_answers(job, begin.set), live())
+        return done, answer
+
+    done, answer = _run(engine, both())
+    assert num_left[0] > 0
+    assert list(answer["output_ids"]) == expected_live
+    assert done == dict(enumerate(expected))
+    # The prefix once more, and the few tokens that some prompts happen to share behind it.
+    assert 1200 <= job.stats.num_computed_prompt_tokens - job.stats.num_optimal_prompt_tokens <= 1200 + 50
+
+
+def test_a_stream_of_live_requests_does_not_stop_a_job(engine: BatchEngine) -> None:
+    """Though more wait at any time than the pool holds."""
+    prompts = _groups(7, num_groups=6, group_size=10, shared_len=150, private_len=20)
+    expected = _expected(engine, prompts)
+    job = _job(engine, prompts)
+    num_live_left = 600
+
+    async def stream(seed: int) -> None:
+        nonlocal num_live_left
+        while num_live_left and not done.done():
+            num_live_left -= 1
+            await _live(engine, _ids(seed + num_live_left, 200))
+
+    async def both() -> None:
+        nonlocal done
+        done = asyncio.ensure_future(_answers(job))
+        await asyncio.gather(done, *(stream(10_000 * i) for i in range(1, 13)))
+
+    done: asyncio.Future[dict[int, list[int]]] = engine.runtime.loop.create_future()
+    _run(engine, both())
+    assert done.result() == dict(enumerate(expected))
+    assert num_live_left > 0
+
+
+def test_a_live_request_that_may_run_long_does_not_stop_a_job(engine: BatchEngine) -> None:
+    """Its limit is most of the pool; the job opens one prefix after the other beside it."""
+    prompts = _groups(8, num_groups=6, group_size=4, shared_len=100, private_len=10)
+    expected = _expected(engine, prompts)
+    job = _job(engine, prompts)
+
+    async def both() -> tuple[dict[int, list[int]], bool, int]:
+        live = asyncio.ensure_future(_live(engine, _ids(9, 20), max_new_tokens=1200))
+        await asyncio.sleep(0.5)
+        answers = await _answers(job)
+        is_first = not live.done()
+        return answers, is_first, len((await live)["output_ids"])
+
+    answers, is_first, num_generated = _run(engine, both())
+    assert answers == dict(enumerate(expected))
+    assert is_first
+    assert num_generated == 1200
+
+
+def test_a_live_request_that_waits_for_another_does_not_stop_a_job(engine: BatchEngine) -> None:
+    """It fits beside what runs as little as its limit does; the job needs much less, and goes on."""
+    prompts = _groups(20, num_groups=6, group_size=4, shared_len=100, private_len=10)
+    expected = _expected(engine, prompts)
+    job = _job(engine, prompts)
+
+    async def both() -> tuple[dict[int, list[int]], bool, list[int]]:
+        running = asyncio.ensure_future(_live(engine, _ids(21, 20), max_new_tokens=1000))
+        await asyncio.sleep(0.2)
+        waiting = asyncio.ensure_future(_live(engine, _ids(22, 1300), max_new_tokens=20))
+        await asyncio.sleep(0.1)
+        answers = await _answers(job)
+        is_first = not running.done() and not waiting.done()
+        return answers, is_first, [len(answer["output_ids"]) for answer in await asyncio.gather(running, waiting)]
+
+    answers, is_first, lens = _run(engine, both())
+    assert answers == dict(enumerate(expected))
+    assert is_first
+    assert lens == [1000, 20]
+
+
+# A plan over what waits
+
+
+def test_what_a_burst_of_live_requests_shares_is_computed_once(engine: BatchEngine) -> None:
+    """Shuffled groups, far more than the pool holds: as many prompt tokens as a plan of them all computes."""
+    prompts = _groups(10, num_groups=12, group_size=12, shared_len=300, private_len=20)
+    expected = _expected(engine, prompts)
+    report = engine.last_report
+    assert report is not None
+    answers = _run(engine, _all_at_once(engine, prompts))
+    assert [list(answer["output_ids"]) for answer in answers] == expected
+    assert _num_computed(answers) == report.num_optimal_prompt_tokens
+
+
+def test_live_requests_that_read_together_are_answered_as_planned_ones(engine: BatchEngine) -> None:
+    """Under three levels of prefixes, some of them duplicates or prefixes of others: the same outputs as planned."""
+    rng = random.Random(40)
+    prompts = []
+    for i in range(4):
+        outer = _ids(41, 60) + _ids(50 + i, 120)
+        for j in range(4):
+            inner = outer + _ids(60 + 10 * i + j, 80)
+            prompts += [outer, inner, inner, inner + _ids(100 + 10 * i + j, rng.randint(1, 60))]
+    rng.shuffle(prompts)
+    expected = _expected(engine, prompts)
+    for _ in range(2):
+        answers = _run(engine, _all_at_once(engine, prompts))
+        assert [list(answer["output_ids"]) for answer in answers] == expected
+
+
+def test_live_duplicates_are_computed_once(engine: BatchEngine) -> None:
+    """All but the last token, whose logits each needs."""
+    prompt = _ids(12, 200)
+    answers = _all_live(engine, [prompt] * 20)
+    assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
+    assert _num_computed(answers) == 200 + 19
+
+
+def test_namespaces_of_live_requests_share_nothing(engine: BatchEngine) -> None:
+    """The extra key keeps them apart."""
+    prompt = _ids(13, 150)
+
+    async def run() -> list[dict[str, Any]]:
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        manager = engine.runtime.sglang_engine.tokenizer_manager
+
+        async def one(key: str) -> dict[str, Any]:
+            request = GenerateReqInput(input_ids=prompt, sampling_params=dict(GREEDY), extra_key=key)
+            answer: dict[str, Any] = await anext(manager.generate_request(request, None))
+            return answer
+
+        return await asyncio.gather(*(one(key) for key in ("a", "b", "a")))
+
+    assert _num_computed(_run(engine, run())) == 150 + 150 + 1
+
+
+def test_a_long_live_prompt_in_pieces_is_shared_too(engine: BatchEngine) -> None:
+    """The chunk is 256 tokens; the followers wait until what they share has been computed."""
+    prompts = [_ids(14, 900) + _ids(15 + i, 10) for i in range(6)]
+    answers = _all_live(engine, prompts)
+    assert _num_computed(answers) == 900 + 6 * 10
+
+
+def test_the_next_turn_of_a_chat_reads_the_one_before(engine: BatchEngine) -> None:
+    """Prompt and answer of a turn stay in the cache while there is room."""
+    prompt = _ids(30, 100)
+    (first,) = _all_live(engine, [prompt])
+    (second,) = _all_live(engine, [prompt + list(first["output_ids"]) + _ids(31, 10)])
+    assert second["meta_info"]["cached_tokens"] == 100 + 8 - 1
+
+
+def test_live_requests_that_are_aborted_while_they_wait_leave_the_rest_alone(engine: BatchEngine) -> None:
+    """Whoever stays is answered as ever."""
+    prompts = _groups(32, num_groups=4, group_size=10, shared_len=200, private_len=20)
+    expected = _expected(engine, prompts)
+
+    async def run() -> list[list[int]]:
+        manager = engine.runtime.sglang_engine.tokenizer_manager
+        blocker = asyncio.ensure_future(_live(engine, _ids(33, 1300), max_new_tokens=40))
+        tasks = [
+            asyncio.ensure_future(
+                engine.runtime.sglang_engine.async_generate(
+                    input_ids=prompt, sampling_params=GREEDY, rid=f"live-{'gone' if i % 2 else 'kept'}-{i}"
+                )
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        await asyncio.sleep(0.2)
+        for i in range(1, len(prompts), 2):
+            manager.abort_request(rid=f"live-gone-{i}")
+        await blocker
+        await asyncio.gather(*tasks[1::2], return_exceptions=True)
+        return [list(answer["output_ids"]) for answer in await asyncio.gather(*tasks[::2])]
+
+    assert _run(engine, run()) == expected[::2]
+
+
+def test_log_probabilities_of_a_live_prompt_are_all_there(engine: BatchEngine) -> None:
+    """Such a request reads nothing from the cache, and is not held back for anybody."""
+    prompt = _ids(34, 60)
+
+    async def run() -> list[dict[str, Any]]:
+        return await asyncio.gather(
+            *(
+                engine.runtime.sglang_engine.async_generate(
+                    input_ids=prompt, sampling_params=GREEDY, return_logprob=True, logprob_start_len=0
+                )
+                for _ in range(3)
+            )
+        )
+
+    for answer in _run(engine, run()):
+        assert len(answer["meta_info"]["input_token_logprobs"]) == 60
+
+
+def test_pausing_takes_the_kv_of_all_and_going_on_answers_all(engine: BatchEngine) -> None:
+    """SGLang retracts whatever runs, planned or live."""
+    prompts = _groups(35, num_groups=3, group_size=20, shared_len=150, private_len=10)
+    live_prompts = _groups(36, num_groups=2, group_size=5, shared_len=100, private_len=10)
+    expected, expected_live = _expected(engine, prompts), _expected(engine, live_prompts)
+    job = _job(engine, prompts)
+    manager = engine.runtime.sglang_engine.tokenizer_manager
+
+    async def both() -> tuple[dict[int, list[int]], list[dict[str, Any]]]:
+        begin = asyncio.Event()
+
+        async def live() -> list[dict[str, Any]]:
+            await begin.wait()
+            tasks = [asyncio.ensure_future(_live(engine, prompt)) for prompt in live_prompts]
+            await asyncio.sleep(0.02)
+            manager.send(PauseGenerationReqInput(mode="retract"))
+            await asyncio.sleep(0.1)
+            manager.send(ContinueGenerationReqInput(torch_empty_cache=False))
+            return list(await asyncio.gather(*tasks))
+
+        done, answers = await asyncio.gather(_answers(job, begin.set), live())
+        return done, answers
+
+    done, answers = _run(engine, both())
+    assert done == dict(enumerate(expected))
+    assert [list(answer["output_ids"]) for answer in answers] == expected_live
