@@ -1,6 +1,6 @@
 """The server on a CPU: plain requests from many threads against stock SGLang's, and a batch against `batchllm run`.
 
-Plain requests: 2,000 over shuffled shared prefixes from 64 threads, the 28M model, a pool of 8,192 tokens, float32,
+Plain requests: 2,000 over shuffled shared prefixes from 64 threads, the embedded model, a pool of 8,192 tokens, float32,
 one compute thread. Every stock policy runs once, then the best of them and ours in turn. Answers are compared.
 
 Batch: 2,000 rows over shared prefixes through the batch API, from the creation of the batch until it is completed, and
@@ -39,12 +39,13 @@ def main() -> None:
     parser.add_argument("--batch", default="one_level(1, 100, 20)", help="workload of the batch")
     parser.add_argument("--policies", nargs="+", default=list(_POLICIES), help="stock policies to choose from")
     parser.add_argument("--threads", type=int, default=64, help="of the client")
+    parser.add_argument("--shape", default="DEFAULT", help="of batchllm.default_model")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out")
     args = parser.parse_args()
     from batchllm import default_model
 
-    model = str(default_model.cached_model_path(default_model.SHAPE_28M))
+    model = str(default_model.cached_model_path(getattr(default_model, args.shape)))
     results: list[compare.Result] = []
     texts = []
     if "plain" in args.parts:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 Request = TypeVar("Request", bound=Hashable)
 
@@ -294,10 +294,11 @@ class LiveOrder(Generic[Request]):
     def _next(self, walk: _Walk[Request]) -> Request | None:
         while walk.path:
             node = walk.path[-1]
-            requests = walk.requests.setdefault(id(node), iter(node.requests))
+            # A node does not know what kind of requests its tree is of.
+            requests = cast(Iterator[Request], walk.requests.setdefault(id(node), iter(node.requests)))
             for request in requests:
                 if request not in walk.chosen:
-                    return request  # type: ignore[return-value]
+                    return request
             child = self._pop_child(walk, node)
             if child is not None:
                 walk.path.append(child)

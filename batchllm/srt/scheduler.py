@@ -60,10 +60,8 @@ class BatchScheduler(PlannedIntake):
         self.planned_jobs = PlannedJobs()
         self.turns = Turns()
         # SGLang's own order where one was asked for, or where something else has a say in it.
-        has_own_order = (
-            self.server_args.schedule_policy != "fcfs" or self.enable_priority_scheduling or self.enable_lora
-        )
-        self.live_queue = None if has_own_order else LiveQueue(self.tree_cache, self.max_total_num_tokens)
+        is_ours = self.server_args.orders_live and not (self.enable_priority_scheduling or self.enable_lora)
+        self.live_queue = LiveQueue(self.tree_cache, self.max_total_num_tokens) if is_ours else None
         self._settled = None
         self._any_finished = False
         self.shared_prefixes = SharedPrefixes(

@@ -48,6 +48,8 @@ class BatchServerArgs(ServerArgs):
     ] = "learned"
     shares_attention: bool = False
     """Whether the scheduler process computes with `batchllm.srt.attention_backend`: by ``attention_backend``."""
+    orders_live: bool = True
+    """Whether live requests wait in our order: not where a ``schedule_policy`` was asked for."""
 
 
 def kv_limit_tokens(server_args: Any, kv_capacity_tokens: int) -> int:
@@ -99,7 +101,8 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     _check_environment()
     radix_cache.register()
     try:
-        return BatchServerArgs(**_attention(_defaults(model_path) | server_args | {"model_path": model_path}))
+        given = server_args | {"model_path": model_path, "orders_live": "schedule_policy" not in server_args}
+        return BatchServerArgs(**_attention(_defaults(model_path) | given))
     except (OSError, ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"-m {model_path}: {error}") from error
 

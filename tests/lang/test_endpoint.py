@@ -27,7 +27,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.received.append((self.headers.get("Authorization"), body))  # type: ignore[attr-defined]
+        self.server.received.append((self.headers.get("Authorization"), body))
         if REFUSED in json.dumps(body):
             self._reply(400, {"error": {"message": "too long"}})
         else:
@@ -69,7 +69,7 @@ def answer_list(body: dict[str, Any]) -> Any:
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     server = _Server(("127.0.0.1", 0), _Handler)
-    server.received = []  # type: ignore[attr-defined]
+    server.received = []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server

@@ -137,9 +137,9 @@ def test_a_request_that_shares_with_a_prompt_in_pieces_waits_for_it() -> None:
     queue.add("follower", _tokens((1, 300), (2, 40)))
     queue.add("stranger", _tokens((3, 40)))
     limits = {"cached_len": lambda name: 100, **_ALL}
-    assert queue.order.choose(beside=(long, None, 100), **limits) == ["stranger"]  # type: ignore[arg-type]
-    assert queue.order.choose(beside=(long, None, 299), **limits) == ["stranger"]  # type: ignore[arg-type]
-    late = queue.order.choose(beside=(long, None, 300), **limits)  # type: ignore[arg-type]
+    assert queue.order.choose(beside=(long, None, 100), **limits) == ["stranger"]
+    assert queue.order.choose(beside=(long, None, 299), **limits) == ["stranger"]
+    late = queue.order.choose(beside=(long, None, 300), **limits)
     assert sorted(late) == ["follower", "stranger"]
 
 

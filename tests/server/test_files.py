@@ -262,7 +262,7 @@ def test_a_page_after_nothing_is_not_found(api: Api) -> None:
 def test_a_file_that_has_expired_is_gone_and_its_bytes_go(serve: Serve) -> None:
     api = serve()
     more = {"expires_after": {"anchor": "created_at", "seconds": 3600}}
-    file = api.client.files.create(file=("f", b"data"), purpose="batch", **more)  # type: ignore[call-overload]
+    file = api.client.files.create(file=("f", b"data"), purpose="batch", **more)
     assert file.expires_at == file.created_at + 3600
     with closing(sqlite3.connect(api.storage / "batches.db")) as db, db:
         db.execute("UPDATE file SET expires_at = 1")

@@ -173,7 +173,7 @@ def test_a_batch_that_runs_whenever_the_engine_dies_is_given_up(serve: Serve) ->
         batch_id = batch_id or begin(api.client, rows_of(5)).id
         query = f"SELECT 1 FROM batch WHERE num_attempts = {num_attempts}"
         with closing(sqlite3.connect(api.storage / "batches.db")) as db:
-            until(lambda db=db, query=query: db.execute(query).fetchone() is not None, "it is not begun")  # type: ignore[misc]
+            until(lambda db=db, query=query: db.execute(query).fetchone() is not None, "it is not begun")
         api.service.stop(is_crash=True)
         api.stop()
     api = serve()

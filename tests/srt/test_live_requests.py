@@ -103,7 +103,7 @@ def test_batches_that_are_dropped_leave_the_whole_pool(engine: BatchEngine) -> N
         stream = engine.batch_generate_iter(input_ids=prompts, sampling_params=GREEDY)
         for _ in range(num_taken):
             next(stream)
-        stream.close()  # type: ignore[attr-defined]  # an iterator to the caller, a generator here
+        stream.close()  # an iterator to the caller, a generator here
     (answer,) = _all_live(engine, [_ids(2, 1400)])  # of 1500
     assert len(answer["output_ids"]) == 8
     engine.batch_generate(input_ids=prompts, sampling_params=GREEDY)
