@@ -7,7 +7,8 @@ Batch: 2,000 rows over shared prefixes through the batch API, from the creation 
 `batchllm run` on the same rows, without the start of its engine; in turn.
 Prompt tokens computed are the server's count.
 
-    python eval/bench_server.py --out eval/results/server.md
+    python eval/bench_server.py --parts plain --out eval/results/server_plain.md
+    python eval/bench_server.py --parts batch --out eval/results/server_batch.md
 """
 
 from __future__ import annotations

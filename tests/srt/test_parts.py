@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, SeamError
-from batchllm.srt import compat, plugin, radix_cache, sampling
+from batchllm.srt import compat, plugin, processes, radix_cache, sampling
 from batchllm.srt.allocator import CpuTokenAllocator
 from batchllm.srt.platform_cpu import CpuPlatform, activate
-from batchllm.srt.server_args import parse_server_flags
+from batchllm.srt.server_args import make_parser, make_server_args, parse_server_flags
 
 
 def _allocator(size: int, page_size: int = 1) -> CpuTokenAllocator:
@@ -118,3 +122,38 @@ def test_server_flags_are_read_as_sglang_reads_them() -> None:
     assert parse_server_flags(flags) == expected
     with pytest.raises(ConfigError, match="--no-such-flag"):
         parse_server_flags(["--no-such-flag", "1"])
+
+
+def test_live_requests_wait_in_our_order_unless_another_was_asked_for() -> None:
+    """Also where what was asked for is SGLang's default."""
+    model = default_model_path()
+    assert make_server_args(model).orders_live
+    assert not make_server_args(model, schedule_policy="fcfs").orders_live
+
+
+def test_help_has_our_flags_in_a_group_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside all of SGLang's."""
+    with pytest.raises(SystemExit):
+        make_parser("the program").parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "--mem-fraction-static" in shown
+    assert "--kv-limit" in shown.partition("\nbatchllm:")[2]
+
+
+def test_files_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the temporary directory and in shared memory; not those of a process that lives."""
+    memory, temporary = tmp_path / "shm", tmp_path / "tmp"
+    memory.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(processes, "_SHARED_MEMORY", memory)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    dead, alive = 4194305, os.getpid()  # above the largest pid there can be
+    for pid in (dead, alive):
+        (temporary / f"batchllm-{pid}-x").mkdir()
+        (memory / f"sglang_loads_batchllm-{pid}-x_1.shm").touch()
+    own = processes.EngineProcesses()
+    with own.starting():
+        assert own.are_up
+    own.end(None)
+    assert [path.name for path in temporary.iterdir()] == [f"batchllm-{alive}-x"]
+    assert [path.name for path in memory.iterdir()] == [f"sglang_loads_batchllm-{alive}-x_1.shm"]
