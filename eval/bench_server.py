@@ -1,7 +1,7 @@
 """The server on a CPU: plain requests from many threads against stock SGLang's, and a batch against `batchllm run`.
 
-Plain requests: 2,000 over shuffled shared prefixes from 64 threads, the embedded model, a pool of 8,192 tokens, float32,
-one compute thread. Every stock policy runs once, then the best of them and ours in turn. Answers are compared.
+Plain requests: 2,000 over shuffled shared prefixes from 64 threads, the embedded model, a pool of 8,192 tokens,
+float32, one compute thread. Every stock policy runs once, then the best of them and ours in turn. Answers are compared.
 
 Batch: 2,000 rows over shared prefixes through the batch API, from the creation of the batch until it is completed, and
 `batchllm run` on the same rows, without the start of its engine; in turn.
