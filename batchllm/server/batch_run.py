@@ -68,6 +68,10 @@ class _EngineGoneError(WorkloadError):
     """The engine has died; it is the server's, and no batch starts another."""
 
 
+class _OtherModelError(WorkloadError):
+    """The server has another model than the one that has answered a part of the batch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchContext:
     """What all batches are run with."""
@@ -115,6 +119,9 @@ class BatchRun:
             pass
         except (EngineError, _EngineGoneError) as error:
             logger.error("%s: the engine has failed: %s", self._id, error)
+            self.has_trouble = True
+        except _OtherModelError as error:
+            logger.error("%s: %s", self._id, error)
             self.has_trouble = True
         except (BatchLLMError, OSError, sqlite3.Error) as error:
             self._give_up(error)
@@ -184,6 +191,13 @@ class BatchRun:
         """Run what has no result; returns how the batch ends, None if it goes on later."""
         context = self._context
         runtime = context.start_engine()
+        model = runtime.info.model_name
+        if journal.num_rows and batch.model not in (None, model):
+            context.batches.update(batch.id, num_attempts=0)
+            raise _OtherModelError(
+                f"{batch.model} has answered a part of it, and this server has {model}: it waits until one with "
+                "that model goes on with it, or it is cancelled"
+            )
         num_failed = len(journal.failed())
         progress = BatchProgress(
             context.batches,
@@ -192,7 +206,7 @@ class BatchRun:
             num_failed=num_failed,
             metrics=context.metrics,
         )
-        context.batches.update(batch.id, model=runtime.info.model_name)
+        context.batches.update(batch.id, model=model)
         folder = context.folder(batch.id)
         with ExitStack() as stack:
             stack.callback(progress.show)

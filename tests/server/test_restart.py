@@ -195,6 +195,28 @@ def test_rows_that_were_done_when_the_server_stopped_are_not_asked_again(serve: 
     assert sum(asked.values()) == len(asked) == 20
 
 
+def test_a_batch_that_another_model_has_begun_waits_for_it(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """No batch has answers of two models; it is not lost either, and can be cancelled."""
+    api = serve(engine={"batch": 10, "stuck_after": 30})
+    batch_ids = [begin(api.client, rows_of(50)).id for _ in range(2)]
+    wait_for_rows(api.client, batch_ids[0], 10)
+    wait_for_rows(api.client, batch_ids[1], 10)
+    api.stop()
+    with closing(sqlite3.connect(api.storage / "batches.db")) as db, db:
+        db.execute("UPDATE batch SET model = 'another'")
+    api = serve()
+    until(lambda: f"{batch_ids[0]}: another has answered a part of it" in caplog.text, "nobody is told")
+    api.client.batches.cancel(batch_ids[1])
+    assert wait_for(api.client, batch_ids[1]).status == "cancelled"
+    begun = api.client.batches.retrieve(batch_ids[0])
+    assert (begun.status, counts_of(begun)[1] < 50) == ("in_progress", True)
+    api.stop()
+    with closing(sqlite3.connect(api.storage / "batches.db")) as db, db:
+        db.execute("UPDATE batch SET model = 'instant'")
+    api = serve()
+    check_each_row_once(api.client, wait_for(api.client, batch_ids[0]), 50)
+
+
 def test_a_batch_cut_off_between_its_files_and_its_status_is_finished_again(serve: Serve, tmp_path: Path) -> None:
     """Neither lost nor doubled: the files that had no record go, and the same lines come."""
     log = SubmissionLog(tmp_path / "log.txt")
