@@ -21,15 +21,16 @@ from batchllm.default_model import default_model_path
 # Of SGLang's grammar backends only this one runs on a CPU without our scheduler.
 GRAMMAR_BACKEND = "llguidance"
 _START_TIMEOUT_S = 300
+_SHARED_MEMORY = Path("/dev/shm")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # stock SGLang keeps a core busy when it has nothing to do
 def engine() -> Iterator[BatchEngine]:
     with BatchEngine(max_total_tokens=2048, grammar_backend=GRAMMAR_BACKEND, random_seed=7) as engine:
         yield engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # stock SGLang keeps a core busy when it has nothing to do
 def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,6 +40,8 @@ def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     flags = f"--device cpu --dtype float32 --port {port} --max-total-tokens 2048 --grammar-backend {GRAMMAR_BACKEND}"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", default_model_path(), *flags.split()]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["TMPDIR"] = str(log.parent)
+    before = set(_SHARED_MEMORY.glob("sglang_loads_*"))
     with log.open("wb") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
@@ -47,6 +50,9 @@ def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+        for path in set(_SHARED_MEMORY.glob("sglang_loads_*")) - before:  # upstream leaves it
+            if "batchllm" not in path.name:
+                path.unlink()
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
