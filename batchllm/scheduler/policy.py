@@ -131,6 +131,7 @@ class _Step:
         expected_len = int(view.lengths.expected_lens([estimate], [num_generated])[0])
         # The first token comes of the prefill itself, and the last one is never stored.
         remaining_len = min(expected_len - num_generated - 1, request.total_len - request.prefill_len)
+        remaining_len += view.release_lag
         is_guess = expected_len < estimate.max_new_len and not estimate.known_len
         private_len = request.prefill_len - cached_len - led_tokens
         num_tokens = min(request.prefill_len - cached_len, self.num_tokens_left)

@@ -61,6 +61,8 @@ class SchedulerView:
         can_chunk: True when a prompt may be cut at the end of the step (one at a time may be in pieces).
         is_mixed: True when a step carries decoding rows beside prefill; else prefill makes them wait a step.
         page_size: KV is shared and allocated in pages of this many tokens.
+        release_lag: Steps for which the KV of a request that has ended stays taken: 1 where a step starts before the
+            results of the one before it are there, else 0.
     """
 
     waiting: Sequence[WaitingRequest]
@@ -75,3 +77,4 @@ class SchedulerView:
     can_chunk: bool
     is_mixed: bool
     page_size: int = 1
+    release_lag: int = 0

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.common import maybe_cache_unfinished_req
 from batchllm.scheduler.live_order import LiveOrder
 from batchllm.srt.live_prefixes import LivePrefixes
 from batchllm.srt.radix_cache import PlannedRadixCache
+from batchllm.srt.schedule_batch import PlannedReq
 
 _AHEAD_SHARE = 8
 """Groups are begun side by side while their prefixes are less than this part of the pool."""
@@ -89,6 +90,11 @@ class LiveQueue:
         maybe_cache_unfinished_req(req, self._tree_cache)
         for end, num_waiting in ends:
             self._prefixes.want_computed(prompt[:end], req.extra_key, num_waiting)
+
+    def complete(self, req: Any) -> None:
+        """The coming step computes the last piece of a prompt, if it is live: others may read it in the next."""
+        if _is_plain(req) and not isinstance(req, PlannedReq):
+            maybe_cache_unfinished_req(req, self._tree_cache)
 
     def _remove(self, req: Any, *, has_started: bool) -> None:
         self._order.remove(req, has_started=has_started)

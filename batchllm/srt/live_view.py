@@ -51,27 +51,29 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
     chunk_tokens, is_mixed = _chunk_tokens(scheduler), scheduler.is_mixed_chunk
     lag = 0
     num_free_slots = scheduler.get_num_allocatable_reqs(len(running))
-    admitted = running
+    admitted = [*scheduler.ending_reqs, *running]
     shared_tokens = scheduler.max_total_num_tokens - free_kv_tokens(scheduler)
     if chunked is not None:
-        admitted = [*running, chunked]
+        admitted.append(chunked)
         num_left = chunked.seqlen - len(chunked.prefix_indices)
         num_step_tokens -= num_left
         num_free_slots -= 1
         lag = decode_lag(num_left, chunk_tokens, is_mixed=is_mixed)
-    owned = [page_ceil(req.kv.kv_allocated_len, page_size) - req.cache_protected_len for req in admitted]
+    stored = [req.kv.kv_allocated_len for req in admitted]
+    owned = [page_ceil(n, page_size) - req.cache_protected_len for n, req in zip(stored, admitted, strict=True)]
     shared_tokens -= sum(owned)
     if chunked is not None:
         # It will own what is left of its prompt, and the tree the prefixes that it leads.
         led = chunked.led_prefix_ids if isinstance(chunked, PlannedReq) else ()
         led_tokens = scheduler.tree_cache.ledger.end_len(led[-1]) - chunked.cache_protected_len if led else 0
         shared_tokens += led_tokens
+        stored[-1] = chunked.seqlen
         owned[-1] = page_ceil(chunked.seqlen, page_size) - chunked.cache_protected_len - led_tokens
     return SchedulerView(
         waiting=scheduler.planned_window,
         ledger=scheduler.tree_cache.ledger,
         lengths=scheduler.output_lengths,
-        running=_running_kv(scheduler, admitted, owned, lag),
+        running=_running_kv(scheduler, admitted, stored, owned, lag),
         kv_limit_tokens=scheduler.kv_limit_tokens,
         kv_shared_tokens=shared_tokens,
         num_free_slots=num_free_slots,
@@ -80,36 +82,45 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
         can_chunk=scheduler.chunked_prefill_size is not None and chunked is None,
         is_mixed=is_mixed,
         page_size=page_size,
+        release_lag=release_lag(scheduler),
     )
 
 
-def _running_kv(scheduler: Any, admitted: list[Any], owned: list[int], lag: int) -> RunningKv:
+def release_lag(scheduler: Any) -> int:
+    """Steps for which KV of a request stays taken after its last one: with overlap, the next starts before it ends."""
+    return int(scheduler.enable_overlap)
+
+
+def _running_kv(scheduler: Any, admitted: list[Any], stored: list[int], owned: list[int], prompt_lag: int) -> RunningKv:
     """KV of what has been admitted.
 
     Args:
         scheduler: A `BatchScheduler`.
         admitted: The requests; one in pieces is the last.
+        stored: Tokens of each that have a slot, or will have when its prompt is computed.
         owned: Slots that each owns, or will own when its prompt is computed.
-        lag: Decode steps of the others until the one in pieces begins to decode.
+        prompt_lag: Decode steps of the others until the one in pieces begins to decode.
     """
     lengths: OutputLengths = scheduler.output_lengths
-    num_stale = int(scheduler.enable_overlap)  # tokens that have been generated and are not known yet
+    lag = release_lag(scheduler)
     estimates = [req.output for req in admitted]
     generated = [len(req.output_ids) for req in admitted]
     lengths.refresh(estimates, generated)
     expected = lengths.expected_lens(estimates, generated)
-    remaining = [e - g + num_stale for e, g in zip(expected.tolist(), generated, strict=True)]
-    longest = 0
+    remaining, longest = [], 0
     for i, req in enumerate(admitted):
         if isinstance(req, PlannedReq):
-            longest = max(longest, len(req.origin_input_ids) + req.output.max_new_len + num_stale)
+            # By what is stored: what has been generated is known a step late. The last token is never stored.
+            num_left = len(req.origin_input_ids) + int(expected[i]) - 1 - stored[i]
+            longest = max(longest, req.total_len)
         else:
             # As SGLang reckons with it: most name a limit far beyond what they will need. One that needs it takes it
             # from what it decodes with, or from pins that nobody reads, so it is no reason to open nothing.
             left = min(max(req.output.max_new_len - generated[i], 1), CLIP_MAX_NEW_TOKENS)
-            remaining[i] = int(left * scheduler.new_token_ratio_tracker.current) + num_stale
-    if lag:
-        remaining[-1] += lag
+            num_left = int(left * scheduler.new_token_ratio_tracker.current)
+        remaining.append(max(num_left, 0) + lag)
+    if prompt_lag:
+        remaining[-1] += prompt_lag
     return RunningKv.of(
         owned,
         remaining,

@@ -48,7 +48,6 @@ class PlannedIntake(Scheduler):
     step_recorder: StepRecorder
     # The last decision if it admitted nothing, and how many ran; None when something has changed since.
     _settled: tuple[Decision, int] | None
-    _any_finished: bool
 
     def handle_planned_run(self, message: PlannedRunReqInput) -> None:
         """Take the next requests of a job into the window."""
@@ -144,7 +143,6 @@ class PlannedIntake(Scheduler):
     def _finish_planned(self, req: PlannedReq) -> JobCounters:
         counters = self.planned_jobs.finish(req)
         self._settled = None
-        self._any_finished = True
         if not isinstance(req.finished_reason, FINISH_ABORT):
             self.output_lengths.finish(req.output, len(req.output_ids))
             counters.prediction.add(req.output, len(req.output_ids))

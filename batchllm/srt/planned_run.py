@@ -31,7 +31,6 @@ class RunReader:
         lengths: Told what kind of output each request will have.
         tokenizer: For stop strings; None without one.
         model_config: SGLang's, of the model that runs.
-        num_extra_slots: Slots that a request may need beyond its tokens.
         learns_lengths: Where False, a request whose output length is not known is expected to reach its limit.
     """
 
@@ -42,7 +41,6 @@ class RunReader:
         tokenizer: Any,
         model_config: Any,
         *,
-        num_extra_slots: int,
         learns_lengths: bool,
     ) -> None:
         self._ledger = ledger
@@ -50,7 +48,6 @@ class RunReader:
         self._learns_lengths = learns_lengths
         self._tokenizer = tokenizer
         self._model_config = model_config
-        self._num_extra_slots = num_extra_slots
         self._prefix_tokens: dict[int, array[int]] = {}
         # Per prefix its depth in the tree and the kind of what is under it.
         self._prefix_kind: dict[int, tuple[int, int]] = {}
@@ -77,7 +74,7 @@ class RunReader:
                 position=position,
                 prefix_id=prefix_id,
                 # The last token is never stored.
-                total_len=len(input_ids) + max_new_len - 1 + self._num_extra_slots,
+                total_len=len(input_ids) + max_new_len - 1,
                 output=OutputEstimate(
                     max_new_len=max_new_len,
                     known_len=int(run.request_known_len[i]) or (0 if self._learns_lengths else max_new_len),
@@ -108,7 +105,7 @@ class RunReader:
                 start_len=start_len,
                 end_len=end_len,
                 num_consumers=int(run.prefix_num_consumers[i]),
-                longest_consumer_len=int(run.prefix_longest_consumer_len[i]) + self._num_extra_slots,
+                longest_consumer_len=int(run.prefix_longest_consumer_len[i]),
                 end_order=(job_id, int(run.prefix_end_position[i])),
             )
             depth, kind = self._prefix_kind.get(parent_id, (0, self._lengths.kind(job_id)))

@@ -63,7 +63,7 @@ class BatchScheduler(PlannedIntake):
         is_ours = self.server_args.orders_live and not (self.enable_priority_scheduling or self.enable_lora)
         self.live_queue = LiveQueue(self.tree_cache, self.max_total_num_tokens) if is_ours else None
         self._settled = None
-        self._any_finished = False
+        self.ending_reqs: list[Any] = []  # dropped, and not known to have ended yet
         self.shared_prefixes = SharedPrefixes(
             self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token), self.page_size
         )
@@ -73,13 +73,11 @@ class BatchScheduler(PlannedIntake):
         self.metrics = SchedulerMetrics() if self.server_args.enable_metrics and self.ps.tp_rank == 0 else None
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
-        # With overlap a request that has ended runs one more step.
         self.planned_runs = RunReader(
             self.tree_cache.ledger,
             self.output_lengths,
             self.tokenizer,
             self.model_config,
-            num_extra_slots=int(self.enable_overlap),
             learns_lengths=self.server_args.output_lengths == "learned",
         )
 
@@ -126,11 +124,7 @@ class BatchScheduler(PlannedIntake):
         if self.grammar_manager.has_waiting_grammars():
             for req in self.grammar_manager.get_ready_grammar_requests():
                 self._add_request_to_queue(req)
-        if self._any_finished:
-            # SGLang drops the finished ones after this; a decision must not count their memory.
-            self._any_finished = False
-            running_batch.filter_batch()
-            running_batch.batch_is_full = False
+        self._drop_ended(running_batch)
         running = running_batch.reqs
         budget = step_budget(self, running)
         if budget == 0:  # what decodes needs the last slots: a prompt in pieces waits, and SGLang makes room
@@ -156,16 +150,39 @@ class BatchScheduler(PlannedIntake):
         queue = planned + live if is_planned_turn or is_stuck else live + planned
         if planned:
             running_batch.batch_is_full = False
+        in_pieces = self.chunked_req
         plan, refused = self._show(queue, budget, running_batch)
         batch = plan.batch_to_run
+        if self.live_queue is not None and in_pieces is not None and self.chunked_req is not in_pieces:
+            self.live_queue.complete(in_pieces)
         if batch is not None and batch.decoding_reqs:
             batch.decoding_reqs = DecodingReqs(batch.decoding_reqs)
+            # With overlap SGLang takes for granted that each of them has a token in flight.
+            batch.prefix_lens[-len(batch.decoding_reqs) :] = [req.kv_committed_len - 1 for req in batch.decoding_reqs]
         self._settle(decision, batch, live)
         if batch is not None and self.live_queue is not None:  # SGLang has counted those that it was shown
             batch.prefill_stats.num_pending_tokens += self.live_queue.num_tokens - sum(req.seqlen for req in refused)
         if refused and batch is None and plan.running_batch.batch_is_full:
             self._make_room(refused[0], plan.running_batch)
         return plan
+
+    def _drop_ended(self, running_batch: Any) -> None:
+        """Drop what runs no further step: what has ended, and what ends with the step in flight, at its limit.
+
+        SGLang drops the former later, when a decision has counted their memory, and runs the latter once more in vain.
+        """
+        if self.ending_reqs:  # they have ended by now: what was true beside them no longer is
+            running_batch.batch_is_full = False
+            self._settled = None
+        reqs = running_batch.reqs
+        left = [i for i, req in enumerate(reqs) if not req.finished()]
+        going_on = [i for i in left if not _is_at_its_limit(reqs[i])] if self.enable_overlap else left
+        if self.token_to_kv_pool_allocator.available_size() < len(going_on) * self.page_size:
+            going_on = left  # SGLang will take slots from somebody: it must find the last one that could give any
+        self.ending_reqs = [reqs[i] for i in sorted(set(left).difference(going_on))]
+        if len(going_on) < len(reqs):
+            running_batch.filter_batch(keep_indices=going_on)
+            running_batch.batch_is_full = False
 
     def _show(self, queue: list[Any], budget: int, running_batch: Any) -> tuple[NextBatchPlan, list[Any]]:
         """Have SGLang take what it can of ``queue``. Returns its plan, and the live requests that it left."""
@@ -256,7 +273,7 @@ class BatchScheduler(PlannedIntake):
         SGLang retracts decoding requests only, and aborts the last of them rather than touch a prompt in pieces.
         """
         req = self.chunked_req
-        if isinstance(req, PlannedReq) and req.inflight_middle_chunks == 0:
+        if isinstance(req, PlannedReq):
             release_kv_cache(req, self.tree_cache, is_insert=False)
             req.reset_for_retract()
             self.chunked_req = None
@@ -298,6 +315,13 @@ class BatchScheduler(PlannedIntake):
     def is_fully_idle(self, for_health_check: bool = False) -> bool:
         # An open job has a claim on its pins even while none of its requests is here.
         return not self.planned_jobs and super().is_fully_idle(for_health_check)
+
+
+def _is_at_its_limit(req: Any) -> bool:
+    """Whether as many tokens as it may generate have been launched, if not sampled."""
+    # The last token has no slot; the prompt's step samples the first.
+    num_launched = req.kv_committed_len - len(req.origin_input_ids) + 1
+    return bool(num_launched >= req.sampling_params.max_new_tokens)
 
 
 class OfflineBatchScheduler(BatchScheduler):

@@ -205,6 +205,13 @@ def test_the_output_to_come_counts_as_taken() -> None:
     assert _names(_free(view, 11)) == "a"
 
 
+def test_where_results_come_a_step_late_what_ends_keeps_its_slots_for_a_step() -> None:
+    """Others take theirs meanwhile."""
+    view = replace(_view(_lone(4, 4, max_new_len=3)), release_lag=1)
+    assert _names(_free(view, 14)) == "ab"
+    assert _names(_free(view, 13)) == "a"
+
+
 def test_a_request_starts_when_the_peak_over_the_coming_finishes_has_room_for_it() -> None:
     """Not for all that each will ever take: 10 + 6, 10 + 20 and 4 + 6 are never in use at once."""
     view = _beside(replace(_view(_lone(4, max_new_len=7)), is_mixed=False), (10, 6), (10, 20))
@@ -486,6 +493,7 @@ class _Setup:
     is_mixed: bool
     lengths: str  # known, bounded or learned
     seed: int
+    has_overlap: bool = False  # a step starts before the results of the one before it are there
 
 
 class _World:
@@ -498,6 +506,7 @@ class _World:
         self.num_slots = setup.num_slots
         self.can_chunk = setup.can_chunk
         self.is_mixed = setup.is_mixed
+        self.has_overlap = setup.has_overlap
         self.lengths_mode = setup.lengths
         self.lengths = OutputLengths()
         totals = [len(p) + new for p, new in zip(setup.prompts, setup.max_new_lens, strict=True)]
@@ -518,6 +527,7 @@ class _World:
         self.window: RequestWindow[_Request] = RequestWindow()
         self.running: list[_Request] = []
         self.chunked: _Request | None = None
+        self.in_flight: list[_Request] = []  # whose next token is there, but not known yet
         self.finished: list[int] = []
         self.num_computed = 0
         self.num_retractions = 0
@@ -564,6 +574,8 @@ class _World:
     def free_private(self, request: _Request) -> None:
         """Its private KV is gone; a prefix it had not completed is for the next to compute."""
         self.running.remove(request)
+        if request in self.in_flight:
+            self.in_flight.remove(request)
         if self.chunked is request:
             self.chunked = None
         for prefix_id in request.led:
@@ -606,7 +618,11 @@ class _World:
         return self.ledger.num_pinned_tokens + private
 
     def decoding(self) -> list[_Request]:
-        return [request for request in self.running if request is not self.chunked]
+        """Whoever is known to end with what is in flight runs no further; whoever stops by itself does."""
+        ending = [request for request in self.in_flight if request.num_generated + 1 >= request.max_new_len]
+        going_on = [request for request in self.running if request is not self.chunked and request not in ending]
+        is_short = self.num_used + self.page_size * len(going_on) > self.capacity
+        return going_on + ending if is_short else going_on
 
     def budget(self) -> int:
         return prefill_budget(
@@ -630,7 +646,11 @@ class _World:
         expected = self.lengths.expected_lens(estimates, generated)
         is_guess = [e < o.max_new_len and not o.known_len for e, o in zip(expected, estimates, strict=True)]
         longest = max((request.total_len for request in self.running), default=0)
-        remaining = expected - np.array(generated, np.int64)
+        stored = np.array([request.kv_len for request in self.running], np.int64)
+        if self.chunked is not None:
+            stored[place] = self.chunked.prefill_len
+        ends = np.array([len(request.tokens) for request in self.running], np.int64) + expected - 1
+        remaining = np.maximum(ends - stored, 0) + self.has_overlap
         if self.chunked is not None:
             num_left = self.chunked.prefill_len - self.chunked.kv_len
             remaining[place] += decode_lag(num_left, self.step_tokens, is_mixed=self.is_mixed)
@@ -651,6 +671,7 @@ class _World:
             can_chunk=self.can_chunk and self.chunked is None,
             is_mixed=self.is_mixed,
             page_size=self.page_size,
+            release_lag=int(self.has_overlap),
         )
 
     def make_room(self) -> None:
@@ -693,7 +714,9 @@ class _World:
         for request in decoding:
             request.kv_len += 1
         self.check()
-        for request in decoding + [r for r in computing if r is not self.chunked]:
+        launched = decoding + [r for r in computing if r is not self.chunked]
+        done, self.in_flight = (self.in_flight, launched) if self.has_overlap else (launched, [])
+        for request in done:
             request.num_generated += 1
             if request.num_generated >= request.num_new_tokens:
                 self.finish(request)
@@ -796,6 +819,7 @@ def _setups(draw: st.DrawFn) -> _Setup:
         can_chunk=draw(st.booleans()),
         is_mixed=draw(st.booleans()),
         lengths=draw(st.sampled_from(["known", "bounded", "learned"])),
+        has_overlap=draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
     )
 

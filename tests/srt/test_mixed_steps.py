@@ -1,4 +1,4 @@
-"""Mixed token batches on the real runtime: what SGLang's mixed path does not guard against by itself.
+"""Mixed token batches on the real runtime, step by step and with overlap: what SGLang does not guard against by itself.
 
 A chunk of 16 tokens and a pool of 700 slots: decoding rows fill the chunk, prompts are cut into many pieces, and
 hints that are far too small fill the pool in the middle of a mixed step.
@@ -6,7 +6,7 @@ hints that are far too small fill the pool in the middle of a mixed step.
 
 from __future__ import annotations
 
-import os
+import asyncio
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,11 @@ import pytest
 
 from batchllm import BatchEngine
 from batchllm.trace import StepTrace
+from tests.srt.test_live_requests import GREEDY
+from tests.srt.test_live_requests import _answers as answers_of
+from tests.srt.test_live_requests import _job as job_of
+from tests.srt.test_live_requests import _live as live_answer
+from tests.srt.test_live_requests import _run as run
 
 pytestmark = pytest.mark.engine
 
@@ -22,16 +27,20 @@ _CHUNK, _POOL = 16, 700
 _LONG = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchEngine]:
-    os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
-    with BatchEngine(
-        max_total_tokens=_POOL,
-        chunked_prefill_size=_CHUNK,
-        enable_mixed_chunk=True,
-        trace_path=tmp_path_factory.mktemp("mixed") / "trace.json",
-    ) as engine:
-        yield engine
+@pytest.fixture(scope="module", params=["in turn", "overlap"])
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchEngine]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
+        if request.param == "overlap":
+            environment.setenv("BATCHLLM_CPU_OVERLAP", "1")
+        with BatchEngine(
+            max_total_tokens=_POOL,
+            chunked_prefill_size=_CHUNK,
+            enable_mixed_chunk=True,
+            trace_path=tmp_path_factory.mktemp("mixed") / "trace.json",
+        ) as engine:
+            assert engine.runtime.sglang_engine.server_args.disable_overlap_schedule == (request.param != "overlap")
+            yield engine
 
 
 def _trace(engine: BatchEngine) -> StepTrace:
@@ -118,3 +127,29 @@ def test_the_trace_adds_up(mixed: BatchEngine) -> None:
     assert steps["num_open_prefixes"].max() > 0
     assert steps["start_s"][0] >= 0
     assert trace.elapsed_s <= report.elapsed_s
+
+
+def test_rows_with_log_probabilities_run_among_others(mixed: BatchEngine, engine: BatchEngine) -> None:
+    """Their steps are not mixed, so what decodes stands still for one; then it goes on from where it was."""
+    prompts = _prompts(7, 30, 1, 5, 9)
+    sampling = [_LONG | ({"max_new_tokens": 1, "logprobs": True} if i % 2 else {}) for i in range(len(prompts))]
+    answers = [e.batch_generate(input_ids=prompts, sampling_params=sampling) for e in (mixed, engine)]
+    assert [c.output_ids for c in answers[0]] == [c.output_ids for c in answers[1]]
+    assert all((c.logprobs is not None) == bool(i % 2) for i, c in enumerate(answers[0]))
+
+
+def test_planned_rows_start_when_a_live_request_has_given_back_its_room(mixed: BatchEngine) -> None:
+    """With overlap its slots are taken a step longer than anything runs in them; nobody else may come by."""
+    prompts = _prompts(8, 1, 12, 300, 5)
+    live_prompt = _prompts(9, 1, 1, 600, 20)[0]
+    expected = [list(c.output_ids) for c in mixed.batch_generate(input_ids=prompts, sampling_params=GREEDY)]
+    job = job_of(mixed, prompts)
+
+    async def both() -> dict[int, list[int]]:
+        live = asyncio.ensure_future(live_answer(mixed, live_prompt))
+        await asyncio.sleep(0)  # it has sent its request before the job does
+        answers = await answers_of(job)
+        await live
+        return answers
+
+    assert run(mixed, both()) == dict(enumerate(expected))
