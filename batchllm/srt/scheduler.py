@@ -42,6 +42,7 @@ from batchllm.srt.schedule_policy import PlannedPrefillAdder
 from batchllm.srt.scheduler_metrics import SchedulerMetrics
 from batchllm.srt.server_args import ATTENTION_BACKEND, kv_limit_tokens
 from batchllm.srt.shared_prefixes import SharedPrefixes
+from batchllm.srt.step_clock import step_clock
 from batchllm.srt.step_layout import SharesPrefixes
 from batchllm.srt.step_recorder import StepRecorder
 
@@ -69,7 +70,6 @@ class BatchScheduler(PlannedIntake):
         )
         self.tree_cache.readers = self.shared_prefixes
         self.attention = self.tp_worker.model_runner.attn_backend
-        self.step_recorder = StepRecorder(self.attention)
         self.metrics = SchedulerMetrics() if self.server_args.enable_metrics and self.ps.tp_rank == 0 else None
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
@@ -82,6 +82,7 @@ class BatchScheduler(PlannedIntake):
         )
 
     def run_event_loop(self) -> None:
+        self.step_recorder = StepRecorder(self.attention, step_clock(self))
         # A collection would walk a million objects that torch and SGLang made at import.
         gc.collect()
         gc.freeze()

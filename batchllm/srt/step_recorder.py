@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
 
 from batchllm.srt.live_view import free_kv_tokens
+from batchllm.srt.step_clock import StepClock
 from batchllm.trace.steps import STEP_DTYPE, StepArray
 
 
 class StepRecorder:
     """Collects steps until they are taken.
 
-    A step's time runs from the end of the forward pass before it to the end of its own, so the results of the one
-    before and the scheduling of this one are its host time. With overlap scheduling the forward pass only *begins*
-    in `end`, and host time is what the device can hide.
+    A step's time runs from the end of the step before it to its own end. What of it lies before the forward pass is the
+    host's: the results of the one before and the scheduling of this one, as far as the device did not hide them.
 
     Args:
         backend: The attention backend; one that shares reads says in ``kv_read_tokens`` how much it reads.
+        clock: By which steps begin and end.
 
     Attributes:
         num_retracted: Requests retracted since the last step.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, clock: StepClock) -> None:
         self._backend = backend
+        self._clock = clock
         self.num_retracted = 0
-        self._steps: list[tuple[Any, ...]] = []
-        self._step: tuple[Any, ...] = ()
-        self._last_end: float | None = None
-        self._began = 0.0
+        # Counts, and the marks of the end of the step before, of the forward pass, and of the end.
+        self._steps: deque[tuple[tuple[int, ...], Any, Any, Any]] = deque()
+        self._counts: tuple[int, ...] = ()
+        self._forward: Any = None
+        self._last_end: Any = None
+        # A step after a pause begins at a time of the host's clock, each other one where the one before it ends.
+        self._begins: deque[tuple[Any, float]] = deque()
+        self._next_start = 0.0
 
     def pause(self) -> None:
-        """Nothing runs: the time up to the next step is nobody's."""
+        """Nothing runs: the time up to the next step is nobody's, nor is a last step that answered nothing."""
         self._last_end = None
+        self._steps.clear()
+        self._begins.clear()
 
     def begin(self, scheduler: Any, batch: Any) -> None:
         """A step is about to run."""
-        now = time.monotonic()
-        start = now if self._last_end is None else self._last_end
+        if self._last_end is None:
+            self._last_end = self._clock.mark()
+            self._begins.append((self._last_end, time.monotonic()))
         free = free_kv_tokens(scheduler)
         pinned = scheduler.tree_cache.ledger.num_pinned_tokens
         is_extend = batch.forward_mode.is_extend()
@@ -54,11 +64,7 @@ class StepRecorder:
         cached_lens = batch.prefix_lens[:num_prefill] if num_prefill else ()
         num_prefill_tokens = sum(extend_lens)
         num_kv_read = int(batch.seq_lens_cpu.sum())
-        self._began = now
-        self._step = (
-            start,
-            0.0,
-            now - start,
+        self._counts = (
             num_prefill_tokens,
             num_decoding,
             num_running,
@@ -74,18 +80,27 @@ class StepRecorder:
             num_kv_read,
         )
         self.num_retracted = 0
+        self._clock.start_forward()
 
     def end(self) -> None:
         """The step has run, or has been launched."""
-        now = self._last_end = time.monotonic()
-        start, num_kv_read = self._step[0], self._step[-1]
+        *counts, num_kv_read = self._counts
         # SGLang's own attention backends read the KV of every row, shared or not.
         planned = getattr(self._backend, "kv_read_tokens", None)
         num_kv_read = num_kv_read if planned is None else planned
-        self._steps.append((start, now - start, *self._step[2:-1], num_kv_read))
+        end = self._clock.mark()
+        self._steps.append(((*counts, num_kv_read), self._last_end, self._clock.forward, end))
+        self._last_end = end
 
     def take_steps(self) -> StepArray:
-        """The steps since the last call; ``start_s`` is this machine's monotonic clock."""
-        steps = np.array(self._steps, STEP_DTYPE)
-        self._steps.clear()
-        return steps
+        """The steps that have ended since the last call; ``start_s`` is this machine's monotonic clock."""
+        taken = []
+        while self._steps and self._clock.is_past(self._steps[0][-1]):
+            counts, start, forward, end = self._steps.popleft()
+            if self._begins and self._begins[0][0] is start:
+                self._next_start = max(self._next_start, self._begins.popleft()[1])
+            duration = self._clock.seconds(start, end)
+            host = min(max(self._clock.seconds(start, forward), 0.0), duration)
+            taken.append((self._next_start, duration, host, *counts))
+            self._next_start += duration
+        return np.array(taken, STEP_DTYPE)

@@ -12,7 +12,7 @@ STEP_DTYPE = np.dtype(
     [
         ("start_s", "<f8"),  # seconds from the beginning of the job to the beginning of the step
         ("duration_s", "<f8"),  # seconds from there to its end, the scheduler's own time included
-        ("host_s", "<f8"),  # of these, the scheduler's own: outside the forward pass
+        ("host_s", "<f8"),  # of these, before the forward pass: the scheduler's own, where the device does not hide it
         ("num_prefill_tokens", "<i4"),  # prompt tokens computed
         ("num_decode_tokens", "<i4"),  # rows that decoded, one token each
         ("num_running", "<i4"),  # requests that hold KV of their own
