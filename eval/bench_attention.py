@@ -6,7 +6,7 @@ against the float64 reference on some sequences.
 
     python eval/bench_attention.py --out eval/results/attention.md
     python eval/bench_attention.py --tune       # first: times tile sizes for the head shape, keeps the best
-    python eval/bench_attention.py --table      # fills batchllm/attention/dispatch_table.json for the card
+    python eval/bench_attention.py --table      # fills batchllm/attention/dispatch_table.json for the card, or PATH
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import compare
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--tune", action="store_true", help="time tile sizes first, and keep the best")
-    parser.add_argument("--table", action="store_true", help="fill the dispatch table instead")
+    parser.add_argument("--table", nargs="?", const=TABLE_PATH, type=Path, metavar="PATH", help="fill a table instead")
     parser.add_argument("--out")
     args = parser.parse_args()
     heads = Heads(*map(int, args.heads.split("/")), dtype=getattr(torch, args.dtype))
@@ -111,7 +112,7 @@ def main() -> None:
     if args.tune:
         tune_cuda(heads)
     if args.table:
-        write_table_cuda(heads)
+        write_table_cuda(heads, args.table)
         return
     bench_cuda(heads, [workload for workload in WORKLOADS if args.only in workload.name], args.out)
 
@@ -141,7 +142,7 @@ def bench_cuda(heads: Heads, workloads: Sequence[Workload], out: str | None) -> 
         sys.exit("A result is wrong, see above.")
 
 
-def write_table_cuda(heads: Heads) -> None:
+def write_table_cuda(heads: Heads, path: Path) -> None:
     """Time groups of every size and length, and write which path is fastest for each."""
     entry: dict[str, Any] = {}
     paths = {"ours": "shared", _STOCK: "plain", "flashinfer cascade": "cascade"}
@@ -160,8 +161,8 @@ def write_table_cuda(heads: Heads) -> None:
                 print(f"{kind}, {group_size} readers of {shared_len}: {times}", flush=True)
         entry[kind] = {"group_sizes": _GROUP_SIZES, "shared_lens": _SHARED_LENS, "paths": cells}
     table = load_table() | {torch.cuda.get_device_name(): entry}
-    TABLE_PATH.write_text(json.dumps(table, indent=1) + "\n")
-    print(f"written to {TABLE_PATH}")
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"written to {path}")
 
 
 def _make_step(heads: Heads, workload: Workload) -> Step:

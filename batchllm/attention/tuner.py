@@ -7,8 +7,11 @@ compile, and would break a graph capture; whoever starts an engine or a benchmar
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 
@@ -36,6 +39,9 @@ _MAX_WARPS = 8
 _MAX_SHARED_MEMORY = 228 << 10
 
 _NUM_WARMUPS, _NUM_TIMED = 3, 20
+
+# Each of them has a CUDA context of its own, of about half a GiB.
+_MAX_WORKERS = 8
 
 
 def candidates(capability: tuple[int, int], head_dim: int) -> list[TileConfig]:
@@ -86,11 +92,14 @@ def tune(
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tile sizes cannot be tuned while a CUDA graph is captured")
     times: dict[TileConfig, float] = {}
+    heads = num_heads, num_kv_heads, head_dim, dtype
 
     def time_all(configs: Iterable[TileConfig]) -> TileConfig:
+        configs = list(configs)
+        _compile_all(device, heads, configs)
         for config in configs:
             try:
-                ms = [_time_step(device, num_heads, num_kv_heads, head_dim, dtype, config, step) for step in _STEPS]
+                ms = [time_ms(_made_up_launch(device, heads, config, step)) for step in _STEPS]
             except OutOfResources as error:
                 report(f"{config}: {error}")
                 continue
@@ -107,6 +116,23 @@ def tune(
     path = save_config(device, num_heads, num_kv_heads, head_dim, dtype, best)
     report(f"best: {best}, written to {path}")
     return best
+
+
+def _compile_all(device: torch.device, heads: tuple[int, int, int, torch.dtype], configs: list[TileConfig]) -> None:
+    """Compile for all of them at once, into Triton's cache: one after the other takes seconds each."""
+    num_workers = min(len(configs), os.cpu_count() or 1, _MAX_WORKERS)
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(_launch_once, device.index, heads, config) for config in configs]
+    for each in done:
+        if not isinstance(each.exception(), OutOfResources | None):  # what does not fit is told when it is timed
+            each.result()
+
+
+def _launch_once(device_index: int, heads: tuple[int, int, int, torch.dtype], config: TileConfig) -> None:
+    torch.cuda.set_device(device_index)
+    launch = _made_up_launch(torch.device("cuda", device_index), heads, config, _STEPS[0])
+    launch()
+    torch.cuda.synchronize()
 
 
 def made_up_step(
@@ -170,15 +196,13 @@ def time_ms(launch: Callable[[], object], num_timed: int = _NUM_TIMED) -> float:
     return float(statistics.median(begin.elapsed_time(end) for begin, end in events))
 
 
-def _time_step(
+def _made_up_launch(
     device: torch.device,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
+    heads: tuple[int, int, int, torch.dtype],
     config: TileConfig,
     step: tuple[Sequence[tuple[int, int]], int, int],
-) -> float:
+) -> Callable[[], None]:
+    num_heads, num_kv_heads, head_dim, dtype = heads
     layout, table, num_slots = made_up_step(*step)
     num_rows = int(layout.qo_indptr[-1])
     attention = SharedAttention(num_heads, num_kv_heads, head_dim, dtype, device, max_rows=num_rows, config=config)
@@ -186,4 +210,4 @@ def _time_step(
     k_cache, v_cache = torch.randn(2, num_slots, num_kv_heads, head_dim, dtype=dtype, device=device)
     attention.plan(layout, table.to(device))
     output = torch.empty_like(q)
-    return time_ms(lambda: attention.run(q, k_cache, v_cache, output, head_dim**-0.5))
+    return lambda: attention.run(q, k_cache, v_cache, output, head_dim**-0.5)

@@ -51,22 +51,10 @@ def simulate_workload(args: argparse.Namespace, server_flags: list[str]) -> int:
 def calibrate(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Fit the cost model to a trace, write it; returns the exit status."""
     refuse(server_flags, "calibrate")
-    from batchllm.perf_model import StepWork, find_model, fit, parse_device
+    from batchllm.perf_model import find_model, fit, parse_device, samples_of
     from batchllm.trace import StepTrace
 
-    steps = StepTrace.read(args.trace).steps
-    samples = []
-    for step in steps[len(steps) // 50 :]:  # the first ones of a process compile and warm up
-        prefill, decode = int(step["num_prefill_tokens"]), int(step["num_decode_tokens"])
-        work = StepWork(
-            num_prefill_tokens=prefill,
-            num_decode_tokens=decode,
-            num_sampled=int(step["num_sampled"]),
-            prefill_pairs=int(step["prefill_pairs"]),
-            decode_kv_tokens=int(step["decode_kv_tokens"]),
-            kv_read_tokens=int(step["kv_read_tokens"]),
-        )
-        samples.append((work, float(step["duration_s"])))
+    samples = samples_of(StepTrace.read(args.trace).steps)
     fitted = fit(parse_device(args.device), find_model(args.shape), samples)
     fitted.save(args.output)
     print(json.dumps(fitted.to_dict(), indent=2))

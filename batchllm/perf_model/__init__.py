@@ -5,7 +5,7 @@ torch, sglang, clocks.
 Invariant: more work never takes less time, and no step is faster than the device's data sheet allows.
 """
 
-from batchllm.perf_model.calibration import Fit, fit
+from batchllm.perf_model.calibration import Fit, fit, samples_of
 from batchllm.perf_model.cost_model import Coefficients, CostModel, StepSeconds, default_coefficients
 from batchllm.perf_model.device import DEVICES, DeviceSpec, get_device, parse_device
 from batchllm.perf_model.model import MODELS, ModelShape, find_model, get_model
@@ -28,4 +28,5 @@ __all__ = [
     "get_model",
     "parse_device",
     "prefill_pairs",
+    "samples_of",
 ]

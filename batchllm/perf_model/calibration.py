@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,13 @@ from batchllm.perf_model.device import DeviceSpec
 from batchllm.perf_model.fields import checked, from_json
 from batchllm.perf_model.model import ModelShape
 from batchllm.perf_model.step import StepWork
+from batchllm.trace.steps import StepArray
 
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+
+_COUNTS = tuple(field.name for field in fields(StepWork))
+_WARM_UP_SHARE = 50
 
 MIN_SAMPLES = 10
 MIN_DISTINCT_WORKS = 6
@@ -148,6 +152,20 @@ class Fit:
         except ValueError as error:
             raise ConfigError(f"{path}: the calibration is not JSON: {error}") from error
         return cls.from_dict(fields, str(path))
+
+
+def samples_of(steps: StepArray) -> list[tuple[StepWork, float]]:
+    """The work of each step of a run, and its seconds; without the first ones, in which a process warms up.
+
+    Args:
+        steps: Of a `batchllm.trace.StepTrace`.
+    """
+    samples = []
+    for step in steps[len(steps) // _WARM_UP_SHARE :]:
+        work = StepWork(**{name: int(step[name]) for name in _COUNTS})
+        if work.num_tokens:
+            samples.append((work, float(step["duration_s"])))
+    return samples
 
 
 def fit(device: DeviceSpec, model: ModelShape, samples: Sequence[tuple[StepWork, float]]) -> Fit:

@@ -77,5 +77,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return CpuTokenAllocator
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> Any:
+        return torch.profiler.ProfilerActivity.CPU
+
     def get_dispatch_key_name(self) -> str:
         return "native"

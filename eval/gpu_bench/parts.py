@@ -1,0 +1,350 @@
+"""The parts: each takes what it finds, writes every single result down as it comes, and ends by its deadline."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from batchllm.errors import ConfigError
+from batchllm.perf_model import CostModel, StepWork, fit, samples_of
+from batchllm.planner import plan_batch
+from batchllm.sim import parse_workload, simulate
+from batchllm.sim.simulate import least_work
+from batchllm.trace import StepTrace
+from eval.gpu_bench import card, kernel_trace
+from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, OutOfTimeError
+from eval.gpu_bench.setting import Setting, device_spec
+
+Result = dict[str, Any]
+
+_START_S = 60.0
+"""What a start of an engine is expected to take, until one was seen."""
+
+_MAX_DRIFT = 2.0
+"""Ours may differ from stock in a log probability by so many times what two backends of stock differ, on average."""
+_NEAR_TIE = 1e-3
+"""Log probabilities of the two best tokens this close: float32 sums in another order may choose the other one."""
+
+
+class Bench:
+    """One call of the command: a folder of results, and what is run for it.
+
+    Args:
+        setting: Sizes.
+        out: The folder; what earlier calls found there is kept.
+        num_rounds: Of ours and stock in turn.
+    """
+
+    def __init__(self, setting: Setting, out: Path, num_rounds: int) -> None:
+        self.setting, self.out, self.num_rounds = setting, out, num_rounds
+        self._path = out / "results.jsonl"
+        self._start_s = _START_S
+        out.mkdir(parents=True, exist_ok=True)
+
+    # Results
+
+    def results(self, part: str | None = None) -> list[Result]:
+        """All so far, or those of a part."""
+        if not self._path.exists():
+            return []
+        found = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return [result for result in found if part in (None, result["part"])]
+
+    def note(self, part: str, **result: Any) -> Result:
+        result = {"part": part} | result
+        with self._path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(json.dumps(result)[:400], flush=True)
+        return result
+
+    def card(self) -> dict[str, Any]:
+        """What `card.describe` found, once for a folder."""
+        path = self.out / "card.json"
+        if not path.exists():
+            path.write_text(json.dumps(card.describe(), indent=1) + "\n")
+        described: dict[str, Any] = json.loads(path.read_text())
+        return described
+
+    def _engine(
+        self, kind: str, args: dict[str, Any], deadline: Deadline, environment: dict[str, str] | None = None
+    ) -> EngineProcess:
+        deadline.check(self._start_s, f"starting {kind} {args.get('attention_backend', '')}")
+        return EngineProcess(kind, args, self.out / "engines.log", deadline, environment)
+
+    # Correctness
+
+    def correctness(self, deadline: Deadline) -> None:
+        """Answers in float32 token for token, on pages of 1 and 16; log probabilities in bfloat16 within the drift."""
+        setting = self.setting
+        model = setting.checked_model_path()
+        common = setting.checked_args | {"model_path": model}
+        self.card()
+        exact = "torch_native"  # in SGLang the only backend that multiplies float32 as float32
+        args = common | {"dtype": "float32", "attention_backend": exact}
+        reference = self._answers("stock", args, deadline, logprobs=True)
+        checks = {
+            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+            "BATCHLLM_CHECK_LAYOUT": "1",
+            "TRITON_F32_DEFAULT": "ieee",  # SGLang's kernels would round float32 to 10 bits
+        }
+        for name, page_size in [(name, p) for name in setting.ours for p in ((1,) if setting.is_dry else (1, 16))]:
+            args = common | {"dtype": "float32", "page_size": page_size} | setting.ours[name]
+            if not setting.is_dry and "attention_backend" not in args:
+                args["attention_backend"] = "triton"  # FA3, the default, has no float32
+            ours = self._answers("ours", args, deadline, environment=checks)
+            self.note("correctness", engine=name, page_size=page_size, **_compare_tokens(ours, reference))
+        if setting.is_dry:
+            return  # no bfloat16 that is worth its time, and one backend of stock
+        half = common | {"dtype": "bfloat16"}
+        stock = self._answers("stock", half | {"attention_backend": "triton"}, deadline, logprobs=True)
+        other = self._answers("stock", half | {"attention_backend": "flashinfer"}, deadline, logprobs=True)
+        drift = _mean_logprob_difference(other, stock)
+        for name, args in setting.ours.items():
+            ours = self._answers("ours", half | args, deadline, logprobs=True)
+            difference = _mean_logprob_difference(ours, stock)
+            is_right = difference <= _MAX_DRIFT * drift
+            self.note("correctness", engine=name, logprob_difference=difference, drift=drift, is_right=is_right)
+
+    def _answers(
+        self,
+        kind: str,
+        args: dict[str, Any],
+        deadline: Deadline,
+        *,
+        logprobs: bool = False,
+        environment: dict[str, str] | None = None,
+    ) -> list[dict[str, Any]]:
+        path = self.out / "answers.json"
+        with self._engine(kind, args, deadline, environment) as engine:
+            self._start_s = engine.start_s
+            result = engine.run(expression=self.setting.checked, logprobs=logprobs, answers=str(path))
+            if kind == "ours" and result["num_computed_prompt_tokens"] != result["num_optimal_prompt_tokens"]:
+                self.note("correctness", engine=kind, is_right=False, not_at_the_optimum=result)
+        answers: list[dict[str, Any]] = json.loads(path.read_text())
+        path.unlink()
+        return answers
+
+    # Kernels
+
+    def attention(self, deadline: Deadline) -> None:
+        """`eval/bench_attention.py`: tile sizes, then every kernel on every step, then what is fastest where."""
+        if self.setting.is_dry:
+            self.note("attention", left_out="kernels are timed on a GPU only; tests run them in Triton's interpreter")
+            return
+        shape = self.setting.shape
+        heads = f"{shape.num_heads}/{shape.num_kv_heads}/{shape.head_dim}"
+        report, table = self.out / "attention.md", self.out / "dispatch_table.json"
+        for flags in (["--tune", "--out", str(report)], ["--table", str(table)]):
+            script = Path(__file__).parents[1] / "bench_attention.py"
+            try:
+                done = subprocess.run(
+                    [sys.executable, str(script), "--heads", heads, *flags],
+                    capture_output=True,
+                    text=True,
+                    timeout=max(deadline.seconds_left, 1.0),
+                )
+            except subprocess.TimeoutExpired as error:
+                raise OutOfTimeError(f"bench_attention.py {flags[0]} had not ended by the deadline") from error
+            (self.out / f"attention{flags[0]}.log").write_text(done.stdout + done.stderr)
+            self.note("attention", flags=flags, is_right=done.returncode == 0, last_words=done.stderr[-1000:])
+
+    # Stock's best policy
+
+    def policies(self, deadline: Deadline) -> None:
+        """Every policy of stock on a smaller workload of each kind, on a pool as much smaller."""
+        setting = self.setting
+        for backend in setting.stock_backends:
+            args = self._speed_args() | {"attention_backend": backend, "max_total_tokens": setting.policy_pool}
+            try:
+                with self._engine("stock", args, deadline) as engine:
+                    self._start_s = engine.start_s
+                    for part, spec in setting.policy_specs.items():
+                        for policy, is_sorted, is_mixed in setting.stock_runs:
+                            run = {"spec": spec, "policy": policy, "is_sorted": is_sorted, "is_mixed": is_mixed}
+                            self.note("policies", kind=part, backend=backend, **run, **engine.run(**run))
+            except EngineFailedError as error:  # a backend may not be there
+                self.note("policies", backend=backend, failed=str(error))
+
+    def best_stock(self, part: str) -> Result:
+        """Backend, policy, order and mixing that were fastest; lpm on the first backend if none was tried."""
+        tried = [r for r in self.results("policies") if r.get("kind") == part]
+        keys = ("backend", "policy", "is_sorted", "is_mixed")
+        if not tried:
+            return dict(zip(keys, (self.setting.stock_backends[0], "lpm", False, False), strict=True))
+        best = min(tried, key=lambda r: float(r["seconds"]))
+        return {key: best[key] for key in keys}
+
+    # Measurements
+
+    def measure(self, part: str, deadline: Deadline) -> None:
+        """Ours, with each attention, and stock's best in turn: all on the card at once if they fit, else one by one."""
+        best = self.best_stock(part)
+        stock_args = self._speed_args() | {"attention_backend": best["backend"]}
+        stock_args |= {"enable_mixed_chunk": True} if best["is_mixed"] else {}
+        run = {key: best[key] for key in ("policy", "is_sorted", "is_mixed")}
+        sides: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {"stock": ("stock", stock_args, run)}
+        for name, args in self.setting.ours.items():
+            trace = {"trace_path": str(self.out / f"{part}.trace.json")} if name == "ours" else {}
+            sides[name] = ("ours", self._speed_args() | args | trace, {})
+        for name, round_number, result in self._in_turn(sides, self.setting.workloads[part], deadline):
+            self.note(part, engine=name, round=round_number, best_stock=best, **result)
+        self.note(part, **self._limit(part))
+
+    def _in_turn(
+        self, sides: dict[str, tuple[str, dict[str, Any], dict[str, Any]]], spec: str, deadline: Deadline
+    ) -> Iterator[tuple[str, int, Result]]:
+        """Name, round and result of each run. Where two engines do not fit, each round starts them anew."""
+        seconds = dict.fromkeys(sides, 0.0)
+        with ExitStack() as stack:
+            resident = {}
+            if self._fit_at_once(len(sides)):
+                for name, (kind, args, _) in sides.items():
+                    resident[name] = stack.enter_context(self._engine(kind, args, deadline))
+            for round_number in range(self.num_rounds):
+                names = list(sides) if round_number % 2 == 0 else list(sides)[::-1]
+                for name in names:
+                    kind, args, run = sides[name]
+                    what = f"{spec} by {name}, round {round_number}"
+                    deadline.check(seconds[name] + (0.0 if resident else self._start_s), what)
+                    if resident:
+                        result = resident[name].run(spec=spec, **run)
+                    else:
+                        with self._engine(kind, args, deadline) as engine:
+                            self._start_s = engine.start_s
+                            result = engine.run(spec=spec, **run)
+                    seconds[name] = 1.1 * result["seconds"]
+                    yield name, round_number, result
+
+    def _fit_at_once(self, num_engines: int) -> bool:
+        shape, pool = self.setting.shape, self.setting.server_args["max_total_tokens"]
+        # Besides weights and KV: graphs, workspaces, activations of a step.
+        each = shape.weight_bytes + pool * shape.kv_bytes_per_token + (8 << 30)
+        return bool(self.setting.is_dry or num_engines * each < 0.95 * self.card()["memory_bytes"])
+
+    def _limit(self, part: str) -> Result:
+        """Seconds that nothing beats at the rates measured on this card, and what the simulator had predicted."""
+        spec = self.setting.workloads[part]
+        workload = parse_workload(spec)
+        measured = CostModel.with_defaults(device_spec(self.card(), is_measured=True), self.setting.shape)
+        plan = plan_batch(workload.table)
+        limit_s = measured.lower_bound_s(least_work(workload, plan), num_steps=int(workload.output_len.max()))
+        predicted = CostModel.with_defaults(device_spec(self.card(), is_measured=False), self.setting.shape)
+        predicted_s = {}
+        for name, scheduler, shares in (
+            ("ours", "batchllm", True),
+            ("ours, SGLang's attention", "batchllm", False),
+            ("stock", "sglang-sorted" if self.best_stock(part)["is_sorted"] else "sglang-fcfs", False),
+        ):
+            predicted_s[name] = simulate(
+                workload,
+                scheduler=scheduler,  # type: ignore[arg-type]  # a name from the table above
+                cost_model=predicted,
+                kv_capacity_tokens=self.setting.server_args["max_total_tokens"],
+                chunk_tokens=self.setting.server_args["chunked_prefill_size"],
+                shares_reads=shares,
+            ).elapsed_s
+        return {"limit_s": limit_s, "predicted_s": predicted_s}
+
+    def _speed_args(self) -> dict[str, Any]:
+        return self.setting.server_args | {"model_path": self.setting.model_path(self.out)}
+
+    # Where the time goes
+
+    def profile(self, deadline: Deadline) -> None:
+        """Some steps in the middle of the first workload, under torch's profiler."""
+        part = next(iter(self.setting.workloads))
+        first, num_steps = self.setting.profiled_steps
+        for name, args in self.setting.ours.items():
+            folder = self.out / f"profile {name}"
+            with self._engine("ours", self._speed_args() | args, deadline) as engine:
+                self._start_s = engine.start_s
+                profile = {
+                    "output_dir": str(folder),
+                    "start_step": first,
+                    "num_steps": num_steps,
+                    "activities": ["GPU"] if not self.setting.is_dry else ["CPU"],
+                    "with_stack": False,
+                    "record_shapes": False,
+                }
+                engine.run(spec=self.setting.workloads[part], profile=profile)
+            found = kernel_trace.read(folder)
+            self.note("profile", engine=name, idle_share=found.idle_share, **asdict(found))
+
+    # Calibration
+
+    def calibration(self, deadline: Deadline) -> None:
+        """Fit the cost model to every other step of the measured runs; its error is that of the steps between."""
+        samples: list[tuple[StepWork, float]] = []
+        for part in self.setting.workloads:
+            path = self.out / f"{part}.trace.json"
+            if path.exists():
+                samples += samples_of(StepTrace.read(path).steps)
+        if not samples:
+            raise ConfigError(f"{self.out} has no trace to calibrate by; run the parts that measure first")
+        device = device_spec(self.card(), is_measured=False)
+        fitted = fit(device, self.setting.shape, samples[::2])
+        fitted.save(self.out / "calibration.json")
+        errors = sorted(abs(fitted.cost_model.step_s(work) / seconds - 1) for work, seconds in samples[1::2])
+        self.note(
+            "calibration",
+            num_steps=len(samples),
+            assumed=fitted.assumed,
+            median_error=statistics.median(errors),
+            p90_error=errors[math.ceil(0.9 * len(errors)) - 1],
+            total_error=sum(fitted.cost_model.step_s(w) for w, _ in samples[1::2]) / sum(s for _, s in samples[1::2])
+            - 1,
+        )
+
+
+def _compare_tokens(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> Result:
+    """Requests whose answers differ, and of them those that no near tie explains."""
+    different = unexplained = 0
+    for a, b in zip(ours, reference, strict=True):
+        if a["ids"] != b["ids"]:
+            different += 1
+            at = next(i for i, (x, y) in enumerate(zip(a["ids"], b["ids"], strict=True)) if x != y)
+            unexplained += b["gaps"][at] > _NEAR_TIE
+    return {
+        "num_requests": len(ours),
+        "num_different": different,
+        "num_unexplained": unexplained,
+        "is_right": unexplained == 0,
+    }
+
+
+def _mean_logprob_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
+    """Over the tokens up to which two answers are the same."""
+    differences = []
+    for x, y in zip(a, b, strict=True):
+        for i, j, p, q in zip(x["ids"], y["ids"], x["logprobs"], y["logprobs"], strict=True):
+            if i != j:
+                break
+            differences.append(abs(p - q))
+    return statistics.mean(differences)
+
+
+def run(bench: Bench, part: str, seconds: float) -> None:
+    """One part, within so many seconds; what does not fit into them is said and left out."""
+    deadline = Deadline(seconds)
+    parts: dict[str, Callable[[Deadline], None]] = {
+        "correctness": bench.correctness,
+        "attention": bench.attention,
+        "policies": bench.policies,
+        "profile": bench.profile,
+        "calibration": bench.calibration,
+    }
+    try:
+        if part in parts:
+            parts[part](deadline)
+        else:
+            bench.measure(part, deadline)
+    except OutOfTimeError as error:
+        bench.note(part, out_of_time=str(error))
