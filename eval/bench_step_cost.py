@@ -111,16 +111,16 @@ def _child(engine: str, num_requests: int) -> None:
     }
     out = os.environ[step_timer.ENVIRONMENT]
     if engine == "stock":
-        from sglang.srt.entrypoints.engine import Engine
+        import stock
 
-        class TimedEngine(Engine):
+        class TimedEngine(stock.StockEngine):
             run_scheduler_process_func = staticmethod(step_timer.run_scheduler_process)
 
-        stock = TimedEngine(model_path=model, device="cpu", **server_args)
-        stock.generate(input_ids=workload.prompts, sampling_params=sampling)
+        timed, stop = stock.start(TimedEngine, model_path=model, device="cpu", **server_args)
+        timed.generate(input_ids=workload.prompts, sampling_params=sampling)
         for _ in range(2):  # answered one after the other; idle in between, the scheduler has written its steps
-            stock.flush_cache()
-        stock.shutdown()
+            timed.flush_cache()
+        stop()
         return
     from batchllm import BatchEngine
     from batchllm.offline import feeder

@@ -134,12 +134,12 @@ def _ours(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callabl
 
 
 def _stock(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
+    import stock
     import torch
-    from sglang import Engine
 
     if not torch.cuda.is_available():
         server_args = {"device": "cpu"} | server_args
-    engine = Engine(model_path=model, schedule_policy=policy, **server_args)
+    engine, stop = stock.start(model_path=model, schedule_policy=policy, **server_args)
 
     def run(workload: Workload) -> tuple[list[Any], Result]:
         engine.flush_cache()
@@ -151,7 +151,7 @@ def _stock(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callab
             "num_retractions": sum(i.get("num_retractions") or 0 for i in info),
         }
 
-    return run, engine.shutdown
+    return run, stop
 
 
 def _cpu_s() -> float:

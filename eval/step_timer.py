@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import sglang.srt.managers.scheduler as upstream
+import stock
 
 ENVIRONMENT = "STEP_TIMER_OUT"
 _SAVE_EVERY = 200
@@ -49,4 +50,4 @@ class TimedScheduler(Scheduler):
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process."""
     upstream.Scheduler = TimedScheduler
-    upstream.run_scheduler_process(*args, **kwargs)
+    stock.run_scheduler_process(*args, **kwargs)

@@ -23,8 +23,12 @@ from batchllm.attention.layout import AttentionLayout, PrefixPaths, plan_layout
 from batchllm.attention.tile_config import TileConfig, default_config, save_config
 from batchllm.attention.triton_shared import SharedAttention
 
+# Query heads, KV heads, head_dim, dtype.
+_Heads = tuple[int, int, int, torch.dtype]
+
 # Decode steps: levels of prefixes, readers of each innermost one, tokens that each reads by itself.
-_STEPS: tuple[tuple[Sequence[tuple[int, int]], int, int], ...] = (
+_MadeUp = tuple[Sequence[tuple[int, int]], int, int]
+_STEPS: tuple[_MadeUp, ...] = (
     (((16, 2000),), 16, 256),
     (((1, 16_000),), 16, 256),
     (((4, 2000), (4, 1000)), 16, 100),
@@ -99,7 +103,7 @@ def tune(
         _compile_all(device, heads, configs)
         for config in configs:
             try:
-                ms = [time_ms(_made_up_launch(device, heads, config, step)) for step in _STEPS]
+                ms = [_time_step(device, heads, config, step) for step in _STEPS]
             except OutOfResources as error:
                 report(f"{config}: {error}")
                 continue
@@ -118,7 +122,7 @@ def tune(
     return best
 
 
-def _compile_all(device: torch.device, heads: tuple[int, int, int, torch.dtype], configs: list[TileConfig]) -> None:
+def _compile_all(device: torch.device, heads: _Heads, configs: list[TileConfig]) -> None:
     """Compile for all of them at once, into Triton's cache: one after the other takes seconds each."""
     num_workers = min(len(configs), os.cpu_count() or 1, _MAX_WORKERS)
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -128,7 +132,7 @@ def _compile_all(device: torch.device, heads: tuple[int, int, int, torch.dtype],
             each.result()
 
 
-def _launch_once(device_index: int, heads: tuple[int, int, int, torch.dtype], config: TileConfig) -> None:
+def _launch_once(device_index: int, heads: _Heads, config: TileConfig) -> None:
     torch.cuda.set_device(device_index)
     launch = _made_up_launch(torch.device("cuda", device_index), heads, config, _STEPS[0])
     launch()
@@ -196,12 +200,11 @@ def time_ms(launch: Callable[[], object], num_timed: int = _NUM_TIMED) -> float:
     return float(statistics.median(begin.elapsed_time(end) for begin, end in events))
 
 
-def _made_up_launch(
-    device: torch.device,
-    heads: tuple[int, int, int, torch.dtype],
-    config: TileConfig,
-    step: tuple[Sequence[tuple[int, int]], int, int],
-) -> Callable[[], None]:
+def _time_step(device: torch.device, heads: _Heads, config: TileConfig, step: _MadeUp) -> float:
+    return time_ms(_made_up_launch(device, heads, config, step))
+
+
+def _made_up_launch(device: torch.device, heads: _Heads, config: TileConfig, step: _MadeUp) -> Callable[[], None]:
     num_heads, num_kv_heads, head_dim, dtype = heads
     layout, table, num_slots = made_up_step(*step)
     num_rows = int(layout.qo_indptr[-1])

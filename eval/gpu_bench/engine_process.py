@@ -21,7 +21,7 @@ from typing import Any
 
 import sglang.srt.managers.scheduler as upstream
 
-from eval import workloads
+from eval import stock, workloads
 
 Prompts = list[list[int]]
 Command = dict[str, Any]
@@ -118,16 +118,14 @@ class SwitchableScheduler(upstream.Scheduler):
 def run_stock_scheduler(*args: Any, **kwargs: Any) -> None:
     """Target of stock's scheduler process."""
     upstream.Scheduler = SwitchableScheduler
-    upstream.run_scheduler_process(*args, **kwargs)
+    stock.run_scheduler_process(*args, **kwargs)
 
 
 def _stock(server_args: dict[str, Any]) -> tuple[Callable[..., Answers], Callable[..., None], Callable[[], None]]:
-    from sglang.srt.entrypoints.engine import Engine
-
-    class SwitchableEngine(Engine):
+    class SwitchableEngine(stock.StockEngine):
         run_scheduler_process_func = staticmethod(run_stock_scheduler)
 
-    engine = SwitchableEngine(**server_args)
+    engine, stop = stock.start(SwitchableEngine, **server_args)
 
     def run(prompts: Prompts, output_lens: list[int], command: Command) -> Answers:
         engine.flush_cache()
@@ -147,7 +145,7 @@ def _stock(server_args: dict[str, Any]) -> tuple[Callable[..., Answers], Callabl
             "num_retractions": sum(meta.get("num_retractions") or 0 for meta in info),
         }
 
-    return run, engine.start_profile, engine.shutdown
+    return run, engine.start_profile, stop
 
 
 if __name__ == "__main__":
