@@ -15,6 +15,7 @@ import xxhash
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.utils import is_pin_memory_available
 
 from batchllm.srt.schedule_batch import PlannedReq
 
@@ -99,7 +100,9 @@ def _rotl32(x: torch.Tensor, bits: int) -> torch.Tensor:
 def _set_seeds(info: SamplingBatchInfo, batch: Any, vocab_size: int) -> None:
     """Give every request of the batch its seed (``SamplingBatchInfo`` leaves this method for that)."""
     if get_exec().kernel.sampling_backend == _SEEDED_BACKEND:
-        seeds = torch.tensor([_seed(req) for req in batch.reqs], dtype=torch.int64)
+        # Pinned: the host would wait for the device otherwise, and with it for the step in flight.
+        is_pinned = is_pin_memory_available(batch.device)
+        seeds = torch.tensor([_seed(req) for req in batch.reqs], dtype=torch.int64, pin_memory=is_pinned)
         info.sampling_seed = seeds.to(batch.device, non_blocking=True)
 
 

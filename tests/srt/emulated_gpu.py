@@ -26,12 +26,14 @@ import sglang.srt.managers.scheduler as upstream
 import sglang.srt.model_executor.runner.decode_cuda_graph_runner as graph_runner
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from batchllm.srt import child_process, gpu_attention_backend
+from batchllm.srt.platform_cpu import CpuPlatform
 from batchllm.srt.scheduler import OfflineBatchScheduler, install
 from batchllm.trace.whole_file import write_whole
 
@@ -162,6 +164,7 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     install(server_args, EmulatedScheduler)
     # By this name SGLang does not launch kernels of its own beside the backend's.
     ATTENTION_BACKENDS["torch_native"] = gpu_attention_backend.create
+    CpuPlatform.get_paged_allocator_cls = lambda _: PagedTokenToKVPoolAllocator
     stock_backend.get_device_core_count = lambda *_: _NUM_PROCESSORS
     graph_runner.resolve_decode_backend = _TapeBackend
     graph_runner.graph_capture = _no_capture_stream

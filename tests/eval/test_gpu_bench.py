@@ -1,0 +1,166 @@
+"""The GPU bench, as far as it goes without a GPU: what it reads from a trace, says in its report, and runs dry."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from batchllm.perf_model import ModelShape
+from eval.gpu_bench import kernel_trace, report, setting
+from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, OutOfTimeError
+from eval.gpu_bench.parts import Bench
+
+_ROOT = Path(__file__).parents[2]
+
+
+# A profile
+
+
+def _kernel(start_us: float, duration_us: float, name: str, cat: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "ts": start_us, "dur": duration_us, "name": name}
+
+
+def test_a_profile_says_how_long_no_kernel_ran() -> None:
+    """Kernels beside each other are busy once; what ran on the host does not count."""
+    found = kernel_trace.device_time(
+        [
+            _kernel(100, 50, "nvjet_tst_128x64"),
+            _kernel(120, 60, "attend_tiles"),
+            _kernel(200, 20, "Memcpy HtoD", "gpu_memcpy"),
+            _kernel(0, 1000, "aten::mm", "cpu_op"),
+            {"ph": "M", "name": "process_name"},
+        ]
+    )
+    assert found.span_s == pytest.approx(120e-6) and found.busy_s == pytest.approx(100e-6)
+    assert found.idle_share == pytest.approx(1 / 6)
+    assert found.by_kind == pytest.approx({"linear": 50e-6, "attention": 60e-6, "memory": 20e-6})
+    assert kernel_trace.device_time([]).idle_share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("attend_tiles", "attention"),
+        ("merge_slots", "attention"),
+        ("_fwd_grouped_kernel_stage1", "attention"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>", "attention"),
+        ("void flashinfer::BatchPrefillWithPagedKVCacheKernel<...>", "attention"),
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "linear"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "linear"),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", "other"),
+        ("act_and_mul_kernel", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(kernel: str, kind: str) -> None:
+    assert kernel_trace.kind_of(kernel) == kind
+
+
+def test_a_profile_is_read_from_what_torch_writes(tmp_path: Path) -> None:
+    trace = json.dumps({"traceEvents": [_kernel(10, 5, "attend_tiles")]}).encode()
+    (tmp_path / "1-TP-0.trace.json.gz").write_bytes(gzip.compress(trace))
+    assert kernel_trace.read(tmp_path).busy_s == pytest.approx(5e-6)
+    with pytest.raises(FileNotFoundError, match="no trace"):
+        kernel_trace.read(tmp_path / "elsewhere")
+
+
+# Models and reports
+
+
+@pytest.mark.parametrize("model", ["8b", "1b"])
+def test_a_model_s_folder_is_the_shape_that_is_reckoned_with(model: str, tmp_path: Path) -> None:
+    chosen = setting.gpu(model, 1000)
+    path = chosen.model_path(tmp_path)
+    assert AutoConfig.from_pretrained(path).model_type == "llama"
+    config = json.loads(Path(path, "config.json").read_text())
+    assert ModelShape.from_hf_config(config, chosen.shape.name) == chosen.shape
+
+
+_CARD = {"name": "a card", "matmul_flops": 8e14, "copy_bytes_per_s": 3e12, "memory_bytes": 80 << 30}
+
+
+def test_a_report_shows_ratios_and_what_was_not_run() -> None:
+    """Medians over rounds; a limit only where it is known."""
+    chosen = setting.gpu("8b", 350_000)
+    best = {"backend": "fa3", "policy": "lpm", "is_sorted": True, "is_mixed": False}
+    counts = {"num_computed_prompt_tokens": 25, "num_prompt_tokens": 100, "best_stock": best}
+    results: list[dict[str, Any]] = [
+        {"part": "short", "engine": "stock", "round": 0, "seconds": 30.0, **counts},
+        {"part": "short", "engine": "stock", "round": 1, "seconds": 34.0, **counts},
+        {"part": "short", "engine": "ours", "round": 0, "seconds": 16.0, **counts},
+        {"part": "short", "limit_s": 8.0, "predicted_s": {"stock": 33.0, "ours": 15.0}},
+        {"part": "long", "out_of_time": "needs about 90 s, 10 s are left"},
+        {"part": "correctness", "engine": "ours", "page_size": 16, "num_requests": 9, "num_different": 1}
+        | {"num_unexplained": 1, "is_right": False},
+    ]
+    text = report.render(chosen, _CARD, results)
+    assert "| stock fa3 lpm, sorted | 30.0 34.0 | 1.00 |  | 0.750 | 0.25 | 33.0 |" in text
+    assert "| ours | 16.0 | 2.00 | 1.50 | 0.750 | 0.50 | 15.0 |" in text
+    assert "* long: needs about 90 s" in text
+    assert "1 of 9 differ, 1 without a near tie | WRONG |" in text
+    assert report.is_wrong(results) and not report.is_wrong(results[:-1])
+
+
+def test_stock_s_best_is_what_was_fastest(tmp_path: Path) -> None:
+    bench = Bench(setting.gpu("8b", 1000), tmp_path, 1)
+    assert bench.best_stock("short") == {"backend": "triton", "policy": "lpm", "is_sorted": False, "is_mixed": False}
+    for seconds, policy in ((3.0, "lpm"), (2.0, "fcfs")):
+        run = {"backend": "fa3", "policy": policy, "is_sorted": True, "is_mixed": True}
+        bench.note("policies", kind="short", seconds=seconds, **run)
+    bench.note("policies", backend="flashinfer", failed="it is not there")
+    assert bench.best_stock("short") == {"backend": "fa3", "policy": "fcfs", "is_sorted": True, "is_mixed": True}
+
+
+# Processes
+
+
+def test_nothing_is_started_that_cannot_end_in_time() -> None:
+    with pytest.raises(OutOfTimeError, match="starting ours: needs about 60 s"):
+        Deadline(5).check(60, "starting ours")
+
+
+def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
+    engine = EngineProcess("ours", {"model_path": str(tmp_path / "none")}, tmp_path / "log", Deadline(120))
+    with pytest.raises(EngineFailedError, match=r"(?s)ours ended, see .*log.*none"), engine:
+        pass
+
+
+@pytest.mark.engine
+def test_a_dry_run_measures_ours_against_stock_and_leaves_nothing(tmp_path: Path) -> None:
+    """Real engines on a CPU, in the processes and through the report of the real run."""
+    before = set(os.listdir("/dev/shm"))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "eval.gpu_bench",
+            "--dry-run",
+            "--parts",
+            "unshared",
+            "--rounds",
+            "1",
+            "--out",
+            tmp_path,
+        ],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert "DRY RUN" in text and "unshared:" in text
+    runs = {
+        r["engine"]: r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()) if "engine" in r
+    }
+    assert runs.keys() == {"stock", "ours"}
+    assert {r["num_output_tokens"] for r in runs.values()} == {320}
+    assert runs["ours"]["num_computed_prompt_tokens"] == runs["ours"]["num_optimal_prompt_tokens"] == 3200
+    assert set(os.listdir("/dev/shm")) <= before
