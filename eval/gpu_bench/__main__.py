@@ -6,10 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from batchllm.errors import BatchLLMError
+from batchllm.errors import BatchLLMError, ConfigError
 from eval.gpu_bench import parts, report, setting
 
-_PARTS = ("correctness", "attention", "policies", "short", "long", "snippet", "unshared", "profile", "calibration")
+_WORKLOADS = ("short", "long", "snippet", "unshared")
+_MEASURED = [part for name in _WORKLOADS for part in (f"{name}-policies", name)]
+_PARTS = ("correctness", "attention", *_MEASURED, "profile", "calibration")
 
 
 def main() -> int:
@@ -32,7 +34,11 @@ def main() -> int:
         print("scripts/gpu_bench: torch finds no CUDA device; --dry-run runs every part on a CPU", file=sys.stderr)
         return 2
     out = args.out or Path("build", "gpu_bench_dry" if args.dry_run else "gpu_bench")
-    bench = parts.Bench(chosen, out.resolve(), args.rounds)
+    try:
+        bench = parts.Bench(chosen, out.resolve(), args.rounds)
+    except ConfigError as error:
+        print(f"scripts/gpu_bench: {error}", file=sys.stderr)
+        return 2
     for part in args.parts:
         print(f"== {part}", flush=True)
         try:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -131,6 +132,43 @@ class EngineProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process.stdout.close()
+
+
+class Engines:
+    """Engines by name, each started when it is first asked for, all ended when left.
+
+    Args:
+        at_once: Whether all of them fit on the card; if not, one ends before another starts.
+    """
+
+    def __init__(self, *, at_once: bool) -> None:
+        self._at_once = at_once
+        self._stack = contextlib.ExitStack()
+        self._running: dict[str, EngineProcess] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_all()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._running
+
+    def get(self, name: str, make: Callable[[], EngineProcess]) -> EngineProcess:
+        """The engine of that name, started if it is not there."""
+        if name not in self._running:
+            if not self._at_once:
+                self.end_all()
+            self._running[name] = self._stack.enter_context(make())
+        return self._running[name]
+
+    def end_all(self) -> None:
+        """End those that are there."""
+        self._running.clear()
+        self._stack.close()
 
 
 def _end_of(path: Path, num_characters: int = 1500) -> str:

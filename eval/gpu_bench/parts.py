@@ -7,8 +7,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,16 @@ from batchllm.sim import parse_workload, simulate
 from batchllm.sim.simulate import least_work
 from batchllm.trace import StepTrace
 from eval.gpu_bench import card, kernel_trace
-from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, OutOfTimeError
+from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, Engines, OutOfTimeError
 from eval.gpu_bench.setting import Setting, device_spec
 
 Result = dict[str, Any]
 
 _START_S = 60.0
 """What a start of an engine is expected to take, until one was seen."""
+
+_RUN = ("policy", "is_sorted", "is_mixed")
+"""What a run of stock is named by, besides its backend."""
 
 _MAX_DRIFT = 2.0
 """Ours may differ from stock in a log probability by so many times what two backends of stock differ, on average."""
@@ -41,6 +43,9 @@ class Bench:
         setting: Sizes.
         out: The folder; what earlier calls found there is kept.
         num_rounds: Of ours and stock in turn.
+
+    Raises:
+        ConfigError: The folder holds results of another setting.
     """
 
     def __init__(self, setting: Setting, out: Path, num_rounds: int) -> None:
@@ -48,6 +53,11 @@ class Bench:
         self._path = out / "results.jsonl"
         self._start_s = _START_S
         out.mkdir(parents=True, exist_ok=True)
+        described = json.dumps(asdict(setting), indent=1) + "\n"
+        path = out / "setting.json"
+        if path.exists() and path.read_text() != described:
+            raise ConfigError(f"{out} holds results of another setting (see setting.json there); give another --out")
+        path.write_text(described)
 
     # Results
 
@@ -158,70 +168,84 @@ class Bench:
 
     # Stock's best policy
 
-    def policies(self, deadline: Deadline) -> None:
-        """Every policy of stock on a smaller workload of each kind, on a pool as much smaller."""
-        setting = self.setting
-        for backend in setting.stock_backends:
-            args = self._speed_args() | {"attention_backend": backend, "max_total_tokens": setting.policy_pool}
+    def choose_stock(self, part: str, deadline: Deadline) -> None:
+        """On a smaller workload of the kind and a pool as much smaller: every backend, then all else on the fastest.
+
+        What an earlier call has tried is not tried again.
+        """
+        first, *others = self.setting.stock_runs
+        with Engines(at_once=False) as engines:
+            for backend in self.setting.stock_backends:
+                self._try_out(part, backend, [first], engines, deadline)
+            self._try_out(part, self.best_stock(part)["backend"], others, engines, deadline)
+
+    def _try_out(
+        self, part: str, backend: str, runs: Sequence[tuple[str, bool, bool]], engines: Engines, deadline: Deadline
+    ) -> None:
+        name = f"{part}-policies"
+        args = self._speed_args() | {"attention_backend": backend, "max_total_tokens": self.setting.policy_pool}
+        for each in runs:
+            run = dict(zip(_RUN, each, strict=True))
+            if any({"backend": backend, **run}.items() <= result.items() for result in self.results(name)):
+                continue
             try:
-                with self._engine("stock", args, deadline) as engine:
-                    self._start_s = engine.start_s
-                    for part, spec in setting.policy_specs.items():
-                        for policy, is_sorted, is_mixed in setting.stock_runs:
-                            run = {"spec": spec, "policy": policy, "is_sorted": is_sorted, "is_mixed": is_mixed}
-                            self.note("policies", kind=part, backend=backend, **run, **engine.run(**run))
-            except EngineFailedError as error:  # a backend may not be there
-                self.note("policies", backend=backend, failed=str(error))
+                engine = engines.get(backend, lambda: self._engine("stock", args, deadline))
+                self._start_s = engine.start_s
+                found = engine.run(spec=self.setting.policy_specs[part], **run)
+            except EngineFailedError as error:  # a backend may not be there, or not do this
+                engines.end_all()
+                found = {"failed": str(error)}
+            self.note(name, backend=backend, **run, **found)
 
     def best_stock(self, part: str) -> Result:
-        """Backend, policy, order and mixing that were fastest; lpm on the first backend if none was tried."""
-        tried = [r for r in self.results("policies") if r.get("kind") == part]
-        keys = ("backend", "policy", "is_sorted", "is_mixed")
+        """Backend, policy, order and mixing that were fastest; the first of each if none was tried."""
+        tried = [r for r in self.results(f"{part}-policies") if "seconds" in r]
         if not tried:
-            return dict(zip(keys, (self.setting.stock_backends[0], "lpm", False, False), strict=True))
+            return {
+                "backend": self.setting.stock_backends[0],
+                **dict(zip(_RUN, self.setting.stock_runs[0], strict=True)),
+            }
         best = min(tried, key=lambda r: float(r["seconds"]))
-        return {key: best[key] for key in keys}
+        return {key: best[key] for key in ("backend", *_RUN)}
 
     # Measurements
 
     def measure(self, part: str, deadline: Deadline) -> None:
-        """Ours, with each attention, and stock's best in turn: all on the card at once if they fit, else one by one."""
+        """Stock's best and ours in turn, then ours with SGLang's attention; nothing that an earlier call ran."""
         best = self.best_stock(part)
         stock_args = self._speed_args() | {"attention_backend": best["backend"]}
         stock_args |= {"enable_mixed_chunk": True} if best["is_mixed"] else {}
-        run = {key: best[key] for key in ("policy", "is_sorted", "is_mixed")}
+        run = {key: best[key] for key in _RUN}
         sides: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {"stock": ("stock", stock_args, run)}
         for name, args in self.setting.ours.items():
             trace = {"trace_path": str(self.out / f"{part}.trace.json")} if name == "ours" else {}
             sides[name] = ("ours", self._speed_args() | args | trace, {})
-        for name, round_number, result in self._in_turn(sides, self.setting.workloads[part], deadline):
+        if not any("limit_s" in r and r["best_stock"] == best for r in self.results(part)):
+            self.note(part, best_stock=best, **self._limit(part))
+        done = [(r["engine"], r["round"]) for r in self.results(part) if "engine" in r and r["best_stock"] == best]
+        names = list(sides)
+        for name, round_number, result in self._in_turn(sides, _turns(names, self.num_rounds, done), part, deadline):
             self.note(part, engine=name, round=round_number, best_stock=best, **result)
-        self.note(part, **self._limit(part))
 
     def _in_turn(
-        self, sides: dict[str, tuple[str, dict[str, Any], dict[str, Any]]], spec: str, deadline: Deadline
+        self,
+        sides: dict[str, tuple[str, dict[str, Any], dict[str, Any]]],
+        turns: list[tuple[str, int]],
+        part: str,
+        deadline: Deadline,
     ) -> Iterator[tuple[str, int, Result]]:
-        """Name, round and result of each run. Where two engines do not fit, each round starts them anew."""
+        """Name, round and result of each run. Where not all engines fit at once, one is there at a time."""
         seconds = dict.fromkeys(sides, 0.0)
-        with ExitStack() as stack:
-            resident = {}
-            if self._fit_at_once(len(sides)):
-                for name, (kind, args, _) in sides.items():
-                    resident[name] = stack.enter_context(self._engine(kind, args, deadline))
-            for round_number in range(self.num_rounds):
-                names = list(sides) if round_number % 2 == 0 else list(sides)[::-1]
-                for name in names:
-                    kind, args, run = sides[name]
-                    what = f"{spec} by {name}, round {round_number}"
-                    deadline.check(seconds[name] + (0.0 if resident else self._start_s), what)
-                    if resident:
-                        result = resident[name].run(spec=spec, **run)
-                    else:
-                        with self._engine(kind, args, deadline) as engine:
-                            self._start_s = engine.start_s
-                            result = engine.run(spec=spec, **run)
-                    seconds[name] = 1.1 * result["seconds"]
-                    yield name, round_number, result
+        with Engines(at_once=self._fit_at_once(len(sides))) as engines:
+            for name, round_number in turns:
+                kind, args, run = sides[name]
+                needed_s = seconds[name] + (0.0 if name in engines else self._start_s)
+                deadline.check(needed_s, f"{part} by {name}, round {round_number}")
+                engine = engines.get(name, lambda kind=kind, args=args: self._engine(kind, args, deadline))
+                self._start_s = engine.start_s
+                result = engine.run(spec=self.setting.workloads[part], **run)
+                seconds[name] = 1.1 * result["seconds"]
+                yield name, round_number, result
 
     def _fit_at_once(self, num_engines: int) -> bool:
         shape, pool = self.setting.shape, self.setting.server_args["max_total_tokens"]
@@ -304,6 +328,14 @@ class Bench:
         )
 
 
+def _turns(names: list[str], num_rounds: int, done: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The first two in turn, A B B A, then what is beside the comparison; a name and a round each."""
+    rounds = range(num_rounds)
+    turns = [(name, i) for i in rounds for name in (names[:2] if i % 2 == 0 else names[1::-1])]
+    turns += [(name, i) for name in names[2:] for i in rounds]
+    return [turn for turn in turns if turn not in done]
+
+
 def _compare_tokens(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> Result:
     """Requests whose answers differ, and of them those that no near tie explains."""
     different = unexplained = 0
@@ -337,13 +369,14 @@ def run(bench: Bench, part: str, seconds: float) -> None:
     parts: dict[str, Callable[[Deadline], None]] = {
         "correctness": bench.correctness,
         "attention": bench.attention,
-        "policies": bench.policies,
         "profile": bench.profile,
         "calibration": bench.calibration,
     }
     try:
         if part in parts:
             parts[part](deadline)
+        elif part.endswith("-policies"):
+            bench.choose_stock(part.removesuffix("-policies"), deadline)
         else:
             bench.measure(part, deadline)
     except OutOfTimeError as error:

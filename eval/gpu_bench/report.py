@@ -63,6 +63,7 @@ def _speed(setting: Setting, by_part: dict[str, list[Result]]) -> list[str]:
     rows = []
     for part, spec in setting.workloads.items():
         runs = [r for r in by_part[part] if "seconds" in r]
+        runs = [r for r in runs if r["best_stock"] == runs[-1]["best_stock"]]
         stock = [float(r["seconds"]) for r in runs if r["engine"] == "stock"]
         limit = next((r for r in reversed(by_part[part]) if "limit_s" in r), None)
         for name in ["stock", *setting.ours]:

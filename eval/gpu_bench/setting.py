@@ -60,7 +60,8 @@ class Setting:
         checked_args: Of the engines whose answers are compared.
         checked: The workload whose answers are compared, over `eval.workloads`.
         stock_backends: Attention backends of stock.
-        stock_runs: Of each: schedule policy, whether prompts are sorted, whether chunks are mixed.
+        stock_runs: Schedule policy, whether prompts are sorted, whether chunks are mixed; backends are compared by the
+            first.
         ours: Names of ours, and the server arguments that each adds.
         workloads: By part, a line of `batchllm.sim.parse_workload`.
         policy_specs: By part, a smaller one to choose stock's policy by, on ``policy_pool`` tokens of KV.
@@ -142,7 +143,8 @@ def gpu(model: str, pool: int) -> Setting:
         "snippet": "snippet:delay=300,requests={},output=100",
         "unshared": "unshared:prompt=1000,requests={},output=100",
     }
-    full, small = (3200, 640, 1600, 1200), (800, 160, 400, 300)
+    # Small ones, eleven runs and up to five starts of them, are to end within nine minutes.
+    full, small = (3200, 640, 1600, 1200), (480, 96, 240, 200)
     return Setting(
         is_dry=False,
         shape=_MODELS[model],
@@ -155,7 +157,7 @@ def gpu(model: str, pool: int) -> Setting:
         stock_runs=tuple(
             (policy, is_sorted, is_mixed)
             for is_mixed in (False, True)
-            for policy, is_sorted in (("lpm", False), ("dfs-weight", False), ("fcfs", True), ("lpm", True))
+            for policy, is_sorted in (("dfs-weight", False), ("lpm", False), ("fcfs", True), ("lpm", True))
         ),
         ours={"ours": {"attention_backend": "batchllm"}, "ours, SGLang's attention": {}},
         workloads={name: spec.format(n) for (name, spec), n in zip(specs.items(), full, strict=True)},

@@ -7,16 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
+from batchllm.errors import ConfigError
 from batchllm.perf_model import ModelShape
 from eval.gpu_bench import kernel_trace, report, setting
 from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, OutOfTimeError
-from eval.gpu_bench.parts import Bench
+from eval.gpu_bench.parts import Bench, _turns
 
 _ROOT = Path(__file__).parents[2]
 
@@ -108,14 +110,85 @@ def test_a_report_shows_ratios_and_what_was_not_run() -> None:
     assert report.is_wrong(results) and not report.is_wrong(results[:-1])
 
 
-def test_stock_s_best_is_what_was_fastest(tmp_path: Path) -> None:
-    bench = Bench(setting.gpu("8b", 1000), tmp_path, 1)
-    assert bench.best_stock("short") == {"backend": "triton", "policy": "lpm", "is_sorted": False, "is_mixed": False}
-    for seconds, policy in ((3.0, "lpm"), (2.0, "fcfs")):
-        run = {"backend": "fa3", "policy": policy, "is_sorted": True, "is_mixed": True}
-        bench.note("policies", kind="short", seconds=seconds, **run)
-    bench.note("policies", backend="flashinfer", failed="it is not there")
-    assert bench.best_stock("short") == {"backend": "fa3", "policy": "fcfs", "is_sorted": True, "is_mixed": True}
+class ScriptedEngine(EngineProcess):
+    """Says at once how long each run has taken: by ``seconds_of`` the backend and the run."""
+
+    def __init__(self, backend: str, seconds_of: Callable[[str, dict[str, Any]], float], runs: list[Any]) -> None:
+        super().__init__("stock", {}, Path(os.devnull), Deadline(1))
+        self.backend, self.seconds_of, self.runs = backend, seconds_of, runs
+
+    def __enter__(self) -> ScriptedEngine:
+        self.runs.append((self.backend, "started"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.runs.append((self.backend, "ended"))
+
+    def run(self, **command: Any) -> dict[str, Any]:
+        self.runs.append((self.backend, command["policy"], command["is_sorted"], command["is_mixed"]))
+        return {"seconds": self.seconds_of(self.backend, command)}
+
+
+class ScriptedBench(Bench):
+    """With scripted engines, of which one is there at a time."""
+
+    def script(self, seconds_of: Callable[[str, dict[str, Any]], float]) -> list[Any]:
+        """Returns where what engines do will be."""
+        self.runs: list[Any] = []
+        self.seconds_of = seconds_of
+        return self.runs
+
+    def _engine(self, kind: str, args: dict[str, Any], *_: object) -> EngineProcess:
+        return ScriptedEngine(args["attention_backend"], self.seconds_of, self.runs)
+
+
+def test_stock_s_best_is_sought_on_its_fastest_backend_and_no_run_is_made_twice(tmp_path: Path) -> None:
+    bench = ScriptedBench(setting.gpu("8b", 1000), tmp_path, 1)
+    assert bench.best_stock("short")["backend"] == "triton"
+
+    def seconds_of(backend: str, command: dict[str, Any]) -> float:
+        if backend == "triton":
+            raise EngineFailedError("it is not there")
+        if command["is_mixed"] and command["is_sorted"]:
+            raise OutOfTimeError("the deadline")
+        return {"flashinfer": 5.0, "fa3": 9.0}[backend] - command["is_sorted"] - (command["policy"] == "lpm")
+
+    runs = bench.script(seconds_of)
+    with pytest.raises(OutOfTimeError):
+        bench.choose_stock("short", Deadline(60))
+    first = ("dfs-weight", False, False)
+    assert [run for run in runs if run[1:] == first] == [(b, *first) for b in ("triton", "flashinfer", "fa3")]
+    assert {run[0] for run in runs if len(run) == 4 and run[1:] != first} == {"flashinfer"}
+    there = 0
+    for run in runs:
+        there += {"started": 1, "ended": -1}.get(run[1], 0)
+        assert there in (0, 1)
+    assert there == 0
+    assert bench.best_stock("short") == {"backend": "flashinfer", "policy": "lpm", "is_sorted": True, "is_mixed": False}
+
+    later = bench.script(lambda *_: 1.0)
+    bench.choose_stock("short", Deadline(60))
+    assert not set(later) & {run for run in runs[:-2] if len(run) == 4}
+    assert bench.best_stock("short")["is_mixed"]
+    assert bench.script(seconds_of) == []
+    bench.choose_stock("short", Deadline(60))
+    assert bench.runs == []
+
+
+def test_ours_and_stock_run_in_turn_and_rounds_that_are_there_are_left_out() -> None:
+    turns = _turns(["stock", "ours", "ours, too"], 2, [])
+    assert turns == [
+        *(("stock", 0), ("ours", 0), ("ours", 1), ("stock", 1)),
+        *(("ours, too", 0), ("ours, too", 1)),
+    ]
+    assert _turns(["stock", "ours"], 2, turns[:3]) == turns[3:4]
+
+
+def test_results_of_two_settings_are_not_mixed(tmp_path: Path) -> None:
+    Bench(setting.gpu("8b", 1000), tmp_path, 1)
+    Bench(setting.gpu("8b", 1000), tmp_path, 2)
+    with pytest.raises(ConfigError, match="another setting"):
+        Bench(setting.gpu("1b", 1000), tmp_path, 1)
 
 
 # Processes
