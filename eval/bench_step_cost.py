@@ -11,9 +11,7 @@ takes long for all of them: with 100,000 waiting it is stopped after some minute
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from typing import Any
 
 import compare
 import numpy as np
+import process_group
 import step_timer
 import workloads
 
@@ -90,9 +89,7 @@ def _measure(engine: str, num_requests: int) -> Any:
         except subprocess.TimeoutExpired:
             print(f"{engine}: stopped after {_MAX_S} s", file=sys.stderr)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # its engine's processes too
-            child.wait()
+            process_group.end(child)  # its engine's processes too
         return np.load(path)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from eval import process_group
 
 Result = dict[str, Any]
 
@@ -128,9 +129,7 @@ class EngineProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=30)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # all of it has ended
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            process_group.end(self._process)
             self._process.stdout.close()
 
 

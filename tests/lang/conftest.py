@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 
 from batchllm import BatchEngine
 from batchllm.default_model import default_model_path
+from eval import process_group
 
 # Of SGLang's grammar backends only this one runs on a CPU without our scheduler.
 GRAMMAR_BACKEND = "llguidance"
@@ -48,8 +48,7 @@ def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _wait(server, url, log)
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        process_group.end(server)
         for path in set(_SHARED_MEMORY.glob("sglang_loads_*")) - before:  # upstream leaves it
             if "batchllm" not in path.name:
                 path.unlink()
