@@ -98,7 +98,10 @@ def _profile(results: list[Result]) -> list[str]:
     for r in results:
         if "span_s" not in r:
             continue
-        total = sum(r["by_kind"].values()) or 1.0
+        if not r["by_kind"]:
+            rows.append([r["engine"], "no kernel was seen", "", ""])
+            continue
+        total = sum(r["by_kind"].values())
         kinds = ", ".join(f"{kind} {s / total:.0%}" for kind, s in sorted(r["by_kind"].items(), key=lambda p: -p[1]))
         rows.append([r["engine"], f"{r['span_s']:.2f}", f"{r['idle_share']:.1%}", kinds])
     header = ["engine", "profiled, s", "no kernel ran (bound 5 %)", "kernel time"]

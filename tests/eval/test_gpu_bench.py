@@ -99,6 +99,14 @@ def test_a_report_shows_ratios_and_what_was_not_run() -> None:
         {"part": "short", "engine": "ours", "round": 0, "seconds": 16.0, **counts},
         {"part": "short", "limit_s": 8.0, "predicted_s": {"stock": 33.0, "ours": 15.0}},
         {"part": "long", "out_of_time": "needs about 90 s, 10 s are left"},
+        {
+            "part": "profile",
+            "engine": "ours",
+            "span_s": 2.0,
+            "idle_share": 0.03,
+            "by_kind": {"linear": 1.5, "other": 0.5},
+        },
+        {"part": "profile", "engine": "theirs", "span_s": 0.0, "idle_share": 0.0, "by_kind": {}},
         {"part": "correctness", "engine": "ours", "page_size": 16, "num_requests": 9, "num_different": 1}
         | {"num_unexplained": 1, "is_right": False},
     ]
@@ -106,6 +114,8 @@ def test_a_report_shows_ratios_and_what_was_not_run() -> None:
     assert "| stock fa3 lpm, sorted | 30.0 34.0 | 1.00 |  | 0.750 | 0.25 | 33.0 |" in text
     assert "| ours | 16.0 | 2.00 | 1.50 | 0.750 | 0.50 | 15.0 |" in text
     assert "* long: needs about 90 s" in text
+    assert "| ours | 2.00 | 3.0% | linear 75%, other 25% |" in text
+    assert "| theirs | no kernel was seen |" in text
     assert "1 of 9 differ, 1 without a near tie | WRONG |" in text
     assert report.is_wrong(results) and not report.is_wrong(results[:-1])
 
