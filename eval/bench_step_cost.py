@@ -81,7 +81,8 @@ def _measure(engine: str, num_requests: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "steps.npy"))
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        environment |= {step_timer.ENVIRONMENT: path, "PYTHONPATH": str(Path(__file__).parent)}
+        # SGLang leaves sockets and folders of its own among temporary files.
+        environment |= {step_timer.ENVIRONMENT: path, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": folder}
         command = [sys.executable, "-W", "ignore", __file__, "--child", engine, "--num-requests", str(num_requests)]
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         try:

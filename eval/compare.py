@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ def measure(engine: str, workloads: list[str], *flags: str, python: str = sys.ex
         RuntimeError: The process failed; its last words are in the message.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(
-        [python, "-W", "ignore", str(_MEASURE), engine, *workloads, *flags],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # SGLang leaves sockets and folders of its own there
+        done = subprocess.run(
+            [python, "-W", "ignore", str(_MEASURE), engine, *workloads, *flags],
+            capture_output=True,
+            text=True,
+            env=environment | {"TMPDIR": folder},
+        )
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not results:
         raise RuntimeError(f"{engine} {workloads} {flags}: {done.stderr[-2000:]}")

@@ -52,7 +52,7 @@ def running(engine: str, model: str, *flags: str, threads: int = 1) -> Iterator[
                 ],
                 stdout=file,
                 stderr=file,
-                env=environment | {"OMP_NUM_THREADS": str(threads), "XDG_STATE_HOME": folder},
+                env=environment | {"OMP_NUM_THREADS": str(threads), "XDG_STATE_HOME": folder, "TMPDIR": folder},
             )
         try:
             _wait(server, url, log)

@@ -8,6 +8,7 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,8 @@ class EngineProcess:
 
     def __enter__(self) -> Self:
         started = time.monotonic()
+        # SGLang leaves sockets and folders of its own there.
+        self._folder = tempfile.TemporaryDirectory(prefix="gpu-bench-")
         with self._log.open("ab") as log:
             # A group of its own: what it leaves behind can be ended with it.
             self._process = subprocess.Popen(
@@ -86,7 +89,7 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=self._environment,
+                env=self._environment | {"TMPDIR": self._folder.name},
                 start_new_session=True,
             )
         try:
@@ -131,6 +134,7 @@ class EngineProcess:
         finally:
             process_group.end(self._process)
             self._process.stdout.close()
+            self._folder.cleanup()
 
 
 class Engines:

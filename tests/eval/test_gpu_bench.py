@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,24 +220,27 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
 def test_a_dry_run_measures_ours_against_stock_and_leaves_nothing(tmp_path: Path) -> None:
     """Real engines on a CPU, in the processes and through the report of the real run."""
     before = set(os.listdir("/dev/shm"))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "eval.gpu_bench",
-            "--dry-run",
-            "--parts",
-            "unshared",
-            "--rounds",
-            "1",
-            "--out",
-            tmp_path,
-        ],
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    with tempfile.TemporaryDirectory() as temporary:  # paths of sockets must be short
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "eval.gpu_bench",
+                "--dry-run",
+                "--parts",
+                "unshared",
+                "--rounds",
+                "1",
+                "--out",
+                tmp_path,
+            ],
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env=os.environ | {"TMPDIR": temporary},
+        )
+        left = os.listdir(temporary)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "report.md").read_text()
     assert "DRY RUN" in text and "unshared:" in text
@@ -246,4 +250,5 @@ def test_a_dry_run_measures_ours_against_stock_and_leaves_nothing(tmp_path: Path
     assert runs.keys() == {"stock", "ours"}
     assert {r["num_output_tokens"] for r in runs.values()} == {320}
     assert runs["ours"]["num_computed_prompt_tokens"] == runs["ours"]["num_optimal_prompt_tokens"] == 3200
+    assert left == []
     assert set(os.listdir("/dev/shm")) <= before
