@@ -22,7 +22,7 @@ def end(leader: subprocess.Popen[Any]) -> None:
     group = [process for process in psutil.process_iter() if _group_of(process) == leader.pid]
     trackers = []
     for process in group:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
             if "multiprocessing.resource_tracker" in " ".join(process.cmdline()):
                 trackers.append(process)
             else:

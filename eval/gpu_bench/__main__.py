@@ -9,8 +9,7 @@ from pathlib import Path
 from batchllm.errors import BatchLLMError, ConfigError
 from eval.gpu_bench import parts, report, setting
 
-_WORKLOADS = ("short", "long", "snippet", "unshared")
-_MEASURED = [part for name in _WORKLOADS for part in (f"{name}-policies", name)]
+_MEASURED = [part for name in setting.BOUNDS for part in (f"{name}-policies", name)]
 _PARTS = ("correctness", "attention", *_MEASURED, "profile", "calibration")
 
 

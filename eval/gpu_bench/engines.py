@@ -137,7 +137,7 @@ class EngineProcess:
             self._folder.cleanup()
 
 
-class Engines:
+class Engines(contextlib.ExitStack):
     """Engines by name, each started when it is first asked for, all ended when left.
 
     Args:
@@ -145,17 +145,9 @@ class Engines:
     """
 
     def __init__(self, *, at_once: bool) -> None:
+        super().__init__()
         self._at_once = at_once
-        self._stack = contextlib.ExitStack()
         self._running: dict[str, EngineProcess] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end_all()
 
     def __contains__(self, name: str) -> bool:
         return name in self._running
@@ -165,13 +157,13 @@ class Engines:
         if name not in self._running:
             if not self._at_once:
                 self.end_all()
-            self._running[name] = self._stack.enter_context(make())
+            self._running[name] = self.enter_context(make())
         return self._running[name]
 
     def end_all(self) -> None:
         """End those that are there."""
         self._running.clear()
-        self._stack.close()
+        self.close()
 
 
 def _end_of(path: Path, num_characters: int = 1500) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 from batchllm.errors import ConfigError
 from batchllm.perf_model import CostModel, StepWork, fit, samples_of
 from batchllm.planner import plan_batch
-from batchllm.sim import parse_workload, simulate
+from batchllm.sim import parse_workload
 from batchllm.sim.simulate import least_work
 from batchllm.trace import StepTrace
 from eval.gpu_bench import card, kernel_trace
 from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, Engines, OutOfTimeError
+from eval.gpu_bench.predict import simulated
 from eval.gpu_bench.setting import Setting, device_spec
 
 Result = dict[str, Any]
@@ -255,26 +256,17 @@ class Bench:
 
     def _limit(self, part: str) -> Result:
         """Seconds that nothing beats at the rates measured on this card, and what the simulator had predicted."""
-        spec = self.setting.workloads[part]
-        workload = parse_workload(spec)
+        workload = parse_workload(self.setting.workloads[part])
         measured = CostModel.with_defaults(device_spec(self.card(), is_measured=True), self.setting.shape)
         plan = plan_batch(workload.table)
         limit_s = measured.lower_bound_s(least_work(workload, plan), num_steps=int(workload.output_len.max()))
-        predicted = CostModel.with_defaults(device_spec(self.card(), is_measured=False), self.setting.shape)
-        predicted_s = {}
-        for name, scheduler, shares in (
-            ("ours", "batchllm", True),
-            ("ours, SGLang's attention", "batchllm", False),
-            ("stock", "sglang-sorted" if self.best_stock(part)["is_sorted"] else "sglang-fcfs", False),
-        ):
-            predicted_s[name] = simulate(
-                workload,
-                scheduler=scheduler,  # type: ignore[arg-type]  # a name from the table above
-                cost_model=predicted,
-                kv_capacity_tokens=self.setting.server_args["max_total_tokens"],
-                chunk_tokens=self.setting.server_args["chunked_prefill_size"],
-                shares_reads=shares,
-            ).elapsed_s
+        by_data_sheet = CostModel.with_defaults(device_spec(self.card(), is_measured=False), self.setting.shape)
+        names = {"stock": "stock, sorted" if self.best_stock(part)["is_sorted"] else "stock"}
+        names |= {name: name for name in self.setting.ours}
+        predicted_s = {
+            name: simulated(self.setting, by_data_sheet, part, as_simulated).elapsed_s
+            for name, as_simulated in names.items()
+        }
         return {"limit_s": limit_s, "predicted_s": predicted_s}
 
     def _speed_args(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from eval.gpu_bench.setting import Setting
+from eval.gpu_bench.setting import BOUNDS, Setting
 
 Result = dict[str, Any]
 
@@ -72,7 +72,7 @@ def _speed(setting: Setting, by_part: dict[str, list[Result]]) -> list[str]:
                 continue
             seconds = statistics.median(float(r["seconds"]) for r in of_name)
             ratio = f"{statistics.median(stock) / seconds:.2f}" if stock else ""
-            bound = f"{setting.bounds[part]:.2f}" if name == "ours" else ""
+            bound = f"{BOUNDS[part]:.2f}" if name == "ours" else ""
             reuse = 1 - of_name[-1]["num_computed_prompt_tokens"] / of_name[-1]["num_prompt_tokens"]
             best = of_name[-1]["best_stock"]
             how = f"{best['backend']} {best['policy']}" if name == "stock" else ""
