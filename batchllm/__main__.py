@@ -1,6 +1,6 @@
 """``python -m batchllm``."""
 
-from batchllm.cli import main
+from batchllm.cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command())

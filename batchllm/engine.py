@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
+from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
 from batchllm.offline.report import RunReport
@@ -25,9 +26,6 @@ from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
 from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
 from batchllm.request import Completion, Request, SamplingParams
-
-if TYPE_CHECKING:
-    from batchllm.srt.engine import SrtRuntime
 
 Sampling = SamplingParams | Mapping[str, Any]
 T = TypeVar("T")
@@ -38,15 +36,14 @@ _IN_MEMORY = 1 << 60
 class BatchEngine:
     """Runs batches of prompts on one SGLang runtime, each globally planned.
 
-    Use it as a context manager, or call `shutdown`. A script that makes one must guard its main code with
-    ``if __name__ == "__main__"``, since the runtime's processes import the script again.
+    Use it as a context manager, or call `shutdown`. It may be used from any thread, and where an event loop runs.
 
     Args:
         model_path: A Hugging Face model, a directory or a hub name; the embedded model when None.
         group_order: Order of sibling groups, one of `batchllm.planner.GROUP_ORDERS`.
         trace_path: Write what each forward step of the last batch was like to this file.
         **server_args: Any of SGLang's server arguments, e.g. ``max_total_tokens=8192``, and ours: ``kv_limit``,
-            ``output_lengths``.
+            ``output_lengths``. With a ``log_level`` its processes print to standard error; else only errors are shown.
 
     Attributes:
         runtime: What the jobs run on.
@@ -69,11 +66,9 @@ class BatchEngine:
         trace_path: str | os.PathLike[str] | None = None,
         **server_args: Any,
     ) -> None:
-        from batchllm.srt.engine import SrtRuntime  # SGLang takes seconds to import
-
         self._trace_path = trace_path
         self._job_options: dict[str, Any] = {"group_order": group_order, "keep_steps": trace_path is not None}
-        self.runtime: SrtRuntime = SrtRuntime(model_path or default_model_path(), **server_args)
+        self.runtime = HostedRuntime(model_path or default_model_path(), **server_args)
         self.last_report: RunReport | None = None
 
     def batch_generate(

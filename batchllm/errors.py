@@ -16,6 +16,9 @@ Messages name what was wrong, where (file, line, row id, flag), and what to do.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 
 class BatchLLMError(Exception):
     """Base of everything below; catch this to catch all of batchllm."""
@@ -43,6 +46,9 @@ class RowError(WorkloadError):
         self.message = message
         self.code = code
         self.param = param
+
+    def __reduce__(self) -> Any:  # it travels between processes, and pickle knows no keyword arguments
+        return functools.partial(RowError, code=self.code, param=self.param), (self.message,)
 
 
 class PlanError(BatchLLMError):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from array import array
 from collections.abc import Sequence
 from typing import Any, Self
 
 from batchllm.errors import ConfigError, RowError
+
+needs_no_torch = False
+"""Set in a process that wants only tokenizers of transformers: torch is not imported, and there are no models."""
 
 
 class Tokenizer:
@@ -25,6 +31,8 @@ class Tokenizer:
         Raises:
             ConfigError: There is no such model, or it has no tokenizer.
         """
+        if needs_no_torch:
+            _import_without_torch()
         from transformers import AutoTokenizer  # seconds to import
 
         try:
@@ -32,7 +40,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ConfigError(f"-m {model_path}: its tokenizer cannot be loaded: {error}") from error
 
-    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
         """Token ids of each text; special tokens are added as the model wants them."""
         if not texts:
             return []
@@ -43,31 +51,49 @@ class Tokenizer:
             return_token_type_ids=False,
             verbose=False,  # no warning about long prompts: they are refused by name
         )
-        return list(encoded["input_ids"])
+        return [array("i", ids) for ids in encoded["input_ids"]]
 
-    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """A conversation as text, through the model's chat template, ready for the assistant's turn.
+    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]:
+        """Each conversation as text, through the model's chat template, ready for the assistant's turn.
 
         The template has put the special tokens where they belong: encode without adding them.
 
-        Raises:
-            RowError: ``chat_template``: there is none, or it refuses this conversation.
+        Returns:
+            The text, or why there is none, ``chat_template``: there is no template, or it refuses the conversation.
         """
+        return [self._render(messages) for messages in chats]
+
+    def _render(self, messages: Sequence[dict[str, Any]]) -> str | RowError:
         from jinja2 import TemplateError
 
         joined = [message | {"content": _text(message.get("content"))} for message in messages]
         try:
             return str(self._hf.apply_chat_template(joined, tokenize=False, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError) as error:
-            raise RowError(
+            return RowError(
                 f"the model's chat template refuses these messages: {error}",
                 code="chat_template",
                 param="messages",
-            ) from error
+            )
 
     def decode_token(self, token_id: int) -> str:
         """Text of one token by itself."""
         return str(self._hf.decode([token_id]))
+
+
+def _import_without_torch() -> None:
+    """Import what tokenizers need of transformers without torch, which it would import as well."""
+    if "transformers" in sys.modules or "torch" in sys.modules:
+        return
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no torch
+    sys.modules["torch"] = None  # type: ignore[assignment] # "not found", as the documentation of sys.modules says
+    try:
+        from transformers import AutoTokenizer  # noqa: F401
+        from transformers.utils import is_torch_available
+
+        is_torch_available()  # asked once, and remembered
+    finally:
+        del sys.modules["torch"]
 
 
 def _text(content: Any) -> str:

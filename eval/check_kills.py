@@ -69,7 +69,9 @@ class Job:
             driver = psutil.Process(self.process.pid)
             if target == "driver":
                 return driver
-            return next((child for child in driver.children() if target in " ".join(child.cmdline())), None)
+            return next(
+                (child for child in driver.children(recursive=True) if target in " ".join(child.cmdline())), None
+            )
         except psutil.NoSuchProcess:
             return None
 

@@ -110,7 +110,9 @@ def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(tmp_p
     flags = ("run", "-i", source, "-o", out, "--progress-file", progress, "--max-total-tokens", "2048")
     with _start(*flags) as driver:
         _wait_for(progress, driver, lambda told: told["num_done"] > 100)
-        scheduler = next(c for c in psutil.Process(driver.pid).children() if "scheduler" in " ".join(c.cmdline()))
+        scheduler = next(
+            c for c in psutil.Process(driver.pid).children(recursive=True) if "scheduler" in " ".join(c.cmdline())
+        )
         scheduler.kill()
         _wait_for(progress, driver, lambda told: told["num_engine_restarts"] == 1 and told["num_done"] > 300)
         driver.terminate()

@@ -20,17 +20,52 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_STOPPED, say
-from batchllm.cli.parser import make_parser
+from batchllm import tokenizer
 from batchllm.errors import BatchLLMError
+from batchllm.host import template
+from batchllm.srt import host_imports
+
+_VERBOSE_FLAGS = ("-v", "--verbose", "--log-level")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def command() -> int:
+    """Entry point of the command, in a process of its own; returns the exit status."""
+    tokenizer.needs_no_torch = True
+    return main(sys.argv[1:])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit status."""
     if sys.stderr is None:  # closed by whoever started us, who then wants to hear nothing
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
-    args, server_flags = make_parser().parse_known_args(argv)
+    with begin_engine(arguments):
+        return _run(arguments)
+
+
+def begin_engine(arguments: Sequence[str]) -> AbstractContextManager[None]:
+    """Begin with what takes longest, if these arguments ask for an engine: SGLang is imported in another process, while
+    this one does the rest.
+    """
+    command = arguments[0] if arguments else ""
+    if command == "serve":  # this process will host the engine; numpy must not be imported before
+        host_imports.prepare_environment()
+    if command not in ("run", "retry") or {"-h", "--help"} & set(arguments):
+        return nullcontext()
+    return template.held(is_verbose=is_verbose(arguments))
+
+
+def is_verbose(arguments: Sequence[str]) -> bool:
+    """Whether an engine's processes print to standard error."""
+    return any(argument.partition("=")[0] in _VERBOSE_FLAGS for argument in arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_STOPPED, say
+    from batchllm.cli.parser import make_parser
+
+    args, server_flags = make_parser().parse_known_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     command: Callable[[argparse.Namespace, list[str]], int] = args.command
     try:

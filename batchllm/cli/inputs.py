@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from batchllm.dataset import BadRow, ColumnMap, Input, Row, open_input, parse_sampling, read_rows
+from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.ingest import Ingest
 from batchllm.offline.job_rows import UNLIMITED, Int64Array, JobRows
 from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import SamplingParams
+from batchllm.tokenizer import Tokenizer
 
 INPUT_FORMATS = ("jsonl", "parquet", "hf")
 
@@ -82,6 +87,30 @@ def rows_of(args: argparse.Namespace, source: Input) -> Iterator[Row | BadRow]:
     return read_rows(source, defaults=sampling_defaults(args), columns=column_map(args))
 
 
+class _LazyTokenizer:
+    """A model's tokenizer, loaded when there is text: it takes seconds to import.
+
+    Args:
+        model: A directory or a hub name; the embedded model when None.
+    """
+
+    def __init__(self, model: str | None) -> None:
+        self._model = model
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_model(self._model or default_model_path())
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
+        return self._tokenizer.encode(texts, add_special_tokens=add_special_tokens)
+
+    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]:
+        return self._tokenizer.render_chats(chats)
+
+    def decode_token(self, token_id: int) -> str:
+        return self._tokenizer.decode_token(token_id)
+
+
 class Prompts:
     """All prompts of an input, tokenized, for commands that run nothing.
 
@@ -93,17 +122,13 @@ class Prompts:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from batchllm.default_model import default_model_path
-        from batchllm.tokenizer import Tokenizer
-
         with tempfile.TemporaryDirectory(prefix="batchllm-") as name:
             folder = Path(name)
             source = open_input(args.input, spool_folder=folder, input_format=args.input_format)
-            tokenizer = Tokenizer.from_model(args.model or default_model_path())
             self.bad: list[BadRow] = []
             spool = RowSpool(folder)
             store = TokenStore(None, 1 << 60)
-            self.rows = JobRows(UNLIMITED, tokenizer, store)
+            self.rows = JobRows(UNLIMITED, _LazyTokenizer(args.model), store)
             ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
             is_out = ingest.load(ingest.take_pending(rows_of(args, source)), self.rows)
             spool.close()

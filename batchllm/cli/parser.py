@@ -138,6 +138,7 @@ def _add_run_flags(parser: argparse.ArgumentParser, default: Callable[[Any], Any
         default=None,
         help="force the progress bar on or off (default: on a terminal only)",
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what the engine's processes say")
     parser.add_argument("--progress-file", metavar="P.jsonl", help="progress for machines, a line a second at most")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics while it runs")
 

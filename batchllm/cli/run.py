@@ -25,6 +25,7 @@ from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import is_same_output
 from batchllm.default_model import default_model_path
 from batchllm.errors import BatchLLMError, ConfigError, JournalError, WorkloadError
+from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.fingerprint import Fingerprint, check_same, model_identity
 from batchllm.offline.journal import Journal
 from batchllm.offline.metrics import MetricsServer
@@ -46,7 +47,7 @@ _ENGINE_FLAGS_OF_ANSWERS = (
 """Engine flags that change answers. The others change how fast they come, and may change from run to run."""
 _COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "carry", "input_format")
 _PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "model", "job_dir")
-_FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port")
+_FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port", "verbose")
 _DEFAULT_MEMORY_SHARE = 0.5
 _TOKEN_BYTES = 4
 COLLECT_EVERY = 100_000
@@ -134,6 +135,7 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFold
         outputs.begin()
         with _rare_collections():
             is_complete = runner.run(rows)
+        run_ended = time.perf_counter()
         journal.event("end" if is_complete else "stop", stop.name or "")
         journal.commit()
         if not is_complete:
@@ -141,6 +143,7 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFold
             say(f"stopped by {stop.name}: {done}, in {folder.path}; {folder.go_on}")
             return EXIT_STOPPED
         outputs.finish()
+    runner.stats.write_s = time.perf_counter() - run_ended
     return _tell(args, runner, recorder, num_before, time.perf_counter() - started)
 
 
@@ -314,15 +317,14 @@ def _flag_value(flags: list[str], name: str) -> str | None:
 
 def _start_engine(args: argparse.Namespace, server_flags: list[str], journal: Journal) -> Runtime:
     """An engine that draws the seeds of the job's first one, so that a resumed job samples what it would have."""
-    from batchllm.srt.engine import SrtRuntime  # SGLang takes seconds to import
-    from batchllm.srt.server_args import parse_server_flags
-
-    server_args = parse_server_flags(server_flags)
-    server_args.pop("model_path", None)
     seed = journal.notes.get("random_seed")
-    if seed is not None:
-        server_args["random_seed"] = int(seed)
-    runtime = SrtRuntime(_model_path(args, server_flags), **server_args)
+    runtime = HostedRuntime(
+        args.model,
+        default_model_path=default_model_path(),
+        flags=server_flags,
+        is_verbose=args.verbose or _flag_value(server_flags, "log-level") is not None,
+        **({} if seed is None else {"random_seed": int(seed)}),
+    )
     if seed is None:
         journal.note("random_seed", str(runtime.info.random_seed))
     return runtime

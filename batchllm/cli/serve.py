@@ -13,6 +13,7 @@ from batchllm.cli.outcome import EXIT_OK, EXIT_STOPPED
 from batchllm.cli.run import COLLECT_EVERY
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
+from batchllm.srt import host_imports
 
 if TYPE_CHECKING:
     from batchllm.server import BatchOptions, BatchService
@@ -23,7 +24,8 @@ PROGRAM = "python -m batchllm.launch_server"
 
 def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Serve until a signal ends it; returns the exit status."""
-    # FastAPI and SGLang take seconds to import.
+    # The engine's processes are forked from this one: SGLang comes first, before there are threads.
+    host_imports.import_all()
     from batchllm.server import BatchService
     from batchllm.srt.http_server import HttpServer
     from batchllm.srt.server_args import make_parser, make_server_args, own_flags, parse_server_flags

@@ -1,4 +1,4 @@
-"""`BatchBackend`: frontend programs on a `BatchEngine` in this process.
+"""`BatchBackend`: frontend programs on a `BatchEngine`.
 
 Knows the engine and SGLang's own request path inside it. Must not know how programs are run.
 
@@ -16,18 +16,14 @@ from typing import Any
 
 from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.chat_template import get_chat_template, get_chat_template_by_model_path
-from sglang.srt.managers.io_struct import GenerateReqInput
 
 from batchllm.engine import BatchEngine
-from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
+from batchllm.errors import BatchLLMError, ConfigError, EngineError
 from batchllm.lang.bodies import Answers, Asked, Body, generate_body
 from batchllm.lang.driver import WaveDriver
 from batchllm.lang.planned_wave import PlannedWaves, can_be_planned
 from batchllm.lang.programs import RunsInWaves
 from batchllm.lang.waves import MAX_WAVE, Ask, Parked, Waves
-
-_WATCH_S = 1.0
-"""SGLang's own requests wait for ever on an engine that has died; so often it is looked whether it has."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +37,7 @@ class _Stream:
 
 
 class BatchBackend(RunsInWaves, BaseBackend):
-    """A backend of `sglang.lang` over an engine in this process.
+    """A backend of `sglang.lang` over an engine of this process.
 
     While a program is under way the engine must not be used otherwise. A program goes on while somebody waits for it:
     for a variable, for its text, for its batch.
@@ -65,8 +61,7 @@ class BatchBackend(RunsInWaves, BaseBackend):
             raise ConfigError("skip_tokenizer_init: programs are text and need a tokenizer; drop it")
         self._runtime = engine.runtime
         self._tokenizer = engine.runtime.tokenizer
-        self._manager = engine.runtime.sglang_engine.tokenizer_manager
-        self._model_path = self._manager.server_args.model_path
+        self._model_path = engine.runtime.model_path
         self.chat_template = (
             get_chat_template(chat_template_name)
             if chat_template_name
@@ -80,10 +75,10 @@ class BatchBackend(RunsInWaves, BaseBackend):
         return str(self._model_path)
 
     def flush_cache(self) -> None:
-        self._runtime.sglang_engine.flush_cache()
+        self._runtime.call("engine", "flush_cache")
 
     def get_server_info(self) -> Any:
-        return self._runtime.sglang_engine.get_server_info()
+        return self._runtime.call("engine", "get_server_info")
 
     # What upstream's own executor calls: where a program streams
 
@@ -160,23 +155,16 @@ class BatchBackend(RunsInWaves, BaseBackend):
     async def _answer_directly(self, index: int, body: Any, answers: asyncio.Queue[tuple[int, Any]]) -> None:
         """Through SGLang's own request path."""
         answer: Any = None
-        task = asyncio.ensure_future(self._request(body))
         try:
-            while not task.done():
-                await asyncio.wait([task], timeout=_WATCH_S)
-                if self._manager.is_dead:
-                    raise EngineDiedError("a runtime process ended unexpectedly; its log is above")
-            answer = task.result()
+            answer = await self._request(body)
         except Exception as error:  # SGLang refuses with many kinds; the program that asked shall see it
             answer = error
-        finally:
-            task.cancel()
         answers.put_nowait((index, answer))
 
     async def _request(self, body: Any) -> Any:
         fields = body.body if isinstance(body, _Stream) else body
         output = None
-        async for output in self._manager.generate_request(GenerateReqInput(**fields), None):
+        async for output in self._runtime.generate(**fields):
             if isinstance(body, _Stream):
                 body.on_piece(output)
         return None if isinstance(body, _Stream) else output

@@ -1,6 +1,6 @@
 """Sends waves on an event loop and hands out the answers, for as long as somebody waits for one.
 
-Knows an event loop that one thread at a time may run, and a function that answers a wave. Must not know programs,
+Knows an event loop that runs in a thread of its own, and a function that answers a wave. Must not know programs,
 SGLang, or what an ask says.
 
 INVARIANT: every ask that was taken gets exactly one answer, or an exception in its place.
@@ -13,17 +13,18 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from batchllm.lang.waves import Ask, Waves
+from batchllm.offline.event_loop import run_on
 
 Answerer = Callable[[Sequence[Any]], AsyncIterator[tuple[int, Any]]]
 """Bodies in; pairs of (which body, its answer or an exception) out, in any order."""
 
 
 class WaveDriver:
-    """Drives `waves` on ``loop``. Answers under way stay on the loop when nobody drives it, and go on with the next.
+    """Sends `waves` on ``loop``. Answers under way go on when nobody waits.
 
     Args:
         waves: What is asked. Its ``lead`` and ``on_change`` are set.
-        loop: Not running; nobody else may run it while a program is under way.
+        loop: Runs in a thread of its own.
         answer: Answers a wave.
     """
 
@@ -38,7 +39,7 @@ class WaveDriver:
         waves.on_change = self._on_change
 
     def _lead(self, is_done: Callable[[], bool]) -> None:
-        self._loop.run_until_complete(self._drive(is_done))
+        run_on(self._loop, self._drive(is_done))
 
     def _on_change(self) -> None:
         if not self._is_signalled:

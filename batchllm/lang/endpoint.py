@@ -20,6 +20,7 @@ from batchllm.lang.bodies import Body
 from batchllm.lang.driver import WaveDriver
 from batchllm.lang.programs import RunsInWaves
 from batchllm.lang.waves import MAX_WAVE, Waves
+from batchllm.offline.event_loop import LoopThread
 
 _PER_PROMPT = ("text", "input_ids", "sampling_params", "logprob_start_len")
 """Fields that a body with a list of prompts may give for each of them."""
@@ -46,14 +47,12 @@ class Endpoint(RunsInWaves, RuntimeEndpoint):
     ) -> None:
         super().__init__(base_url, api_key, verify, chat_template_name)
         self.waves = Waves(max_wave)
-        self._loop = asyncio.new_event_loop()
-        WaveDriver(self.waves, self._loop, self._answer)
+        self._loop_thread = LoopThread("batchllm-waves")
+        WaveDriver(self.waves, self._loop_thread.loop, self._answer)
 
     def shutdown(self) -> None:
         """Close what this endpoint has open. The server is not touched."""
-        if not self._loop.is_closed():
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
+        self._loop_thread.close()
 
     async def _answer(self, bodies: Sequence[Body]) -> AsyncIterator[tuple[int, Any]]:
         """Answers for `WaveDriver`."""

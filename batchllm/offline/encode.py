@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchllm.errors import ConfigError, RowError
+from batchllm.offline.runtime import BulkTokenizer
 from batchllm.request import Request
-from batchllm.tokenizer import Tokenizer
 
 
-def encode_requests(requests: Sequence[Request], tokenizer: Tokenizer | None) -> list[Sequence[int] | RowError]:
+def encode_requests(requests: Sequence[Request], tokenizer: BulkTokenizer | None) -> list[Sequence[int] | RowError]:
     """Token ids of each request, or why there are none.
 
     Args:
@@ -22,16 +22,16 @@ def encode_requests(requests: Sequence[Request], tokenizer: Tokenizer | None) ->
     encoded: list[Sequence[int] | RowError] = [
         () if request.input_ids is None else request.input_ids for request in requests
     ]
-    texts: list[tuple[int, str]] = []
+    texts = [(i, request.prompt) for i, request in enumerate(requests) if request.prompt is not None]
     chats: list[tuple[int, str]] = []
-    for i, request in enumerate(requests):
-        try:
-            if request.prompt is not None:
-                texts.append((i, request.prompt))
-            elif request.messages is not None:
-                chats.append((i, _need(tokenizer).render_chat(request.messages)))
-        except RowError as error:
-            encoded[i] = error
+    with_messages = [(i, request.messages) for i, request in enumerate(requests) if request.messages is not None]
+    if with_messages:
+        rendered = _need(tokenizer).render_chats([messages for _, messages in with_messages])
+        for (i, _), text in zip(with_messages, rendered, strict=True):
+            if isinstance(text, RowError):
+                encoded[i] = text
+            else:
+                chats.append((i, text))
     for pairs, add_special_tokens in ((texts, True), (chats, False)):
         if pairs:
             ids = _need(tokenizer).encode([text for _, text in pairs], add_special_tokens=add_special_tokens)
@@ -43,7 +43,7 @@ def encode_requests(requests: Sequence[Request], tokenizer: Tokenizer | None) ->
     return encoded
 
 
-def _need(tokenizer: Tokenizer | None) -> Tokenizer:
+def _need(tokenizer: BulkTokenizer | None) -> BulkTokenizer:
     if tokenizer is None:
         raise ConfigError("--skip-tokenizer-init: text needs a tokenizer; drop it or give input_ids")
     return tokenizer

@@ -10,6 +10,7 @@ INVARIANT: every row of the input is counted once, and is then done, failed, or 
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -34,6 +35,7 @@ class Ingest:
 
     Attributes:
         num_rows: Rows so far.
+        read_s: Seconds that `load` has waited for rows.
     """
 
     def __init__(self, finished: Int64Array, fail: Callable[[BadRow], None], spool: RowSpool) -> None:
@@ -44,6 +46,7 @@ class Ingest:
         self._lines = array("q")
         self._next_finished = 0
         self.num_rows = 0
+        self.read_s = 0.0
 
     def take_pending(self, rows: Iterable[Row | BadRow]) -> Iterator[Row]:
         """The rows that can be read and have no result yet."""
@@ -80,7 +83,7 @@ class Ingest:
             Rows that were taken in and have failed all the same: their id is another row's. Shape ``[num_rows]``.
         """
         pending = iter(pending)
-        while rows := list(islice(pending, ENCODE_SLICE)):
+        while rows := self._read(pending):
             errors = job_rows.add([row.request for row in rows])
             for row, error in zip(rows, errors, strict=True):
                 if error is None:
@@ -92,6 +95,12 @@ class Ingest:
         is_refused = self._refuse_duplicates(job_rows)
         self._ids, self._lines = RowIds(), array("q")  # a job of millions of rows has better use for the memory
         return is_refused
+
+    def _read(self, pending: Iterator[Row]) -> list[Row]:
+        started = time.perf_counter()
+        rows = list(islice(pending, ENCODE_SLICE))
+        self.read_s += time.perf_counter() - started
+        return rows
 
     def _refuse_duplicates(self, job_rows: JobRows) -> npt.NDArray[np.bool_]:
         is_refused = np.zeros(len(job_rows), bool)

@@ -18,6 +18,7 @@ from batchllm.offline.identical import is_greedy
 from batchllm.offline.job_rows import Int64Array, JobRows
 from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime
 from batchllm.offline.stats import JobStats
+from batchllm.offline.warm_up import largest_step, warm_up
 from batchllm.planner import DEFAULT_GROUP_ORDER, BatchPlan, GroupOrder, plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
 from batchllm.request import Completion
@@ -201,9 +202,11 @@ class Job:
 
         Raises:
             EngineDiedError: The runtime is gone.
+            EngineError: It cannot run the largest step of the plan.
         """
-        started = time.perf_counter()
         feeder, runtime = self._feeder, self._runtime
+        await self._warm_up()
+        started = time.perf_counter()
         job_id = self._job_id = runtime.open_job()
         receiving: asyncio.Task[FinishedRequests] | None = None
         try:
@@ -226,6 +229,12 @@ class Job:
                 with contextlib.suppress(asyncio.CancelledError):
                     await receiving
             runtime.close_job(job_id, is_complete=feeder.is_done)
+
+    async def _warm_up(self) -> None:
+        started = time.perf_counter()
+        if self._max_in_flight is None and (step := largest_step(self._runtime.info, self._plan)) is not None:
+            await warm_up(self._runtime, step)
+            self.stats.start_s += time.perf_counter() - started
 
     def stop_admitting(self) -> None:
         """Nothing more is submitted, and what has not started is withdrawn; what runs goes on."""

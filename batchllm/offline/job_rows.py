@@ -23,10 +23,9 @@ from batchllm.dataset.limits import check_expected_len, check_prompt_len, check_
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.encode import encode_requests
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
-from batchllm.offline.runtime import RuntimeInfo
+from batchllm.offline.runtime import BulkTokenizer, RuntimeInfo
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import Request, SamplingParams
-from batchllm.tokenizer import Tokenizer
 from batchllm.tokens import TokenTable
 
 ENCODE_SLICE = 1024
@@ -96,7 +95,7 @@ class JobRows:
     def __init__(
         self,
         info: RuntimeInfo,
-        tokenizer: Tokenizer | None,
+        tokenizer: BulkTokenizer | None,
         store: TokenStore,
         identical: IdenticalRows | None = None,
     ) -> None:

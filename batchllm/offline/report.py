@@ -47,10 +47,15 @@ class RunReport:
     """Output tokens that they generated."""
     sum_prediction_error_tokens: int
     """Sum over them of the distance between the two."""
+    start_s: float
+    """Waiting for engines to start."""
+    read_s: float
     tokenize_s: float
     plan_s: float
     run_s: float
     """From the first request submitted to the last answered."""
+    write_s: float
+    """From the last answer to the last line written."""
 
     @property
     def reuse(self) -> float:
@@ -102,9 +107,12 @@ class RunReport:
             "num_predicted_actual_tokens": self.num_predicted_actual_tokens,
             "sum_prediction_error_tokens": self.sum_prediction_error_tokens,
             "mean_prediction_error": self.mean_prediction_error,
+            "start_s": self.start_s,
+            "read_s": self.read_s,
             "tokenize_s": self.tokenize_s,
             "plan_s": self.plan_s,
             "run_s": self.run_s,
+            "write_s": self.write_s,
         }
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
@@ -114,6 +122,7 @@ class RunReport:
     def render(self) -> str:
         """The report as an aligned table for a terminal, without a final newline."""
         rows = [
+            ("elapsed", f"{self.elapsed_s:,.2f} s", self._phases()),
             ("requests", f"{self.num_requests:,}", self._outcome()),
             ("prompt tokens", f"{self.num_prompt_tokens:,}", ""),
             ("  computed", f"{self.num_computed_prompt_tokens:,}", f"reuse {self.reuse:.1%}"),
@@ -126,7 +135,6 @@ class RunReport:
             ("peak KV tokens", f"{self.peak_kv_tokens:,}", f"of {self.kv_capacity_tokens:,}"),
             ("retractions", f"{self.num_retractions:,}", ""),
             ("lengths learned", f"{self.num_predicted:,}", self._prediction()),
-            ("elapsed", f"{self.elapsed_s:,.2f} s", self._phases()),
             ("prompt tokens/s", f"{self.prompt_tokens_per_s:,.1f}", ""),
             ("output tokens/s", f"{self.output_tokens_per_s:,.1f}", ""),
         ]
@@ -148,7 +156,8 @@ class RunReport:
         )
 
     def _phases(self) -> str:
-        return f"tokenize {self.tokenize_s:.2f}, plan {self.plan_s:.2f}, run {self.run_s:.2f}"
+        phases = ("start", "read", "tokenize", "plan", "run", "write")
+        return ", ".join(f"{phase} {getattr(self, f'{phase}_s'):.2f}" for phase in phases)
 
 
 def _saved(num_computed: int, num_prompt: int) -> float:

@@ -164,7 +164,8 @@ class Runner:
         if self._identical is not None:
             self._identical.find(np.flatnonzero(~is_out))
             is_out |= self._identical.is_follower
-        self.stats.tokenize_s = time.perf_counter() - started
+        self.stats.read_s = ingest.read_s
+        self.stats.tokenize_s = time.perf_counter() - started - ingest.read_s
         return job_rows, self._first_works(job_rows, is_out)
 
     def _first_works(self, job_rows: JobRows, is_out: np.ndarray) -> list[Work]:
@@ -190,7 +191,11 @@ class Runner:
 
     def _start(self) -> None:
         self._progress.set_state("starting")
-        self.runtime = self._start_engine()
+        started = time.perf_counter()
+        try:
+            self.runtime = self._start_engine()
+        finally:
+            self.stats.start_s += time.perf_counter() - started
         self.info = self.runtime.info
 
     def _run_works(self, job_rows: JobRows, works: list[Work]) -> None:

@@ -1,16 +1,17 @@
-"""What a job needs of a runtime. ``batchllm.srt.engine`` is the real one."""
+"""What a job needs of a runtime. `batchllm.host.runtime` and the server's are the real ones."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from batchllm.errors import RowError
 from batchllm.planner.run import PlannedRun
 from batchllm.request import Completion, SamplingParams
 from batchllm.scheduler.admission import max_total_len
 from batchllm.scheduler.output_length import PredictionError
-from batchllm.tokenizer import Tokenizer
 from batchllm.trace.steps import StepArray
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ class RuntimeInfo:
         random_seed: Base of the seeds of requests that name none.
         has_seeded_sampling: False where the sampling backend takes no seed.
         has_grammar: False where structured output is switched off.
+        max_step_tokens: Most prompt tokens that a step computes; None where that is not known, or not limited.
+        max_running: Most requests that run at once; None where that is not known.
     """
 
     model_name: str
@@ -43,6 +46,8 @@ class RuntimeInfo:
     random_seed: int
     has_seeded_sampling: bool
     has_grammar: bool
+    max_step_tokens: int | None = None
+    max_running: int | None = None
 
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""
@@ -91,6 +96,16 @@ class FinishedRequests:
     steps: StepArray
 
 
+class BulkTokenizer(Protocol):
+    """Text to token ids and back: `batchllm.tokenizer.Tokenizer`, here or in another process."""
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]: ...
+
+    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]: ...
+
+    def decode_token(self, token_id: int) -> str: ...
+
+
 class Runtime(Protocol):
     """A running engine."""
 
@@ -98,7 +113,7 @@ class Runtime(Protocol):
     def info(self) -> RuntimeInfo: ...
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> BulkTokenizer | None:
         """None where the engine runs on token ids only."""
 
     def open_job(self) -> int:

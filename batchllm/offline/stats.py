@@ -27,9 +27,14 @@ class JobStats:
     num_retractions: int = 0
     peak_kv_tokens: int = 0
     prediction: PredictionError = field(default_factory=PredictionError)
+    start_s: float = 0.0
+    """Waiting for engines to start."""
+    read_s: float = 0.0
     tokenize_s: float = 0.0
     plan_s: float = 0.0
     run_s: float = 0.0
+    write_s: float = 0.0
+    """After the last answer."""
 
     def __add__(self, other: JobStats) -> JobStats:
         return JobStats(
@@ -40,9 +45,12 @@ class JobStats:
             num_retractions=self.num_retractions + other.num_retractions,
             peak_kv_tokens=max(self.peak_kv_tokens, other.peak_kv_tokens),
             prediction=self.prediction + other.prediction,
+            start_s=self.start_s + other.start_s,
+            read_s=self.read_s + other.read_s,
             tokenize_s=self.tokenize_s + other.tokenize_s,
             plan_s=self.plan_s + other.plan_s,
             run_s=self.run_s + other.run_s,
+            write_s=self.write_s + other.write_s,
         )
 
     def report(
@@ -83,9 +91,12 @@ class JobStats:
             num_predicted_tokens=round(self.prediction.num_predicted_tokens),
             num_predicted_actual_tokens=self.prediction.num_actual_tokens,
             sum_prediction_error_tokens=round(self.prediction.sum_absolute_error),
+            start_s=self.start_s,
+            read_s=self.read_s,
             tokenize_s=self.tokenize_s,
             plan_s=self.plan_s,
             run_s=self.run_s,
+            write_s=self.write_s,
         )
 
 

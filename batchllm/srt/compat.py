@@ -7,6 +7,7 @@ upgrade, run ``python -m batchllm.srt.compat`` and walk through what has changed
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import pkgutil
@@ -146,6 +147,7 @@ def digest(qualified_name: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
+@functools.cache  # forks of a process that has verified need not do it again
 def check() -> None:
     """Verify version and sources.
 

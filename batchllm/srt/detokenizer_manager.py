@@ -40,5 +40,5 @@ class BatchDetokenizerManager(DetokenizerManager):
 
 def run_detokenizer_process(*args: Any, **kwargs: Any) -> None:
     """Target of the detokenizer process."""
-    child_process.begin()
+    child_process.begin("detokenizer")
     run_upstream(*args, **kwargs, detokenizer_manager_class=BatchDetokenizerManager)

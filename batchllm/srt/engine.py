@@ -1,4 +1,4 @@
-"""SGLang's offline engine with our processes. (Upstream: ``srt/entrypoints/engine.py``.)"""
+"""SGLang's offline engine with our processes, where it is hosted. (Upstream: ``srt/entrypoints/engine.py``.)"""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import ServerArgs
@@ -22,17 +22,15 @@ from batchllm.srt.scheduler import run_scheduler_process
 from batchllm.srt.server_args import make_server_args
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
 
-T = TypeVar("T")
-
 
 class _PlannedEngine(Engine):
     """SGLang's engine, started with our three processes and leaving nothing behind."""
 
     init_tokenizer_manager_func = staticmethod(init_tokenizer_manager)
-    run_scheduler_process_func = staticmethod(run_scheduler_process)
     run_detokenizer_process_func = staticmethod(run_detokenizer_process)
 
-    def __init__(self, server_args: ServerArgs) -> None:
+    def __init__(self, server_args: ServerArgs, scheduler_process: Callable[..., None]) -> None:
+        self.run_scheduler_process_func = scheduler_process
         self.tokenizer_manager: Any = None
         self._processes = EngineProcesses()
         try:
@@ -42,7 +40,7 @@ class _PlannedEngine(Engine):
             raise
 
     def _launch_subprocesses(self, server_args: ServerArgs, **kwargs: Any) -> Any:
-        with self._processes.starting():
+        with self._processes.starting(server_args):
             return super()._launch_subprocesses(server_args=server_args, **kwargs)
 
     def shutdown(self) -> None:
@@ -61,6 +59,7 @@ class SrtRuntime(ManagedRuntime):
 
     Args:
         model_path: A Hugging Face model: a directory or a hub name.
+        scheduler_process: Target of the scheduler's process.
         **server_args: Any of SGLang's server arguments.
 
     Raises:
@@ -68,25 +67,16 @@ class SrtRuntime(ManagedRuntime):
         EngineError: The processes did not come up.
     """
 
-    def __init__(self, model_path: str, **server_args: Any) -> None:
+    def __init__(
+        self, model_path: str, *, scheduler_process: Callable[..., None] = run_scheduler_process, **server_args: Any
+    ) -> None:
         compat.check()
         args = make_server_args(model_path, **server_args)
         with launch_errors(args):
-            self.sglang_engine = _PlannedEngine(args)
+            self.sglang_engine = _PlannedEngine(args, scheduler_process)
         self.loop: asyncio.AbstractEventLoop = self.sglang_engine.loop
         init_info = self.sglang_engine._scheduler_init_result.scheduler_infos[0]
         super().__init__(self.sglang_engine.tokenizer_manager, args, init_info)
-
-    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        try:
-            while True:
-                try:
-                    yield self.loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
-        finally:
-            if not self.loop.is_closed():
-                self.loop.run_until_complete(stream.aclose())
 
     def shutdown(self) -> None:
         """End all processes of this runtime. Doing it twice does nothing."""
@@ -102,7 +92,7 @@ class SrtRuntime(ManagedRuntime):
 
 def _child_failed(signum: int, frame: Any) -> None:
     """A child that fails while the engine starts sends SIGQUIT; upstream's handler would kill this process."""
-    raise EngineError("a runtime process failed to start; its log is above")
+    raise EngineError("a process of the engine failed to start; its log has the reason")
 
 
 @contextlib.contextmanager

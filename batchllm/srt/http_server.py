@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from batchllm.errors import EngineDiedError
+from batchllm.offline.event_loop import iterate_on
 from batchllm.srt import compat
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.engine import launch_errors
@@ -49,20 +49,7 @@ class ServerRuntime(ManagedRuntime):
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         """From any thread but the loop's own."""
-        try:
-            while True:
-                done, item = self._wait_for(_next(stream))
-                if done:
-                    return
-                yield item
-        finally:
-            self._wait_for(stream.aclose())
-
-    def _wait_for(self, coroutine: Any) -> Any:
-        if self.loop.is_closed():
-            coroutine.close()
-            raise EngineDiedError("the server has ended")
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        return iterate_on(self.loop, stream)
 
     def withdraw(self, job_id: int) -> None:
         """From any thread."""
@@ -70,13 +57,6 @@ class ServerRuntime(ManagedRuntime):
 
     def shutdown(self) -> None:
         """A job ends, the server does not."""
-
-
-async def _next(stream: AsyncGenerator[T, None]) -> tuple[bool, T | None]:
-    try:
-        return False, await anext(stream)
-    except StopAsyncIteration:
-        return True, None
 
 
 class HttpServer:
@@ -138,7 +118,7 @@ class HttpServer:
 
             @classmethod
             def _launch_subprocesses(cls, server_args: ServerArgs, **kwargs: Any) -> Any:
-                with server._processes.starting(), launch_errors(server_args):
+                with server._processes.starting(server_args), launch_errors(server_args):
                     ports = PortArgs.init_new(server_args)
                     ports.instance_id = server._processes.instance_id  # names a file in shared memory
                     launched = super()._launch_subprocesses(server_args=server_args, port_args=ports, **kwargs)

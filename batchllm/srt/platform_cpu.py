@@ -15,6 +15,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from batchllm.srt.cpu_environment import set_environment_defaults
+
 OVERLAP_VARIABLE = "BATCHLLM_CPU_OVERLAP"
 """Environment variable: if set, steps overlap with scheduling as on a GPU, which is slower here. For tests: what is
 scheduled, and what is known when, is the same."""
@@ -29,19 +31,6 @@ def activate() -> str | None:
         return None
     set_environment_defaults()
     return f"{CpuPlatform.__module__}.{CpuPlatform.__qualname__}"
-
-
-def set_environment_defaults() -> None:
-    """What a CPU wants of the processes that compute, unless the user has chosen otherwise. They inherit it.
-
-    libgomp spins while it waits: beside a tokenizer and a detokenizer process on the same cores that makes two threads
-    about ten times slower than one. ``torch.compile`` takes half a minute and a C++ compiler for the small functions
-    that SGLang compiles (sampling, penalties). Huge pages make reading weights and KV faster.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):

@@ -10,11 +10,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
 
 import psutil
+import sglang.srt.entrypoints.engine as upstream
 from sglang.srt.managers.io_struct import ShutdownReq
+
+from batchllm.srt.fork_safety import launch_state, process_state
 
 _SOCKET_DIR_PREFIX = "batchllm-"
 _LOADS_PREFIX = "sglang_loads_"
@@ -42,8 +46,11 @@ class EngineProcesses:
         return os.path.basename(self._socket_dir)
 
     @contextlib.contextmanager
-    def starting(self) -> Iterator[None]:
-        """Processes started in here, and temporary files made, belong to this engine."""
+    def starting(self, server_args: Any) -> Iterator[None]:
+        """Processes started in here, and temporary files made, belong to this engine.
+
+        They are forks of this process where that is safe (`batchllm.srt.fork_safety`), else they import SGLang again.
+        """
         _remove_files_of_the_dead()
         self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-")
         before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
@@ -51,7 +58,7 @@ class EngineProcesses:
         # A kernel library makes a temporary directory in every process at import and leaves it there.
         quiet = os.environ.get("PYTHONWARNINGS", "ignore::UserWarning")
         try:
-            with _environment(CUDA_TILE_TEMP_DIR=self._socket_dir, PYTHONWARNINGS=quiet):
+            with _environment(CUDA_TILE_TEMP_DIR=self._socket_dir, PYTHONWARNINGS=quiet), _start_method(server_args):
                 yield
         finally:
             tempfile.tempdir = before
@@ -67,7 +74,7 @@ class EngineProcesses:
         if manager._subprocess_watchdog is not None:
             manager._subprocess_watchdog.stop()
         schedulers = [child for child in self._children if "scheduler" in _command(child)]
-        if manager.is_dead or not all(map(_is_alive, schedulers)):
+        if manager.death is not None or not all(map(_is_alive, schedulers)):
             return
         with contextlib.suppress(TimeoutError):  # one that is just dying takes no message any more
             await asyncio.wait_for(manager.send_and_wait(ShutdownReq()), _GRACE_S)
@@ -92,6 +99,26 @@ class EngineProcesses:
             path.unlink(missing_ok=True)
         shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._socket_dir = None
+
+
+@contextlib.contextmanager
+def _start_method(server_args: Any) -> Iterator[None]:
+    """Have SGLang start processes as it is safe here; it would spawn them."""
+    if process_state() is not None or launch_state(server_args) is not None:
+        yield
+        return
+    before, upstream.mp = upstream.mp, _Forking()
+    try:
+        yield
+    finally:
+        upstream.mp = before
+
+
+class _Forking(ForkContext):
+    """Forks, whatever start method it is told to use."""
+
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        pass
 
 
 def _remove_files_of_the_dead() -> None:

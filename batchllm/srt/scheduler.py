@@ -100,7 +100,8 @@ class BatchScheduler(PlannedIntake):
 
     def get_init_info(self) -> dict[str, Any]:
         parts = {"scheduler": self, "radix_cache": self.tree_cache, "attention": self.attention}
-        return super().get_init_info() | {"batchllm": {name: type(part).__name__ for name, part in parts.items()}}
+        names = {name: type(part).__name__ for name, part in parts.items()}
+        return super().get_init_info() | {"batchllm": names | {"max_running": self.max_running_requests}}
 
     def init_output_streamer(self) -> None:
         self.output_streamer = BatchOutputStreamer(
@@ -312,6 +313,8 @@ class BatchScheduler(PlannedIntake):
     def on_idle(self) -> None:
         self.step_recorder.pause()
         super().on_idle()
+        if self.planned_jobs and not self.planned_window and super().is_fully_idle():
+            self.maybe_sleep_on_idle()  # upstream has not slept, since a job is open
 
     def is_fully_idle(self, for_health_check: bool = False) -> bool:
         # An open job has a claim on its pins even while none of its requests is here.
@@ -339,7 +342,7 @@ class OfflineBatchScheduler(BatchScheduler):
 
 def run_server_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process of a server, like `run_scheduler_process`."""
-    child_process.begin()
+    child_process.begin("scheduler")
     install(server_args, BatchScheduler)
     upstream.run_scheduler_process(server_args, *args, **kwargs)
 
@@ -348,7 +351,7 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own
     function.
     """
-    child_process.begin()
+    child_process.begin("scheduler")
     install(server_args, OfflineBatchScheduler)
     upstream.run_scheduler_process(server_args, *args, **kwargs)
 

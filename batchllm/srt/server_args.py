@@ -166,6 +166,7 @@ class _Parser(argparse.ArgumentParser):
 def _defaults(model_path: str) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "log_level": "error",
+        "sleep_on_idle": True,
         "radix_cache_backend": radix_cache.BACKEND_NAME,
         # FlashInfer's sampling kernels take no seed per request.
         "sampling_backend": "pytorch",

@@ -71,9 +71,9 @@ class BatchTokenizerManager(TokenizerManager):
         await self._async_dispatch_to_scheduler(message)
 
     @property
-    def is_dead(self) -> bool:
-        """A runtime process has ended."""
-        return self._death is not None
+    def death(self) -> EngineDiedError | None:
+        """What has been said when a process of the engine ended; None while all are up."""
+        return self._death
 
     def auto_create_handle_loop(self) -> None:
         """Start to receive, once. SIGTERM stays whose it was: upstream would kill this whole process."""

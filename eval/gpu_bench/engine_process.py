@@ -10,6 +10,7 @@ are counted by each engine: ours in the scheduler, stock's as prompt tokens less
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -103,7 +104,7 @@ def _ours(server_args: dict[str, Any]) -> tuple[Callable[..., Answers], Callable
             "peak_kv_tokens": report.peak_kv_tokens,
         }
 
-    return run, engine.runtime.sglang_engine.start_profile, engine.shutdown
+    return run, functools.partial(engine.runtime.call, "engine", "start_profile"), engine.shutdown
 
 
 class SwitchableScheduler(upstream.Scheduler):

@@ -71,7 +71,7 @@ class LazyTokenizer:
 
     def __getattr__(self, name: str) -> Any:
         loaded = Tokenizer.from_model(default_model_path())
-        self.__dict__.update(encode=loaded.encode, render_chat=loaded.render_chat, decode_token=loaded.decode_token)
+        self.__dict__.update(encode=loaded.encode, render_chats=loaded.render_chats, decode_token=loaded.decode_token)
         return getattr(loaded, name)
 
 

@@ -25,7 +25,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")  # stock SGLang keeps a core busy when it has nothing to do
-def engine() -> Iterator[BatchEngine]:
+def engine(engines: None) -> Iterator[BatchEngine]:
     with BatchEngine(max_total_tokens=2048, grammar_backend=GRAMMAR_BACKEND, random_seed=7) as engine:
         yield engine
 

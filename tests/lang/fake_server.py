@@ -12,6 +12,7 @@ from sglang.lang.backend.base_backend import BaseBackend
 from batchllm.lang.driver import WaveDriver
 from batchllm.lang.programs import RunsInWaves
 from batchllm.lang.waves import Waves
+from batchllm.offline.event_loop import LoopThread
 
 REFUSED = "REFUSED"
 """A prompt with this in it is answered with an exception."""
@@ -32,13 +33,12 @@ class FakeBackend(RunsInWaves, BaseBackend):
         super().__init__()
         self.sent: list[list[dict[str, Any]]] = []
         self._num_turns = num_turns
-        self._loop = asyncio.new_event_loop()
+        self._loop_thread = LoopThread("fake-server")
         self.waves = Waves(**waves_kwargs)
-        WaveDriver(self.waves, self._loop, self._answer)
+        WaveDriver(self.waves, self._loop_thread.loop, self._answer)
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
+        self._loop_thread.close()
 
     async def _answer(self, bodies: Sequence[Any]) -> AsyncIterator[tuple[int, Any]]:
         self.sent.append(list(bodies))

@@ -32,7 +32,7 @@ from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import Bas
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from batchllm.srt import child_process, gpu_attention_backend
+from batchllm.srt import child_process, gpu_attention_backend, server_args
 from batchllm.srt.platform_cpu import CpuPlatform
 from batchllm.srt.scheduler import OfflineBatchScheduler, install
 from batchllm.trace.whole_file import write_whole
@@ -40,6 +40,8 @@ from batchllm.trace.whole_file import write_whole
 COUNTS = "EMULATED_GPU_COUNTS"
 """Environment variable: a file for a JSON object, steps by path, graphs as ``graph`` (nothing shared) and ``graph,
 shared``."""
+
+server_args._check_page_size = lambda _: None  # pages are for devices
 
 _NUM_PROCESSORS = 4
 _GRAPH_ROWS = [2, 4, 8]
@@ -160,7 +162,7 @@ def _no_capture_stream(*_: Any, **__: Any) -> Iterator[Any]:
 
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process; TRITON_INTERPRET must be set in its environment."""
-    child_process.begin()
+    child_process.begin("scheduler")
     install(server_args, EmulatedScheduler)
     # By this name SGLang does not launch kernels of its own beside the backend's.
     ATTENTION_BACKENDS["torch_native"] = gpu_attention_backend.create

@@ -20,7 +20,7 @@ def child(path):
     while os.getppid() == multiprocessing.parent_process().pid and sys.argv[2] == "before":
         time.sleep(0.01)  # as if it were still importing when its parent dies
     from batchllm.srt import child_process
-    child_process.begin()
+    child_process.begin("child")
     time.sleep(600)
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batchllm import BatchEngine, default_model
-from batchllm.srt import server_args
-from batchllm.srt.engine import _PlannedEngine
+from batchllm.host import runtime
 from batchllm.trace import StepTrace
 from tests.srt import emulated_gpu
-from tests.srt.test_live_requests import _answers, _job
+from tests.srt.live import answers_of, job_of, live_answer, run
 
 pytestmark = pytest.mark.engine
 
@@ -45,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpu(request: pytest.FixtureRequest, model: str, folder: Path) -> Iterator[BatchEngine]:
     """By the size of its pages."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_PlannedEngine, "run_scheduler_process_func", staticmethod(emulated_gpu.run_scheduler_process))
+        patch.setattr(runtime, "SCHEDULER_PROCESS", "tests.srt.emulated_gpu:run_scheduler_process")
         for name in (
             "TRITON_INTERPRET",
             "BATCHLLM_CPU_OVERLAP",
@@ -54,7 +53,6 @@ def gpu(request: pytest.FixtureRequest, model: str, folder: Path) -> Iterator[Ba
         ):
             patch.setenv(name, "1")
         patch.setenv(emulated_gpu.COUNTS, str(folder / "counts.json"))
-        patch.setattr(server_args, "_check_page_size", lambda _: None)  # pages are for devices
         engine = BatchEngine(
             model,
             page_size=request.param,
@@ -145,16 +143,15 @@ def test_live_requests_beside_a_job_are_answered_right(gpu: BatchEngine, expecte
     """Their steps are the job's: shared segments for some rows, none for others."""
     prompts, _ = _workload(1)
     live, planned = prompts[:3], prompts[3:]
-    job = _job(gpu, planned, max_new_tokens=5)
+    job = job_of(gpu, planned, max_new_tokens=5)
 
     async def both() -> tuple[dict[int, list[int]], list[list[int]]]:
-        stream = gpu.runtime.sglang_engine.async_generate
         answers, *others = await asyncio.gather(
-            _answers(job), *(stream(input_ids=ids, sampling_params=_sampling([5])[0]) for ids in live)
+            answers_of(job), *(live_answer(gpu, ids, **_sampling([5])[0]) for ids in live)
         )
         return answers, [other["output_ids"] for other in others]
 
-    answers, others = gpu.runtime.loop.run_until_complete(both())
+    answers, others = run(gpu, both())
     right = expected(prompts, [5] * len(prompts))
     assert others == right[:3]
     assert answers == dict(enumerate(right[3:]))

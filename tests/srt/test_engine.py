@@ -11,6 +11,7 @@ import pytest
 
 from batchllm import BatchEngine
 from batchllm.errors import ConfigError
+from tests.srt.live import live_answer, run
 
 pytestmark = pytest.mark.engine
 
@@ -312,14 +313,13 @@ def test_live_requests_run_beside_a_plan(engine: BatchEngine) -> None:
         }
 
     async def live(prompt: list[int]) -> list[int]:
-        output = await engine.runtime.sglang_engine.async_generate(input_ids=prompt, sampling_params=GREEDY)
-        return list(output["output_ids"])
+        return list((await live_answer(engine, prompt))["output_ids"])
 
     async def both() -> tuple[dict[int, list[int]], list[list[int]]]:
         done, *answers = await asyncio.gather(plan(), *map(live, live_prompts))
         return done, answers
 
-    done, answers = engine.runtime.loop.run_until_complete(both())
+    done, answers = run(engine, both())
     assert answers == [list(c.output_ids) for c in expected_live]
     assert done == {c.index: list(c.output_ids) for c in expected}
     assert job.stats.num_computed_prompt_tokens <= job.stats.num_optimal_prompt_tokens
@@ -367,7 +367,7 @@ def test_a_job_that_stops_answers_what_runs_withdraws_the_rest_and_leaves_the_en
         ({"output_lengths": "guessed"}, "--output-lengths guessed"),
     ],
 )
-def test_what_cannot_start_is_refused_by_name(arguments: dict[str, Any], word: str) -> None:
-    """Before any process is started."""
+def test_what_cannot_start_is_refused_by_name(engines: None, arguments: dict[str, Any], word: str) -> None:
+    """Before a scheduler is started."""
     with pytest.raises(ConfigError, match=re.escape(word)):
         BatchEngine(**arguments)

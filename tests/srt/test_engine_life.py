@@ -21,7 +21,7 @@ if __name__ == "__main__":
     prompts = [[10 + i % 7, 20 + i, 30] for i in range(400)]
     stream = engine.batch_generate_iter(input_ids=prompts, sampling_params={"max_new_tokens": 64, "ignore_eos": True})
     next(stream)
-    (scheduler,) = [c for c in psutil.Process().children() if "scheduler" in " ".join(c.cmdline())]
+    (scheduler,) = [c for c in psutil.Process().children(recursive=True) if "scheduler" in " ".join(c.cmdline())]
     scheduler.kill()
     for attempt in ("the batch that ran", "the next one"):
         try:
@@ -33,11 +33,10 @@ if __name__ == "__main__":
     engine.shutdown()
     engine = BatchEngine(max_total_tokens=2000)  # another one in the same process, whose end nobody is told of
     list(engine.batch_generate_iter(input_ids=[[5, 6]], sampling_params={"max_new_tokens": 2}))
-    (scheduler,) = [c for c in psutil.Process().children() if "scheduler" in " ".join(c.cmdline())]
+    (scheduler,) = [c for c in psutil.Process().children(recursive=True) if "scheduler" in " ".join(c.cmdline())]
     scheduler.kill()
     engine.shutdown()
-    names = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-    print("left:", [name for name in names if "sglang" in name])
+    print("left:", [child.cmdline() for child in psutil.Process().children(recursive=True)])
 """
 
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
 from batchllm import BatchEngine
-from batchllm.offline.job import Job
-from batchllm.offline.job_rows import JobRows
-from batchllm.offline.token_store import TokenStore
-from batchllm.request import Request, SamplingParams
+from tests.srt.live import GREEDY, answers_of, job_of, live_answer, live_request, run, tell_manager
 
 pytestmark = pytest.mark.engine
-
-GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 
 
 def _ids(seed: int, num_tokens: int) -> list[int]:
@@ -37,51 +31,19 @@ def _groups(seed: int, num_groups: int, group_size: int, shared_len: int, privat
     return prompts
 
 
-def _job(engine: BatchEngine, prompts: list[list[int]], max_new_tokens: int = 8) -> Job:
-    sampling = SamplingParams(temperature=0, max_new_tokens=max_new_tokens, ignore_eos=True)
-    rows = JobRows(engine.runtime.info, engine.runtime.tokenizer, TokenStore(None, 1 << 30))
-    rows.add([Request(row_id=str(i), index=i, sampling=sampling, input_ids=p) for i, p in enumerate(prompts)])
-    return Job(engine.runtime, rows)
-
-
-async def _answers(job: Job, on_first: Any = None) -> dict[int, list[int]]:
-    answers: dict[int, list[int]] = {}
-    async for finished in job.run():
-        for row, completion in zip(finished.rows, finished.completions, strict=True):
-            answers[row] = list(completion.output_ids)
-        if on_first is not None:
-            on_first()
-            on_first = None
-    return answers
-
-
-async def _live(engine: BatchEngine, prompt: list[int], **sampling: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = await engine.runtime.sglang_engine.async_generate(
-        input_ids=prompt, sampling_params=GREEDY | sampling
-    )
-    return answer
-
-
-def _run(engine: BatchEngine, coroutine: Coroutine[Any, Any, Any]) -> Any:
-    return engine.runtime.loop.run_until_complete(coroutine)
-
-
 def _all_live(engine: BatchEngine, prompts: list[list[int]], **sampling: Any) -> list[dict[str, Any]]:
-    async def run() -> list[dict[str, Any]]:
-        return await asyncio.gather(*(_live(engine, prompt, **sampling) for prompt in prompts))
+    async def all_answers() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(live_answer(engine, prompt, **sampling) for prompt in prompts))
 
-    answers: list[dict[str, Any]] = _run(engine, run())
-    return answers
+    return run(engine, all_answers())
 
 
 async def _all_at_once(engine: BatchEngine, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Answers to live requests that have all arrived before the first of them starts."""
-    manager = engine.runtime.sglang_engine.tokenizer_manager
-    manager.auto_create_handle_loop()
-    manager.send(PauseGenerationReqInput(mode="in_place"))
-    tasks = [asyncio.ensure_future(_live(engine, prompt)) for prompt in prompts]
+    await tell_manager(engine, "send", PauseGenerationReqInput(mode="in_place"))
+    tasks = [asyncio.ensure_future(live_answer(engine, prompt)) for prompt in prompts]
     await asyncio.sleep(0.1)  # each has sent its request before it waits for the answer
-    manager.send(ContinueGenerationReqInput(torch_empty_cache=False))
+    await tell_manager(engine, "send", ContinueGenerationReqInput(torch_empty_cache=False))
     return list(await asyncio.gather(*tasks))
 
 
@@ -116,7 +78,7 @@ def test_a_job_that_is_planned_anew_finds_what_the_old_one_had_computed(engine: 
     """The old one is withdrawn, the new one submitted, the old one closed: prefixes that are there stay there."""
     prompts = _groups(3, num_groups=2, group_size=60, shared_len=400, private_len=10)
     expected = _expected(engine, prompts)
-    old, new = _job(engine, prompts), _job(engine, prompts)
+    old, new = job_of(engine, prompts), job_of(engine, prompts)
 
     async def replan() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         begin = asyncio.Event()
@@ -127,12 +89,12 @@ def test_a_job_that_is_planned_anew_finds_what_the_old_one_had_computed(engine: 
 
         async def again() -> dict[int, list[int]]:
             await begin.wait()
-            return await _answers(new)
+            return await answers_of(new)
 
-        first, second = await asyncio.gather(_answers(old, withdraw), again())
+        first, second = await asyncio.gather(answers_of(old, withdraw), again())
         return first, second
 
-    first, second = _run(engine, replan())
+    first, second = run(engine, replan())
     assert 0 < len(first) < len(prompts)
     assert all(ids == expected[row] for row, ids in first.items())
     assert second == dict(enumerate(expected))
@@ -149,7 +111,7 @@ def test_a_live_request_gets_room_from_a_job_that_pins_nearly_all_of_it(engine: 
     prompts = _groups(5, num_groups=1, group_size=200, shared_len=1200, private_len=10)
     live_prompt = _ids(6, 700)
     expected, (expected_live,) = _expected(engine, prompts), _expected(engine, [live_prompt])
-    job = _job(engine, prompts)
+    job = job_of(engine, prompts)
     num_left: list[int] = []
 
     async def both() -> tuple[dict[int, list[int]], dict[str, Any]]:
@@ -157,14 +119,14 @@ def test_a_live_request_gets_room_from_a_job_that_pins_nearly_all_of_it(engine: 
 
         async def live() -> dict[str, Any]:
             await begin.wait()
-            answer = await _live(engine, live_prompt)
+            answer = await live_answer(engine, live_prompt)
             num_left.append(len(job.rows_in_flight()))
             return answer
 
-        done, answer = await asyncio.gather(_answers(job, begin.set), live())
+        done, answer = await asyncio.gather(answers_of(job, begin.set), live())
         return done, answer
 
-    done, answer = _run(engine, both())
+    done, answer = run(engine, both())
     assert num_left[0] > 0
     assert list(answer["output_ids"]) == expected_live
     assert done == dict(enumerate(expected))
@@ -176,22 +138,22 @@ def test_a_stream_of_live_requests_does_not_stop_a_job(engine: BatchEngine) -> N
     """Though more wait at any time than the pool holds."""
     prompts = _groups(7, num_groups=6, group_size=10, shared_len=150, private_len=20)
     expected = _expected(engine, prompts)
-    job = _job(engine, prompts)
+    job = job_of(engine, prompts)
     num_live_left = 600
 
     async def stream(seed: int) -> None:
         nonlocal num_live_left
         while num_live_left and not done.done():
             num_live_left -= 1
-            await _live(engine, _ids(seed + num_live_left, 200))
+            await live_answer(engine, _ids(seed + num_live_left, 200))
 
     async def both() -> None:
         nonlocal done
-        done = asyncio.ensure_future(_answers(job))
+        done = asyncio.ensure_future(answers_of(job))
         await asyncio.gather(done, *(stream(10_000 * i) for i in range(1, 13)))
 
     done: asyncio.Future[dict[int, list[int]]] = engine.runtime.loop.create_future()
-    _run(engine, both())
+    run(engine, both())
     assert done.result() == dict(enumerate(expected))
     assert num_live_left > 0
 
@@ -200,16 +162,16 @@ def test_a_live_request_that_may_run_long_does_not_stop_a_job(engine: BatchEngin
     """Its limit is most of the pool; the job opens one prefix after the other beside it."""
     prompts = _groups(8, num_groups=6, group_size=4, shared_len=100, private_len=10)
     expected = _expected(engine, prompts)
-    job = _job(engine, prompts)
+    job = job_of(engine, prompts)
 
     async def both() -> tuple[dict[int, list[int]], bool, int]:
-        live = asyncio.ensure_future(_live(engine, _ids(9, 20), max_new_tokens=1200))
+        live = asyncio.ensure_future(live_answer(engine, _ids(9, 20), max_new_tokens=1200))
         await asyncio.sleep(0.5)
-        answers = await _answers(job)
+        answers = await answers_of(job)
         is_first = not live.done()
         return answers, is_first, len((await live)["output_ids"])
 
-    answers, is_first, num_generated = _run(engine, both())
+    answers, is_first, num_generated = run(engine, both())
     assert answers == dict(enumerate(expected))
     assert is_first
     assert num_generated == 1200
@@ -219,18 +181,18 @@ def test_a_live_request_that_waits_for_another_does_not_stop_a_job(engine: Batch
     """It fits beside what runs as little as its limit does; the job needs much less, and goes on."""
     prompts = _groups(20, num_groups=6, group_size=4, shared_len=100, private_len=10)
     expected = _expected(engine, prompts)
-    job = _job(engine, prompts)
+    job = job_of(engine, prompts)
 
     async def both() -> tuple[dict[int, list[int]], bool, list[int]]:
-        running = asyncio.ensure_future(_live(engine, _ids(21, 20), max_new_tokens=1000))
+        running = asyncio.ensure_future(live_answer(engine, _ids(21, 20), max_new_tokens=1000))
         await asyncio.sleep(0.2)
-        waiting = asyncio.ensure_future(_live(engine, _ids(22, 1300), max_new_tokens=20))
+        waiting = asyncio.ensure_future(live_answer(engine, _ids(22, 1300), max_new_tokens=20))
         await asyncio.sleep(0.1)
-        answers = await _answers(job)
+        answers = await answers_of(job)
         is_first = not running.done() and not waiting.done()
         return answers, is_first, [len(answer["output_ids"]) for answer in await asyncio.gather(running, waiting)]
 
-    answers, is_first, lens = _run(engine, both())
+    answers, is_first, lens = run(engine, both())
     assert answers == dict(enumerate(expected))
     assert is_first
     assert lens == [1000, 20]
@@ -245,7 +207,7 @@ def test_what_a_burst_of_live_requests_shares_is_computed_once(engine: BatchEngi
     expected = _expected(engine, prompts)
     report = engine.last_report
     assert report is not None
-    answers = _run(engine, _all_at_once(engine, prompts))
+    answers = run(engine, _all_at_once(engine, prompts))
     assert [list(answer["output_ids"]) for answer in answers] == expected
     assert _num_computed(answers) == report.num_optimal_prompt_tokens
 
@@ -262,7 +224,7 @@ def test_live_requests_that_read_together_are_answered_as_planned_ones(engine: B
     rng.shuffle(prompts)
     expected = _expected(engine, prompts)
     for _ in range(2):
-        answers = _run(engine, _all_at_once(engine, prompts))
+        answers = run(engine, _all_at_once(engine, prompts))
         assert [list(answer["output_ids"]) for answer in answers] == expected
 
 
@@ -278,19 +240,12 @@ def test_namespaces_of_live_requests_share_nothing(engine: BatchEngine) -> None:
     """The extra key keeps them apart."""
     prompt = _ids(13, 150)
 
-    async def run() -> list[dict[str, Any]]:
-        from sglang.srt.managers.io_struct import GenerateReqInput
+    async def all_answers() -> list[dict[str, Any]]:
+        return await asyncio.gather(
+            *(live_request(engine, input_ids=prompt, sampling_params=GREEDY, extra_key=key) for key in ("a", "b", "a"))
+        )
 
-        manager = engine.runtime.sglang_engine.tokenizer_manager
-
-        async def one(key: str) -> dict[str, Any]:
-            request = GenerateReqInput(input_ids=prompt, sampling_params=dict(GREEDY), extra_key=key)
-            answer: dict[str, Any] = await anext(manager.generate_request(request, None))
-            return answer
-
-        return await asyncio.gather(*(one(key) for key in ("a", "b", "a")))
-
-    assert _num_computed(_run(engine, run())) == 150 + 150 + 1
+    assert _num_computed(run(engine, all_answers())) == 150 + 150 + 1
 
 
 def test_a_long_live_prompt_in_pieces_is_shared_too(engine: BatchEngine) -> None:
@@ -313,42 +268,39 @@ def test_live_requests_that_are_aborted_while_they_wait_leave_the_rest_alone(eng
     prompts = _groups(32, num_groups=4, group_size=10, shared_len=200, private_len=20)
     expected = _expected(engine, prompts)
 
-    async def run() -> list[list[int]]:
-        manager = engine.runtime.sglang_engine.tokenizer_manager
-        blocker = asyncio.ensure_future(_live(engine, _ids(33, 1300), max_new_tokens=40))
+    async def all_answers() -> list[list[int]]:
+        blocker = asyncio.ensure_future(live_answer(engine, _ids(33, 1300), max_new_tokens=40))
         tasks = [
             asyncio.ensure_future(
-                engine.runtime.sglang_engine.async_generate(
-                    input_ids=prompt, sampling_params=GREEDY, rid=f"live-{'gone' if i % 2 else 'kept'}-{i}"
+                live_request(
+                    engine, input_ids=prompt, sampling_params=GREEDY, rid=f"live-{'gone' if i % 2 else 'kept'}-{i}"
                 )
             )
             for i, prompt in enumerate(prompts)
         ]
         await asyncio.sleep(0.2)
         for i in range(1, len(prompts), 2):
-            manager.abort_request(rid=f"live-gone-{i}")
+            await tell_manager(engine, "abort_request", rid=f"live-gone-{i}")
         await blocker
         await asyncio.gather(*tasks[1::2], return_exceptions=True)
         return [list(answer["output_ids"]) for answer in await asyncio.gather(*tasks[::2])]
 
-    assert _run(engine, run()) == expected[::2]
+    assert run(engine, all_answers()) == expected[::2]
 
 
 def test_log_probabilities_of_a_live_prompt_are_all_there(engine: BatchEngine) -> None:
     """Such a request reads nothing from the cache, and is not held back for anybody."""
     prompt = _ids(34, 60)
 
-    async def run() -> list[dict[str, Any]]:
+    async def all_answers() -> list[dict[str, Any]]:
         return await asyncio.gather(
             *(
-                engine.runtime.sglang_engine.async_generate(
-                    input_ids=prompt, sampling_params=GREEDY, return_logprob=True, logprob_start_len=0
-                )
+                live_request(engine, input_ids=prompt, sampling_params=GREEDY, return_logprob=True, logprob_start_len=0)
                 for _ in range(3)
             )
         )
 
-    for answer in _run(engine, run()):
+    for answer in run(engine, all_answers()):
         assert len(answer["meta_info"]["input_token_logprobs"]) == 60
 
 
@@ -357,24 +309,23 @@ def test_pausing_takes_the_kv_of_all_and_going_on_answers_all(engine: BatchEngin
     prompts = _groups(35, num_groups=3, group_size=20, shared_len=150, private_len=10)
     live_prompts = _groups(36, num_groups=2, group_size=5, shared_len=100, private_len=10)
     expected, expected_live = _expected(engine, prompts), _expected(engine, live_prompts)
-    job = _job(engine, prompts)
-    manager = engine.runtime.sglang_engine.tokenizer_manager
+    job = job_of(engine, prompts)
 
     async def both() -> tuple[dict[int, list[int]], list[dict[str, Any]]]:
         begin = asyncio.Event()
 
         async def live() -> list[dict[str, Any]]:
             await begin.wait()
-            tasks = [asyncio.ensure_future(_live(engine, prompt)) for prompt in live_prompts]
+            tasks = [asyncio.ensure_future(live_answer(engine, prompt)) for prompt in live_prompts]
             await asyncio.sleep(0.02)
-            manager.send(PauseGenerationReqInput(mode="retract"))
+            await tell_manager(engine, "send", PauseGenerationReqInput(mode="retract"))
             await asyncio.sleep(0.1)
-            manager.send(ContinueGenerationReqInput(torch_empty_cache=False))
+            await tell_manager(engine, "send", ContinueGenerationReqInput(torch_empty_cache=False))
             return list(await asyncio.gather(*tasks))
 
-        done, answers = await asyncio.gather(_answers(job, begin.set), live())
+        done, answers = await asyncio.gather(answers_of(job, begin.set), live())
         return done, answers
 
-    done, answers = _run(engine, both())
+    done, answers = run(engine, both())
     assert done == dict(enumerate(expected))
     assert [list(answer["output_ids"]) for answer in answers] == expected_live

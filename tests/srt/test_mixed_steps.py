@@ -15,11 +15,7 @@ import pytest
 
 from batchllm import BatchEngine
 from batchllm.trace import StepTrace
-from tests.srt.test_live_requests import GREEDY
-from tests.srt.test_live_requests import _answers as answers_of
-from tests.srt.test_live_requests import _job as job_of
-from tests.srt.test_live_requests import _live as live_answer
-from tests.srt.test_live_requests import _run as run
+from tests.srt.live import GREEDY, answers_of, job_of, live_answer, run
 
 pytestmark = pytest.mark.engine
 
@@ -28,9 +24,10 @@ _LONG = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module", params=["in turn", "overlap"])
-def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchEngine]:
+def mixed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, engines: None
+) -> Iterator[BatchEngine]:
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
         if request.param == "overlap":
             environment.setenv("BATCHLLM_CPU_OVERLAP", "1")
         with BatchEngine(
@@ -39,7 +36,7 @@ def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             enable_mixed_chunk=True,
             trace_path=tmp_path_factory.mktemp("mixed") / "trace.json",
         ) as engine:
-            assert engine.runtime.sglang_engine.server_args.disable_overlap_schedule == (request.param != "overlap")
+            assert engine.runtime.info.num_unstored_tokens == (request.param != "overlap")
             yield engine
 
 

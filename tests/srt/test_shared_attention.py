@@ -39,7 +39,7 @@ def _prompts(num_groups: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchEngine]:
+def bfloat16(tmp_path_factory: pytest.TempPathFactory, engines: None) -> Iterator[BatchEngine]:
     path = tmp_path_factory.mktemp("bfloat16") / "trace.json"
     with BatchEngine(max_total_tokens=2000, dtype="bfloat16", trace_path=path) as engine:
         yield engine

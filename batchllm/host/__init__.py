@@ -1,0 +1,10 @@
+"""An engine in processes of its own, as the process that uses it sees it.
+
+    template    the process that has imported SGLang; engines are forked from it
+    runtime     `HostedRuntime`: an engine forked from it, as a `batchllm.offline.runtime.Runtime`
+    messages    what the two sides say to each other
+    logs        what the processes of an engine print
+
+Knows the wire and the seam to jobs. Must not know SGLang: importing this room takes no torch and no seconds. The other
+side is `batchllm.srt.template` and `batchllm.srt.engine_host`.
+"""

@@ -1,0 +1,63 @@
+"""What the processes of an engine print: in files of their own, shown where one fails.
+
+INVARIANT: a run that succeeds shows none of it. Errors that are logged are shown at once, by `srt.child_process`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER_VARIABLE = "BATCHLLM_LOG_FOLDER"
+"""Environment variable of an engine's processes: the folder of their logs; unset where they print to standard error."""
+ERRORS_FD_VARIABLE = "BATCHLLM_ERRORS_FD"
+"""Environment variable of an engine's processes: the file descriptor where logged errors are shown."""
+TEMPLATE = "template"
+"""Name of the log of everything that happens before an engine is asked for."""
+_MAX_LINES = 60
+_EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)|AssertionError)\b.*")
+
+
+class EngineLogs:
+    """The logs of one template and its engines.
+
+    Args:
+        prefix: Begins the name of the temporary folder that holds them.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix))
+
+    def path(self, name: str) -> Path:
+        """Log of the processes of this name."""
+        return self.folder / f"{name}.log"
+
+    def show(self) -> None:
+        """Print the end of every log to standard error, each line behind the name of its process; forget it."""
+        for path in sorted(self.folder.glob("*.log")):
+            lines = _take_lines(path)
+            for line in lines[-_MAX_LINES:]:
+                print(f"{path.stem}: {line}", file=sys.stderr)
+
+    def cause(self) -> str | None:
+        """The last exception in the logs, as Python words it; None where there is none."""
+        found = None
+        for path in sorted(self.folder.glob("*.log"), key=os.path.getmtime):
+            for line in path.read_text(errors="replace").splitlines():
+                if _EXCEPTION.match(line):
+                    found = line.strip()
+        return found
+
+    def remove(self) -> None:
+        """Delete the logs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _take_lines(path: Path) -> list[str]:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    os.truncate(path, 0)
+    return lines

@@ -1,0 +1,162 @@
+"""Messages between the process that uses an engine and the process that hosts it. They travel by pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+
+# To the engine's process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The first message: start the engine.
+
+    Attributes:
+        model_path: A Hugging Face model: a directory or a hub name; None where ``flags`` name one, or the default.
+        default_model_path: The model where nothing names one.
+        flags: SGLang's command line flags.
+        server_args: SGLang's server arguments by name; they win over ``flags``.
+        scheduler_process: Target of the scheduler's process, as ``module:function``.
+        is_verbose: Say what goes on.
+        variables: Environment variables of the driver that are read when an engine starts.
+    """
+
+    model_path: str | None
+    default_model_path: str
+    flags: list[str]
+    server_args: dict[str, Any]
+    scheduler_process: str
+    is_verbose: bool
+    variables: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """Begin a job."""
+
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """The next run of a job, in plan order."""
+
+    job_id: int
+    requests: RunRequests
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take back the requests of a job that have not started."""
+
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseJob:
+    """End a job; one that is not complete is aborted."""
+
+    job_id: int
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Call a method; its result comes back as a `Reply` with the same number.
+
+    Attributes:
+        number: Number of the call.
+        target: ``tokenizer``, ``engine`` (SGLang's) or ``manager`` (its tokenizer manager).
+        method: Name of the method.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    number: int
+    target: str
+    method: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """A request outside any plan, by the fields of SGLang's ``GenerateReqInput``; its outputs come as `Piece`."""
+
+    number: int
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for this `Generate` any more."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the engine."""
+
+
+# From the engine's process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The engine has started.
+
+    Attributes:
+        info: Its fixed numbers.
+        has_tokenizer: False where it runs on token ids only.
+        pid: The process that hosts it.
+        model_path: The model that it has loaded.
+    """
+
+    info: RuntimeInfo
+    has_tokenizer: bool
+    pid: int
+    model_path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine has not started."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Requests of a job that have finished."""
+
+    job_id: int
+    requests: FinishedRequests
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Result of a `Call`, or the exception that it raised."""
+
+    number: int
+    result: Any = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Output of a `Generate`; at its end None, or the exception that it raised."""
+
+    number: int
+    output: Any = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """A process of the engine has ended; nothing more will come."""
+
+    reason: str

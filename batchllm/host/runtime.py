@@ -1,0 +1,328 @@
+"""An engine in processes of its own, as a runtime. It may be used from any thread, and needs nothing of its caller's.
+
+Messages arrive in a thread; jobs are fed and received on an event loop in another one. Both are this object's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import psutil
+
+from batchllm.errors import EngineDiedError, EngineError, RowError
+from batchllm.host import messages, template
+from batchllm.offline.compile_ahead import compile_ahead
+from batchllm.offline.event_loop import LoopThread
+from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+
+SCHEDULER_PROCESS = "batchllm.srt.scheduler:run_scheduler_process"
+"""Target of the scheduler's process."""
+_STOP_TIMEOUT_S = 30
+T = TypeVar("T")
+
+
+class HostedRuntime:
+    """A running SGLang with our parts, in processes of its own.
+
+    Args:
+        model_path: A Hugging Face model, a directory or a hub name; None where ``flags`` name one, or the default.
+        default_model_path: The model where nothing names one.
+        flags: SGLang's command line flags.
+        is_verbose: Its processes print to standard error; else only errors are shown.
+        **server_args: SGLang's server arguments, and ours.
+
+    Attributes:
+        loop: The event loop on which jobs are fed and received.
+        model_path: The model that is loaded.
+
+    Raises:
+        ConfigError: An argument is wrong or not supported.
+        EngineError: The processes did not come up.
+    """
+
+    def __init__(
+        self,
+        model_path: str | None,
+        *,
+        default_model_path: str = "",
+        flags: Sequence[str] = (),
+        is_verbose: bool = False,
+        **server_args: Any,
+    ) -> None:
+        self._is_up = True
+        self._template = template.acquire(is_verbose=is_verbose or "log_level" in server_args)
+        self._loop_thread: LoopThread | None = None
+        self._connection: Connection | None = None
+        self._death: EngineDiedError | None = None
+        try:
+            self._connection = self._template.fork()
+            start = messages.Start(
+                model_path=model_path,
+                default_model_path=default_model_path,
+                flags=list(flags),
+                server_args=server_args,
+                scheduler_process=SCHEDULER_PROCESS,
+                is_verbose=is_verbose,
+                variables=template.own_variables(),
+            )
+            # There is nothing else to do meanwhile, and the first plan takes seconds where nothing has been compiled.
+            threading.Thread(target=compile_ahead, name="batchllm-compile", daemon=True).start()
+            ready = self._wait_until_ready(start)
+        except BaseException:
+            self._is_up = False
+            self._release()
+            raise
+        self.model_path = ready.model_path
+        self._info = ready.info
+        self._host = psutil.Process(ready.pid)
+        self._tokenizer = HostedTokenizer(self) if ready.has_tokenizer else None
+        self._numbers = itertools.count()
+        self._send_lock = threading.Lock()
+        self._outputs: dict[int, asyncio.Queue[FinishedRequests | EngineDiedError]] = {}
+        self._pieces: dict[int, asyncio.Queue[messages.Piece | EngineDiedError]] = {}
+        self._calls: dict[int, Future[Any]] = {}
+        self._loop_thread = LoopThread("batchllm-jobs")
+        self.loop = self._loop_thread.loop
+        self._receiver = threading.Thread(target=self._receive, name="batchllm-receive", daemon=True)
+        self._receiver.start()
+
+    @property
+    def info(self) -> RuntimeInfo:
+        return self._info
+
+    @property
+    def tokenizer(self) -> HostedTokenizer | None:
+        return self._tokenizer
+
+    # Jobs, on the loop
+
+    def open_job(self) -> int:
+        if self._death is not None:
+            raise self._death
+        job_id = next(self._numbers)
+        self._outputs[job_id] = asyncio.Queue()
+        self._send(messages.OpenJob(job_id))
+        return job_id
+
+    def submit(self, job_id: int, requests: RunRequests) -> None:
+        self._send(messages.Submit(job_id, requests))
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        output = await self._outputs[job_id].get()
+        if isinstance(output, EngineDiedError):
+            raise output
+        return output
+
+    def withdraw(self, job_id: int) -> None:
+        self._send(messages.Withdraw(job_id))
+
+    def close_job(self, job_id: int, *, is_complete: bool) -> None:
+        del self._outputs[job_id]
+        self._send(messages.CloseJob(job_id, is_complete))
+
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
+        assert self._loop_thread is not None
+        return self._loop_thread.iterate(stream)
+
+    # Requests outside jobs
+
+    async def generate(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
+        """Run a request outside any plan, by SGLang's own path. On the loop.
+
+        Args:
+            **fields: Fields of SGLang's ``GenerateReqInput``.
+
+        Yields:
+            What SGLang yields: its pieces with ``stream=True``, else one answer.
+
+        Raises:
+            EngineDiedError: A process of the engine has ended.
+            Exception: What SGLang raises for a request that it refuses.
+        """
+        if self._death is not None:
+            raise self._death
+        number = next(self._numbers)
+        pieces: asyncio.Queue[messages.Piece | EngineDiedError] = asyncio.Queue()
+        self._pieces[number] = pieces
+        self._send(messages.Generate(number, fields))
+        is_over = False
+        try:
+            while True:
+                piece = await pieces.get()
+                if isinstance(piece, EngineDiedError) or piece.error is not None or piece.output is None:
+                    is_over = True
+                    if isinstance(piece, EngineDiedError):
+                        raise piece
+                    if piece.error is not None:
+                        raise piece.error
+                    return
+                yield piece.output
+        finally:
+            del self._pieces[number]
+            if not is_over:
+                self._send(messages.Cancel(number))
+
+    def call(self, target: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method in the engine's process, and wait for its result. From any thread but the loop's.
+
+        Args:
+            target: ``engine``: SGLang's engine; ``manager``: its tokenizer manager; ``tokenizer``: ours.
+            method: Name of the method.
+            *args: Positional arguments.
+            **kwargs: Keyword arguments.
+
+        Raises:
+            EngineDiedError: A process of the engine has ended.
+            Exception: What the method raises.
+        """
+        return self.call_soon(target, method, *args, **kwargs).result()
+
+    def call_soon(self, target: str, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Like `call`, from any thread; returns at once with a future of the result."""
+        number = next(self._numbers)
+        future: Future[Any] = Future()
+        self._calls[number] = future
+        if self._death is not None:
+            self._fail_calls(self._death)
+        else:
+            self._send(messages.Call(number, target, method, args, kwargs))
+        return future
+
+    # The end
+
+    def shutdown(self) -> None:
+        """End all processes of this runtime. Doing it twice does nothing."""
+        if not self._is_up:
+            return
+        self._is_up = False
+        self._send(messages.Shutdown())
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = self._host.children(recursive=True)
+            _, alive = psutil.wait_procs([self._host], timeout=_STOP_TIMEOUT_S)
+            for process in alive + children:  # they end with their parent, if not before
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive + children, timeout=_STOP_TIMEOUT_S)
+        self._release()
+
+    def _release(self) -> None:
+        if self._connection is not None and self._loop_thread is None:
+            self._connection.close()  # else the receiver does
+        if self._loop_thread is not None:
+            self._receiver.join(_STOP_TIMEOUT_S)
+            self._loop_thread.close()
+        template.release(self._template)
+
+    # The wire
+
+    def _wait_until_ready(self, start: messages.Start) -> messages.Ready:
+        assert self._connection is not None
+        try:
+            self._connection.send(start)
+            message = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise EngineError(f"the engine did not start: its process has ended{self._show_logs()}") from error
+        if isinstance(message, messages.Failed):
+            if isinstance(message.error, EngineError):
+                raise EngineError(f"{message.error}{self._show_logs()}") from message.error
+            raise message.error
+        assert isinstance(message, messages.Ready)
+        return message
+
+    def _show_logs(self) -> str:
+        """Show what the engine's processes have printed; returns their last exception, to go behind a message."""
+        if self._template.logs is None:
+            return "; its log is above"
+        cause = self._template.logs.cause()
+        self._template.logs.show()
+        return "" if cause is None else f": {cause}"
+
+    def _send(self, message: Any) -> None:
+        """Send, unless nobody is there any more: then `_receive` says so."""
+        assert self._connection is not None
+        with self._send_lock, contextlib.suppress(OSError):
+            self._connection.send(message)
+
+    def _receive(self) -> None:
+        """In a thread: hand every message to whoever waits for it."""
+        assert self._connection is not None
+        while True:
+            try:
+                message = self._connection.recv()
+            except (EOFError, OSError):
+                self._die("the engine's process has ended")
+                self._connection.close()
+                return
+            match message:
+                case messages.Finished(job_id, requests):
+                    self.loop.call_soon_threadsafe(self._deliver, self._outputs, job_id, requests)
+                case messages.Piece(number):
+                    self.loop.call_soon_threadsafe(self._deliver, self._pieces, number, message)
+                case messages.Reply(number, result, error):
+                    future = self._calls.pop(number)
+                    if error is None:
+                        future.set_result(result)
+                    else:
+                        future.set_exception(error)
+                case messages.Died(reason):
+                    self._die(reason)
+
+    def _die(self, reason: str) -> None:
+        if self._death is not None:
+            return
+        if self._is_up:
+            reason += self._show_logs()
+        self._death = EngineDiedError(reason)
+        self.loop.call_soon_threadsafe(self._fail_jobs, self._death)
+        self._fail_calls(self._death)
+
+    def _fail_jobs(self, death: EngineDiedError) -> None:
+        queues: list[asyncio.Queue[Any]] = [*self._outputs.values(), *self._pieces.values()]
+        for queue in queues:
+            queue.put_nowait(death)
+
+    def _fail_calls(self, death: EngineDiedError) -> None:
+        while self._calls:
+            with contextlib.suppress(KeyError):
+                self._calls.popitem()[1].set_exception(death)
+
+    @staticmethod
+    def _deliver(queues: dict[int, asyncio.Queue[Any]], number: int, item: Any) -> None:
+        if number in queues:  # else nobody waits for it any more
+            queues[number].put_nowait(item)
+
+
+class HostedTokenizer:
+    """The tokenizer of an engine, in the engine's process. What it does is in `batchllm.tokenizer.Tokenizer`."""
+
+    def __init__(self, runtime: HostedRuntime) -> None:
+        self._runtime = runtime
+        self._texts: dict[int, str] = {}
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
+        """Token ids of each text; special tokens are added as the model wants them."""
+        if not texts:
+            return []
+        ids: list[array[int]] = self._runtime.call(
+            "tokenizer", "encode", list(texts), add_special_tokens=add_special_tokens
+        )
+        return ids
+
+    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]:
+        """Each conversation as text, through the model's chat template, or why there is none."""
+        rendered: list[str | RowError] = self._runtime.call("tokenizer", "render_chats", list(chats))
+        return rendered
+
+    def decode_token(self, token_id: int) -> str:
+        """Text of one token by itself."""
+        if token_id not in self._texts:
+            self._texts[token_id] = self._runtime.call("tokenizer", "decode_token", token_id)
+        return self._texts[token_id]

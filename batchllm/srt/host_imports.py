@@ -1,0 +1,64 @@
+"""How SGLang is imported: once, before anything computes, without libraries that an engine has no use for."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Iterator
+
+from batchllm.srt.cpu_environment import set_environment_defaults
+
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri")
+_NEVER_USED = ("sklearn",)
+"""Assisted generation in transformers draws a curve with it."""
+_USED_ON_GPUS = ("flashinfer",)
+"""Kernels, and the compilers that they come with."""
+
+
+def may_have_accelerator() -> bool:
+    """Whether this machine has a device file of a GPU. Asking loads no driver."""
+    return any(map(os.path.exists, _ACCELERATORS))
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """While this is open, the libraries above are not found; afterwards they can be imported as ever.
+
+    They take a fifth of the time and of the memory of an import of SGLang.
+    """
+    names = _NEVER_USED if may_have_accelerator() else _NEVER_USED + _USED_ON_GPUS
+    hidden = [name for name in names if name not in sys.modules]
+    # `import` finds no module, and `importlib.util.find_spec`, by which libraries ask, no spec.
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # as the documentation of sys.modules says
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+def prepare_environment() -> None:
+    """Set what libraries read when they are loaded, unless the user has set it. Nothing heavy may be imported yet."""
+    # Of numpy and scipy, which have little to compute here: it would start threads at import.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Whether there is a GPU is answered without CUDA, which cannot be used in a fork of a process that has used it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+    if not may_have_accelerator():
+        set_environment_defaults()
+
+
+def import_all() -> None:
+    """Import what the processes of an engine need."""
+    # Nothing of what is imported goes away: a collection would look at all of it in vain, again and again.
+    gc.disable()
+    with left_out():
+        import sglang.srt.managers.data_parallel_controller  # noqa: F401 - SGLang imports it when an engine starts
+
+        from batchllm.srt import engine, model_registry, platform_cpu  # noqa: F401
+
+        model_registry.make_lazy()
+    gc.freeze()
+    gc.enable()
