@@ -2,7 +2,7 @@
 
 import sys
 
-from batchllm.cli import main
+from batchllm.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    sys.exit(command(["serve", *sys.argv[1:]]))

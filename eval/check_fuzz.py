@@ -120,11 +120,9 @@ def _watch(args: argparse.Namespace, first: int) -> Iterator[dict[str, Any]]:
 def _work(numbers: range, seed: int) -> None:
     """Runs files in this process, and prints a line of JSON for each."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cli"))
-    from instant_engine import Settings, engine_starter
+    from instant_engine import Settings, use_instant_engine
 
-    from batchllm.cli import run
-
-    run._start_engine = engine_starter(Settings())
+    use_instant_engine(Settings())
     told = os.fdopen(os.dup(1), "w")
     last_words = os.fdopen(os.dup(2), "w")
     shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

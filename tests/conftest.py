@@ -1,13 +1,33 @@
-"""What tests of engines share."""
+"""What all tests share: one import of SGLang, two workers, sizes, and how many engines may be started."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from batchllm.host import template
+from tests.sizes import THOROUGH_VARIABLE
+
+_SCHEDULER_TITLE = "sglang::scheduler"
+_LOOK_EVERY_S = 0.3
+
+# Files whose tests share an engine, or must not run beside each other, and in which order workers take them.
+# What starts first takes longest; all other files are groups of their own, behind these.
+_GROUPS = {
+    "tests/srt/test_emulated_gpu.py": "emulated GPU",
+    "tests/srt/test_engine_life.py": "leftovers",
+    "tests/srt": "one engine",
+    "tests/test_cli.py": "command",
+    "tests/test_launch_server.py": "server",
+    "tests/eval/test_gpu_bench.py": "leftovers",
+    "tests/lang": "programs",
+}
+_ORDER = ("emulated GPU", "one engine", "command", "server", "leftovers", "programs")
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +36,63 @@ def engines() -> Iterator[None]:
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
     with template.held(is_verbose=False):
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run property tests, fuzz and model checks in full size")
+    parser.addini("max_engine_starts", "engines that the tests may start", default="0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--thorough"):
+        os.environ[THOROUGH_VARIABLE] = "1"  # workers inherit it; tests read it when they are collected
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(EngineStarts(int(config.getini("max_engine_starts"))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take whole groups, the longest first."""
+    groups = {item: _group_of(item.nodeid.partition("::")[0]) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: _ORDER.index(groups[item]) if groups[item] in _ORDER else len(_ORDER))
+
+
+def _group_of(path: str) -> str:
+    return next((group for start, group in _GROUPS.items() if path.startswith(start)), path)
+
+
+class EngineStarts:
+    """Counts the schedulers that come up below this process; more than ``limit`` fail the run."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._seen: set[int] = set()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(_LOOK_EVERY_S):
+            self._seen |= {pid for pid in psutil.pids() if pid not in self._seen and self._is_ours(pid)}
+
+    @staticmethod
+    def _is_ours(pid: int) -> bool:
+        try:
+            if not Path(f"/proc/{pid}/cmdline").read_text().startswith(_SCHEDULER_TITLE):
+                return False
+            return os.getpid() in [parent.pid for parent in psutil.Process(pid).parents()]
+        except (OSError, psutil.NoSuchProcess):  # gone
+            return False
+
+    def pytest_sessionstart(self) -> None:
+        self._thread.start()
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if len(self._seen) > self._limit and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        words = f"engines started: {len(self._seen)}, at most {self._limit} (max_engine_starts in pyproject.toml)"
+        terminalreporter.write_line(words, red=len(self._seen) > self._limit)

@@ -277,6 +277,21 @@ def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server)
     assert num_computed <= 1.25 * optimum
 
 
+def test_a_dead_scheduler_ends_the_server(server: Server) -> None:
+    """With status 1, for whoever watches it to start it again; the batch goes on then."""
+    batch = create(server, rows(4, 60, max_tokens=16, ignore_eos=True))
+    wait_for_answers(server, batch.id, 1)
+    assert server.process is not None
+    (scheduler,) = [
+        child for child in psutil.Process(server.process.pid).children() if "scheduler" in " ".join(child.cmdline())
+    ]
+    scheduler.kill()
+    assert server.process.wait(60) == 1
+    server.process = None
+    server.start()
+    assert wait(server, batch.id).request_counts.completed == 240
+
+
 def test_a_server_killed_in_a_batch_goes_on_with_it(server: Server) -> None:
     """SIGKILL to the server, then the same command: each row answered once, none that was acknowledged again."""
     lines = rows(4, 60, max_tokens=16, ignore_eos=True)
@@ -291,7 +306,10 @@ def test_a_server_killed_in_a_batch_goes_on_with_it(server: Server) -> None:
 
 
 def test_sigterm_ends_in_order_and_leaves_nothing(server: Server) -> None:
-    """In the middle of a batch; no process, no file in the temporary directory or in shared memory."""
+    """In the middle of a batch; no process, no file in the temporary directory or in shared memory.
+
+    That the batch goes on with the next start is in tests/server/test_restart.py.
+    """
     batch = create(server, rows(4, 60, max_tokens=16, ignore_eos=True))
     wait_for_answers(server, batch.id, 1)
     assert server.process is not None
@@ -299,20 +317,3 @@ def test_sigterm_ends_in_order_and_leaves_nothing(server: Server) -> None:
     assert server.end() == 0
     assert not [name for name in os.listdir("/dev/shm") if f"batchllm-{pid}" in name]
     assert not list((server.folder / "tmp").glob("batchllm-*"))
-    server.start()
-    assert wait(server, batch.id).request_counts.completed == 240
-
-
-def test_a_dead_scheduler_ends_the_server(server: Server) -> None:
-    """With status 1, for whoever watches it to start it again; the batch goes on then."""
-    batch = create(server, rows(4, 60, max_tokens=16, ignore_eos=True))
-    wait_for_answers(server, batch.id, 1)
-    assert server.process is not None
-    (scheduler,) = [
-        child for child in psutil.Process(server.process.pid).children() if "scheduler" in " ".join(child.cmdline())
-    ]
-    scheduler.kill()
-    assert server.process.wait(60) == 1
-    server.process = None
-    server.start()
-    assert wait(server, batch.id).request_counts.completed == 240

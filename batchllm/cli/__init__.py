@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TextIO
 
 from batchllm import tokenizer
 from batchllm.errors import BatchLLMError
@@ -30,10 +31,42 @@ from batchllm.srt import host_imports
 _VERBOSE_FLAGS = ("-v", "--verbose", "--log-level")
 
 
-def command() -> int:
-    """Entry point of the command, in a process of its own; returns the exit status."""
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the command, in a process of its own; returns the exit status.
+
+    Args:
+        arguments: The command line; None for the process's own.
+    """
     tokenizer.needs_no_torch = True
-    return main(sys.argv[1:])
+    try:
+        status = main(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as end:  # argparse, which has said why
+        status = end.code if isinstance(end.code, int) else 2
+    return _flush(status)
+
+
+def _flush(status: int) -> int:
+    """Write what Python still holds back. Python itself ends with status 120 where that fails, whatever was done."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    except OSError as error:
+        _discard(sys.stdout)
+        print(f"batchllm: standard output: {error.strerror}", file=sys.stderr)
+        status = status or 2
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:  # nobody can be told
+        _discard(sys.stderr)
+    return status
+
+
+def _discard(stream: TextIO) -> None:
+    """Have what the stream still holds go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -16,8 +16,9 @@ FOLDER_VARIABLE = "BATCHLLM_LOG_FOLDER"
 """Environment variable of an engine's processes: the folder of their logs; unset where they print to standard error."""
 ERRORS_FD_VARIABLE = "BATCHLLM_ERRORS_FD"
 """Environment variable of an engine's processes: the file descriptor where logged errors are shown."""
-TEMPLATE = "template"
-"""Name of the log of everything that happens before an engine is asked for."""
+TEMPLATE, ENGINE = "template", "engine"
+"""Names of the logs of the process that engines are forked from, and of the one that hosts an engine."""
+_WAITING = (TEMPLATE, ENGINE)
 _MAX_LINES = 60
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)|AssertionError)\b.*")
 
@@ -44,9 +45,12 @@ class EngineLogs:
                 print(f"{path.stem}: {line}", file=sys.stderr)
 
     def cause(self) -> str | None:
-        """The last exception in the logs, as Python words it; None where there is none."""
+        """What the processes ended with, as Python words it; None where none says.
+
+        Those that compute know better than the one that waited for them.
+        """
         found = None
-        for path in sorted(self.folder.glob("*.log"), key=os.path.getmtime):
+        for path in sorted(self.folder.glob("*.log"), key=lambda path: path.stem not in _WAITING):
             for line in path.read_text(errors="replace").splitlines():
                 if _EXCEPTION.match(line):
                     found = line.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -9,10 +10,11 @@ import signal
 import threading
 from pathlib import Path
 
-from sglang.srt.utils import kill_itself_when_parent_died
 from tqdm import tqdm
 
 from batchllm.host.logs import ERRORS_FD_VARIABLE, FOLDER_VARIABLE
+
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 def begin(name: str) -> None:
@@ -32,10 +34,28 @@ def begin(name: str) -> None:
     # stays there if this process is killed.
     tqdm.set_lock(threading.RLock())
     redirect(name)
-    kill_itself_when_parent_died()
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
+    end_with_parent(os.getppid() if parent is None or parent.pid is None else parent.pid)
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """End with SIGKILL when the parent ends, or rather the thread of it that started this process.
+
+    Raises:
+        SystemExit: It has ended already.
+    """
+    _set_death_signal(signal.SIGKILL)
+    if os.getppid() != parent_pid:
         raise SystemExit("the process that started this one has ended")
+
+
+def outlive_parent() -> None:
+    """Take `end_with_parent` back."""
+    _set_death_signal(0)
+
+
+def _set_death_signal(number: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def reset_signals() -> None:

@@ -147,7 +147,6 @@ def digest(qualified_name: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
-@functools.cache  # forks of a process that has verified need not do it again
 def check() -> None:
     """Verify version and sources.
 
@@ -166,6 +165,12 @@ def check() -> None:
             f"the installed sglang {installed} has been modified in {', '.join(changed)}: reinstall it with "
             f"pip install --force-reinstall --no-deps sglang=={SGLANG_VERSION}"
         )
+
+
+@functools.cache
+def check_once() -> None:
+    """Like `check`, where neither this process nor the one that it was forked from has done it."""
+    check()
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class SrtRuntime(ManagedRuntime):
     def __init__(
         self, model_path: str, *, scheduler_process: Callable[..., None] = run_scheduler_process, **server_args: Any
     ) -> None:
-        compat.check()
+        compat.check_once()
         args = make_server_args(model_path, **server_args)
         with launch_errors(args):
             self.sglang_engine = _PlannedEngine(args, scheduler_process)

@@ -6,11 +6,9 @@ It does what the process that uses the engine asks for (`batchllm.host.messages`
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import pkgutil
-import signal
 import threading
 import traceback
 from collections.abc import Coroutine
@@ -20,26 +18,26 @@ from typing import Any
 import setproctitle
 
 from batchllm.errors import BatchLLMError, EngineDiedError, EngineError
-from batchllm.host import messages
+from batchllm.host import logs, messages
 
 logger = logging.getLogger(__name__)
-NAME = "engine"
-_PR_SET_PDEATHSIG = 1
 
 
-def main(fd: int) -> None:
+def main(fd: int, parent_pid: int) -> None:
     """Host the engine that the first message asks for, until it or the driver ends.
 
     Args:
         fd: The connection to the driver.
+        parent_pid: The process that this one was forked from.
     """
     from batchllm.srt import child_process
     from batchllm.srt.engine import SrtRuntime
 
     setproctitle.setproctitle("batchllm::engine")
     child_process.reset_signals()
-    child_process.redirect(NAME)
-    _end_with_parent(True)  # the template ends with the driver: nobody else would end an engine that is only starting
+    child_process.redirect(logs.ENGINE)
+    # The template ends with the driver. Nobody else would end an engine that is only starting.
+    child_process.end_with_parent(parent_pid)
     connection = Connection(fd)
     try:
         start = connection.recv()
@@ -53,7 +51,7 @@ def main(fd: int) -> None:
             error = EngineError(f"the engine did not start: {type(error).__name__}: {error}")
         connection.send(messages.Failed(error))
         return
-    _end_with_parent(False)  # from now on the end of the connection says it, and leaves time to clean up
+    child_process.outlive_parent()  # from now on the connection says when it ends, and there is time to clean up
     host = EngineHost(runtime, connection)
     try:
         runtime.loop.run_until_complete(host.serve())
@@ -76,12 +74,6 @@ def _start(make: Any, start: messages.Start) -> Any:
     if start.is_verbose:
         server_args.setdefault("log_level", "info")
     return make(model_path or start.default_model_path, scheduler_process=scheduler_process, **server_args)
-
-
-def _end_with_parent(does: bool) -> None:
-    ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if does else 0)
-    if does and os.getppid() == 1:
-        raise SystemExit("the process that started this one has ended")
 
 
 class EngineHost:

@@ -96,7 +96,7 @@ class HttpServer:
         Raises:
             EngineError: The engine did not come up.
         """
-        compat.check()
+        compat.check_once()
         before, upstream.Engine = upstream.Engine, self._engine_class()
         try:
             upstream.launch_server(

@@ -358,7 +358,7 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
 
 def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchScheduler) -> None:
     """Put our parts where SGLang's scheduler process looks for them, and verify the ground they stand on."""
-    compat.check()
+    compat.check_once()
     # What we warn of is rare and worth a line, whatever level SGLang's own many lines have.
     level = logging.getLevelNamesMapping().get(server_args.log_level.upper(), logging.WARNING)
     logging.getLogger("batchllm").setLevel(min(logging.WARNING, level))

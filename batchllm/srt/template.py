@@ -42,12 +42,15 @@ def _serve(driver: socket.socket) -> None:
         message, fds, _, _ = socket.recv_fds(driver, 1, 1)
         if not message:
             return
-        if process_state() is None and os.fork():
+        parent_pid = os.getpid()
+        if process_state() is not None:
+            parent_pid = os.getppid()
+        elif os.fork():
             os.close(fds[0])
             continue
         # A fork; or this process itself, where a fork would be broken: the next engine then gets a template of its own.
         driver.close()
-        engine_host.main(fds[0])
+        engine_host.main(fds[0], parent_pid)
         return
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: Argument, **settings: Any) -> Done:
+        monkeypatch.setattr("batchllm.cli.begin_engine", lambda _: nullcontext())
         monkeypatch.setattr("batchllm.cli.run._start_engine", engine_starter(Settings(**settings)))
         capfd.readouterr()
         status = main([str(argument) for argument in arguments])

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -201,12 +202,20 @@ def engine_starter(settings: Settings) -> Callable[..., InstantRuntime]:
     return lambda *_: InstantRuntime(settings)
 
 
-def main(argv: list[str]) -> int:
-    """The command; returns its exit status."""
-    from batchllm.cli import main as command
+def use_instant_engine(settings: Settings) -> None:
+    """Have the command of this process run on it from now on."""
+    from batchllm import cli
     from batchllm.cli import run
 
-    run._start_engine = engine_starter(Settings.from_environment())
+    cli.begin_engine = lambda _: nullcontext()
+    run._start_engine = engine_starter(settings)
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit status."""
+    from batchllm.cli import command
+
+    use_instant_engine(Settings.from_environment())
     return command(argv)
 
 

@@ -26,9 +26,12 @@ REPORT = RunReport(
     num_predicted_tokens=26_000,
     num_predicted_actual_tokens=25_000,
     sum_prediction_error_tokens=5_000,
+    start_s=0.125,
+    read_s=0.5,
     tokenize_s=1.5,
     plan_s=0.25,
     run_s=18.0,
+    write_s=0.75,
 )
 NOTHING = RunReport(**{field.name: 0 for field in dataclasses.fields(RunReport)})
 
@@ -70,9 +73,12 @@ def test_the_dict_has_exactly_the_documented_names_in_order() -> None:
         "num_predicted_actual_tokens",
         "sum_prediction_error_tokens",
         "mean_prediction_error",
+        "start_s",
+        "read_s",
         "tokenize_s",
         "plan_s",
         "run_s",
+        "write_s",
     ]
 
 
@@ -92,6 +98,7 @@ def test_json_reads_back_and_replaces_an_older_file(tmp_path: Path) -> None:
 
 def test_the_table_is_aligned_and_readable() -> None:
     assert REPORT.render().splitlines() == [
+        "elapsed            20.00 s  start 0.12, read 0.50, tokenize 1.50, plan 0.25, run 18.00, write 0.75",
         "requests             1,000  990 succeeded, 10 failed, 100 of them in earlier runs, 2 engine restarts",
         "prompt tokens    1,000,000",
         "  computed         250,000  reuse 75.0%",
@@ -100,7 +107,6 @@ def test_the_table_is_aligned_and_readable() -> None:
         "peak KV tokens      90,000  of 100,000",
         "retractions              3",
         "lengths learned        400  expected 26,000 tokens, generated 25,000, mean error 20%",
-        "elapsed            20.00 s  tokenize 1.50, plan 0.25, run 18.00",
         "prompt tokens/s   50,000.0",
         "output tokens/s    3,200.0",
     ]

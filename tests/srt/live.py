@@ -31,12 +31,12 @@ def job_of(engine: BatchEngine, prompts: list[list[int]], max_new_tokens: int = 
 
 
 async def answers_of(job: Job, on_first: Callable[[], Any] | None = None) -> dict[int, list[int]]:
-    """Output ids of each row; ``on_first`` is called when the first rows have finished."""
+    """Output ids of each row; ``on_first`` is called when the job says something for the first time."""
     answers: dict[int, list[int]] = {}
     async for finished in job.run():
         for row, completion in zip(finished.rows, finished.completions, strict=True):
             answers[row] = list(completion.output_ids)
-        if on_first is not None and finished.rows:
+        if on_first is not None:
             on_first()
             on_first = None
     return answers

@@ -365,6 +365,7 @@ def test_a_job_that_stops_answers_what_runs_withdraws_the_rest_and_leaves_the_en
         ({"kv_limit": 9000, "max_total_tokens": 8192}, "--max-total-tokens 8192"),
         ({"enable_mixed_chunk": True, "chunked_prefill_size": -1}, "--enable-mixed-chunk"),
         ({"output_lengths": "guessed"}, "--output-lengths guessed"),
+        ({"page_size": 16}, "--page-size 16"),
     ],
 )
 def test_what_cannot_start_is_refused_by_name(engines: None, arguments: dict[str, Any], word: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.engine
@@ -66,5 +67,6 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
 
 
 def _shared_memory() -> set[str]:
-    """Semaphores, and what SGLang keeps there."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("sem.", "sglang"))}
+    """Semaphores, and what SGLang keeps there, but for files of processes that live."""
+    names = {name for name in os.listdir("/dev/shm") if name.startswith(("sem.", "sglang"))}
+    return {name for name in names if not any(f"-{pid}-" in name for pid in psutil.pids())}

@@ -6,6 +6,7 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_files_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monkeyp
         (temporary / f"batchllm-{pid}-x").mkdir()
         (memory / f"sglang_loads_batchllm-{pid}-x_1.shm").touch()
     own = processes.EngineProcesses()
-    with own.starting():
+    with own.starting(SimpleNamespace(enable_memory_saver=False, numa_node=None)):
         assert own.are_up
     own.end(None)
     assert [path.name for path in temporary.iterdir()] == [f"batchllm-{alive}-x"]
