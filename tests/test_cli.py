@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -94,7 +95,11 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
     numbers = json.loads(report.read_text())
     assert (numbers["num_requests"], numbers["num_succeeded"], numbers["num_failed"]) == (10, 5, 5)
     assert numbers["num_computed_prompt_tokens"] == numbers["num_optimal_prompt_tokens"]
-    assert "reuse" in done.stderr
+    assert done.stdout == ""
+    said = done.stderr.splitlines()
+    assert re.match(r"elapsed .* start .*, read .*, tokenize .*, plan .*, run .*, write ", said[5])
+    assert all(line.startswith("batchllm: line ") for line in said[:5])  # one for each bad row, and then the report
+    assert len(said) == 5 + 11
     assert "line 2" in done.stderr
     shown = _batchllm("report", tmp_path / "t.json", "--html", tmp_path / "t.html", "--json")
     assert shown.returncode == 0, shown.stderr
