@@ -1,4 +1,4 @@
-"""A job that is killed again and again: SIGKILL of the driver, the scheduler or the detokenizer, at random moments.
+"""A job that is killed again and again: SIGKILL of the driver or a process of its engine, at random moments.
 
 The bounds: in the end every row is answered exactly once, with the bytes of an undisturbed run; no row that was
 acknowledged is computed again; nothing is left behind.
@@ -26,7 +26,7 @@ from typing import Any
 import compare
 import psutil
 
-_TARGETS = ("driver", "scheduler", "detokenizer")
+_TARGETS = ("driver", "engine", "template", "scheduler", "detokenizer")
 _LONGEST_DELAY_S = 10.0
 _LONGEST_RUN_S = 3.0
 """Half of the kills come at any moment, which is mostly while an engine starts; the others while rows are answered."""
@@ -174,11 +174,11 @@ def _torture(job: Job, num_kills: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _engine_processes() -> set[int]:
-    """Drivers, schedulers and detokenizers of this machine."""
+    """Drivers and processes of engines of this machine."""
     found = set()
     for process in psutil.process_iter(["pid", "cmdline"]):
         command = " ".join(process.info["cmdline"] or [])
-        if "sglang::" in command or "batchllm run" in command or "multiprocessing" in command:
+        if any(name in command for name in ("sglang::", "batchllm::", "batchllm run", "multiprocessing")):
             found.add(process.info["pid"])
     return found
 

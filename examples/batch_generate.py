@@ -46,5 +46,5 @@ def main() -> None:
         print(report.render())
 
 
-if __name__ == "__main__":  # the engine's processes import this file again
+if __name__ == "__main__":
     main()

@@ -85,5 +85,5 @@ def _backend(args: argparse.Namespace) -> Iterator[Any]:
             yield BatchBackend(engine)
 
 
-if __name__ == "__main__":  # the engine's processes import this file again
+if __name__ == "__main__":
     main()

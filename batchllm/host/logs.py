@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 FOLDER_VARIABLE = "BATCHLLM_LOG_FOLDER"
@@ -27,11 +25,11 @@ class EngineLogs:
     """The logs of one template and its engines.
 
     Args:
-        prefix: Begins the name of the temporary folder that holds them.
+        folder: Where they are.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=prefix))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def path(self, name: str) -> Path:
         """Log of the processes of this name."""
@@ -55,10 +53,6 @@ class EngineLogs:
                 if _EXCEPTION.match(line):
                     found = line.strip()
         return found
-
-    def remove(self) -> None:
-        """Delete the logs."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _take_lines(path: Path) -> list[str]:

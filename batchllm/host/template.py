@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import spawn, util
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from batchllm.errors import EngineError
 from batchllm.host import logs
 from batchllm.host.logs import EngineLogs
 
 FORK = b"f"
-LOG_PREFIX = "batchllm-{pid}-log-"
 _NOT_READ = ("COLUMNS", "LINES", "OLDPWD", "PYTEST_CURRENT_TEST", "PWD", "SHLVL", "_")
 """Environment variables that nothing reads at import."""
 _STOP_TIMEOUT_S = 10
@@ -51,9 +53,12 @@ class Template:
         self.environment = _environment()
         self.is_verbose = is_verbose
         self.num_users = 0
-        self.logs = None if is_verbose else EngineLogs(LOG_PREFIX.format(pid=os.getpid()))
+        # The name is one that the next engine knows to be of a process that has ended (`batchllm.srt.processes`).
+        self._folder = Path(tempfile.mkdtemp(prefix=f"batchllm-{os.getpid()}-"))
+        self.logs = None if is_verbose else EngineLogs(self._folder)
         self._socket, theirs = socket.socketpair()
-        environment = dict(os.environ)
+        # A kernel library makes a temporary folder in every process at import and leaves it there.
+        environment = {"CUDA_TILE_TEMP_DIR": str(self._folder), **os.environ}
         with theirs, contextlib.ExitStack() as stack:
             fds = [theirs.fileno()]
             output: int = _stderr_fd()
@@ -104,8 +109,7 @@ class Template:
         self._socket.close()
         self._process.kill()
         self._process.wait(_STOP_TIMEOUT_S)
-        if self.logs is not None:
-            self.logs.remove()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def acquire(*, is_verbose: bool) -> Template:

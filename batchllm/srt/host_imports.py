@@ -54,7 +54,9 @@ def import_all() -> None:
     """Import what the processes of an engine need."""
     # Nothing of what is imported goes away: a collection would look at all of it in vain, again and again.
     gc.disable()
-    with left_out():
+    from batchllm.srt.untouched_cuda import untouched_cuda
+
+    with left_out(), untouched_cuda():
         import sglang.srt.managers.data_parallel_controller  # noqa: F401 - SGLang imports it when an engine starts
 
         from batchllm.srt import engine, model_registry, platform_cpu  # noqa: F401
