@@ -16,7 +16,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process: SGLang's own, which ends with its parent and takes no semaphore."""
-    child_process.begin()
+    child_process.begin("scheduler")
     upstream.run_scheduler_process(*args, **kwargs)
 
 

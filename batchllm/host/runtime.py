@@ -42,6 +42,7 @@ class HostedRuntime:
     Attributes:
         loop: The event loop on which jobs are fed and received.
         model_path: The model that is loaded.
+        host_pid: The process that hosts the engine, and the parent of its other processes.
 
     Raises:
         ConfigError: An argument is wrong or not supported.
@@ -59,6 +60,7 @@ class HostedRuntime:
     ) -> None:
         self._is_up = True
         self._template = template.acquire(is_verbose=is_verbose or "log_level" in server_args)
+        self._compiler = threading.Thread(target=compile_ahead, name="batchllm-compile", daemon=True)
         self._loop_thread: LoopThread | None = None
         self._connection: Connection | None = None
         self._death: EngineDiedError | None = None
@@ -74,7 +76,7 @@ class HostedRuntime:
                 variables=template.own_variables(),
             )
             # There is nothing else to do meanwhile, and the first plan takes seconds where nothing has been compiled.
-            threading.Thread(target=compile_ahead, name="batchllm-compile", daemon=True).start()
+            self._compiler.start()
             ready = self._wait_until_ready(start)
         except BaseException:
             self._is_up = False
@@ -82,6 +84,7 @@ class HostedRuntime:
             raise
         self.model_path = ready.model_path
         self._info = ready.info
+        self.host_pid = ready.pid
         self._host = psutil.Process(ready.pid)
         self._tokenizer = HostedTokenizer(self) if ready.has_tokenizer else None
         self._numbers = itertools.count()
@@ -219,6 +222,8 @@ class HostedRuntime:
         if self._loop_thread is not None:
             self._receiver.join(_STOP_TIMEOUT_S)
             self._loop_thread.close()
+        if self._compiler.ident is not None:  # Python must not end while it compiles
+            self._compiler.join()
         template.release(self._template)
 
     # The wire

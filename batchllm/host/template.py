@@ -9,6 +9,7 @@ Knows how the process is started and asked; what it does is in `batchllm.srt.tem
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -143,6 +144,13 @@ def held(*, is_verbose: bool) -> Iterator[None]:
         yield
     finally:
         release(template)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Leave nothing behind of engines that nobody has shut down."""
+    for template in _templates:
+        template.close()
 
 
 def _environment() -> dict[str, str]:

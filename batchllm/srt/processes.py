@@ -24,6 +24,8 @@ _SOCKET_DIR_PREFIX = "batchllm-"
 _LOADS_PREFIX = "sglang_loads_"
 _SHARED_MEMORY = Path("/dev/shm")
 _GRACE_S = 5
+_SHORT_FOLDER = "/tmp"
+_MAX_FOLDER_LEN = 107 - len("/batchllm-4194304-12345678/tmp12345678")  # of a socket's whole name: sys/un.h
 _STOP_TIMEOUT_S = 30
 
 
@@ -52,7 +54,7 @@ class EngineProcesses:
         They are forks of this process where that is safe (`batchllm.srt.fork_safety`), else they import SGLang again.
         """
         _remove_files_of_the_dead()
-        self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-")
+        self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-", dir=_socket_parent())
         before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
         before_us = {child.pid for child in psutil.Process().children()}
         # A kernel library makes a temporary directory in every process at import and leaves it there.
@@ -121,10 +123,17 @@ class _Forking(ForkContext):
         pass
 
 
+def _socket_parent() -> str:
+    """Where the folder of the sockets is made: among temporary files, if their names are short enough there."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_LEN else _SHORT_FOLDER
+
+
 def _remove_files_of_the_dead() -> None:
     """What is left of engines whose process was killed before it could remove its own."""
+    folders = {tempfile.gettempdir(), _socket_parent()}
     for path in (
-        *Path(tempfile.gettempdir()).glob(f"{_SOCKET_DIR_PREFIX}*-*"),
+        *(path for folder in folders for path in Path(folder).glob(f"{_SOCKET_DIR_PREFIX}*-*")),
         *_SHARED_MEMORY.glob(f"{_LOADS_PREFIX}{_SOCKET_DIR_PREFIX}*-*"),
     ):
         pid = path.name.removeprefix(_LOADS_PREFIX).removeprefix(_SOCKET_DIR_PREFIX).partition("-")[0]

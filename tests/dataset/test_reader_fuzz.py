@@ -20,6 +20,7 @@ from batchllm.dataset import BadRow, ColumnMap, Row, jsonl, read_rows, render_er
 from batchllm.dataset.sampling import SGLANG_FIELDS
 from batchllm.errors import ConfigError, WorkloadError
 from batchllm.request import SamplingParams
+from tests.sizes import sized
 
 BOM = b"\xef\xbb\xbf"
 
@@ -72,19 +73,19 @@ records = st.dictionaries(field_names, known_values | sampling_like | json_value
 GOOD = b'{"id":"good-%d","prompt":"x"}'
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=sized(100, 400), deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_never_raise(data: bytes) -> None:
     check_reading(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=sized(60, 200), deadline=None)
 @given(st.lists(st.sampled_from([b"\n", b"\r", b"\r\n", b" ", b"{}", b"x", b"\x0c", BOM])))
 def test_every_mix_of_line_ends_counts_lines_right(pieces: list[bytes]) -> None:
     check_reading(b"".join(pieces))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=sized(60, 200), deadline=None)
 @given(st.lists(records, max_size=4))
 def test_json_of_the_wrong_shape_never_raises(lines: list[dict[str, Any]]) -> None:
     check_reading(b"\n".join(json.dumps(line).encode() for line in lines))
@@ -106,7 +107,7 @@ column_maps = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=sized(75, 300), deadline=None)
 @given(st.lists(records, max_size=4), column_maps)
 def test_no_columns_of_any_shape_raise(lines: list[dict[str, Any]], columns: ColumnMap) -> None:
     data = b"\n".join(json.dumps(line).encode() for line in lines)
@@ -116,7 +117,7 @@ def test_no_columns_of_any_shape_raise(lines: list[dict[str, Any]], columns: Col
             orjson.dumps(row.carried)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=sized(60, 200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 20))
 def test_lines_of_any_length_count_as_one(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], max_line_len: int
@@ -127,7 +128,7 @@ def test_lines_of_any_length_count_as_one(
         assert row.code == ("line_too_long" if lengths[row.line - 1] > max_line_len else "invalid_json")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=sized(50, 150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(records, st.integers(min_value=0), st.binary(max_size=3), st.integers(0, 3)),
@@ -150,7 +151,7 @@ def test_good_rows_around_mutated_ones_survive(
     assert [given_id for given_id in survivors if str(given_id).startswith("good-")] == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=sized(60, 200), deadline=None)
 @given(sampling_like)
 def test_sampling_that_is_read_is_within_its_ranges(mapping: dict[str, Any]) -> None:
     line = json.dumps({"prompt": "x", "sampling_params": mapping}).encode()
@@ -205,7 +206,7 @@ edits = st.lists(
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=sized(100, 400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=edits)
 def test_a_damaged_file_of_any_format_ends_in_a_message_or_gives_every_row(
     tmp_path: Path, name: str, edits: list[tuple[float, int, bytes]]
@@ -233,7 +234,7 @@ def test_a_damaged_file_of_any_format_ends_in_a_message_or_gives_every_row(
             orjson.dumps(render_error(row))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=sized(60, 200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=40)
     | (json_values | st.dictionaries(st.sampled_from(["_data_files", "_indices_files"]), json_values)).map(

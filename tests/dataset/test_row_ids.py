@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from batchllm.dataset import RowIds, duplicate_error
 from batchllm.dataset.records import RowKind
+from tests.sizes import sized
 
 Id = str | int | None
 
@@ -34,7 +35,7 @@ def ids_of(given_ids: list[Id]) -> RowIds:
     return row_ids
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=sized(150, 500), deadline=None)
 @given(st.lists(few_ids, max_size=60) | st.lists(any_ids, max_size=20))
 def test_finds_what_a_dict_finds_in_the_order_of_the_rows(ids: list[Id]) -> None:
     row_ids = ids_of(ids)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from batchllm.dataset import BadRow, ColumnMap, Row, open_input, read_rows, render_error
 from batchllm.errors import ConfigError, WorkloadError
 from batchllm.request import SamplingParams
+from tests.sizes import sized
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -116,7 +117,7 @@ records = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=sized(30, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(records, min_size=1, max_size=5))
 def test_any_rows_read_alike_from_parquet_and_json_lines(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]

@@ -7,11 +7,9 @@ import io
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from batchllm.dataset.writers import (
     open_writer,
 )
 from batchllm.errors import BatchLLMError, ConfigError
+from tests.disk_limits import files_may_have
 
 USAGE = {"prompt_tokens": 5, "cached_tokens": 2, "completion_tokens": 3}
 ENDINGS = ("jsonl", "txt", "jsonl.gz", "jsonl.zst", "parquet")
@@ -71,14 +70,6 @@ def rows_of(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     write_all(path, lines)
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """Refuses to let any file of this process grow over so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---- All formats
@@ -143,15 +134,12 @@ def test_an_exception_leaves_what_was_there_and_nothing_else(ending: str, tmp_pa
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_full_disk_is_told_and_the_old_file_stays(
-    ending: str, tmp_path: Path, small_disk: Callable[[int], None]
-) -> None:
+def test_a_full_disk_is_told_and_the_old_file_stays(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"out.{ending}"
     path.write_text("before\n")
     digits = random.Random(0)
-    small_disk(100_000)
     told = pytest.raises(BatchLLMError, match=rf"--errors .*out\.{ending}: .*too large.*kept in the job's folder")
-    with told, open_writer(str(path), flag="--errors") as writer:
+    with files_may_have(100_000), told, open_writer(str(path), flag="--errors") as writer:
         for number in range(20_000):
             writer.write(plain(number, str(digits.getrandbits(200))))
     assert path.read_text() == "before\n"

@@ -35,10 +35,10 @@ def _answers(engine: BatchEngine) -> list[list[int]]:
     return [list(c.output_ids) for c in engine.batch_generate(input_ids=PROMPTS, sampling_params=GREEDY)]
 
 
-def _processes(pid: int | None = None) -> dict[str, psutil.Process]:
-    """Processes below this one, by what they call themselves."""
-    found = psutil.Process(pid).children(recursive=True)
-    return {" ".join(process.cmdline()).rpartition("::")[2].strip(): process for process in found}
+def _processes(engine: BatchEngine) -> dict[str, psutil.Process]:
+    """Processes of an engine, by what they call themselves."""
+    host = psutil.Process(engine.runtime.host_pid)
+    return {" ".join(process.cmdline()).rpartition("::")[2].strip(): process for process in [host, *host.children()]}
 
 
 def _memory(process: psutil.Process, field: str) -> int:
@@ -56,7 +56,7 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
 
 def test_processes_of_an_engine_share_the_memory_of_what_was_imported(engine: BatchEngine) -> None:
     """Of what the engine's and the detokenizer's process have in memory, most is also that of others."""
-    processes = _processes()
+    processes = _processes(engine)
     for name in ("engine", "detokenizer"):
         process = processes[name]
         assert _memory(process, "Pss") < 0.5 * _memory(process, "Rss"), name
@@ -65,7 +65,7 @@ def test_processes_of_an_engine_share_the_memory_of_what_was_imported(engine: Ba
 def test_an_idle_engine_uses_no_processor(engine: BatchEngine) -> None:
     """Less than 2 % of a core, all processes together; and the next batch is answered."""
     _answers(engine)
-    processes = list(_processes().values())
+    processes = list(_processes(engine).values())
 
     def used() -> float:
         return sum(sum(process.cpu_times()[:2]) for process in processes)
@@ -105,15 +105,15 @@ def test_an_engine_is_used_where_an_event_loop_runs(engine: BatchEngine, expecte
 @pytest.mark.parametrize("victim", ["engine", "scheduler", "detokenizer"])
 def test_a_process_that_is_killed_fails_what_runs_and_what_comes(engines: None, victim: str) -> None:
     """At once, whichever it is, while the engine is idle; the driver goes on, and no process stays."""
-    before = {process.pid for process in _processes().values()}
     with BatchEngine(max_total_tokens=2000) as engine:
-        own = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-        next(p for p in own if victim in " ".join(p.cmdline())).kill()
+        own = _processes(engine)
+        assert set(own) == {"engine", "scheduler", "detokenizer"}
+        own[victim].kill()
         with pytest.raises(EngineDiedError):
             for _ in range(100):
                 _answers(engine)
                 time.sleep(0.1)
-    _wait_until(lambda: not any(map(psutil.Process.is_running, own)))
+    _wait_until(lambda: not any(map(psutil.Process.is_running, own.values())))
 
 
 def test_a_template_serves_engines_of_the_same_environment(engines: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from batchllm.errors import ConfigError
 from batchllm.offline.progress import HEARTBEAT_EVERY_S, REFRESH_EVERY_S, Progress
+from tests.disk_limits import files_may_have
 
 
 class Clock:
@@ -222,12 +222,8 @@ def test_a_file_that_takes_no_more_is_told_once_and_left() -> None:
 def test_a_line_that_does_not_fit_whole_is_told(tmp_path: Path) -> None:
     stream = io.StringIO()
     path = tmp_path / "progress.jsonl"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
+    with files_may_have(100):
         Progress(10, file=path, stream=stream, clock=Clock())  # writes its first line
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.stat().st_size == 100
     assert stream.getvalue() == f"--progress-file {path}: No space left on device; going on without it\n"
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 from batchllm.errors import WorkloadError
 from batchllm.offline.token_store import TokenStore
 from batchllm.tokens import Int32Array, TokenTable
+from tests.disk_limits import files_may_have
 
 # A first call compiles, or loads what was compiled.
 untimed = settings(deadline=None)
@@ -51,17 +50,6 @@ def _rows_of_blocks(store: TokenStore) -> list[list[int]]:
         assert block.first_row == len(rows)
         rows += _rows_of(TokenTable(tokens=block.tokens, offsets=block.offsets))
     return rows
-
-
-@contextmanager
-def _a_file_may_have(num_bytes: int) -> Iterator[None]:
-    """Writing beyond so many bytes of a file is refused, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @untimed
@@ -172,7 +160,7 @@ def test_the_file_has_no_name_and_goes_when_the_store_is_closed(tmp_path: Path) 
 
 def test_a_full_disk_is_said_with_the_folder(tmp_path: Path) -> None:
     store = TokenStore(tmp_path, 0)
-    with _a_file_may_have(64 * 1024), pytest.raises(WorkloadError, match="make room") as caught:
+    with files_may_have(64 * 1024), pytest.raises(WorkloadError, match="make room") as caught:
         store.extend(np.zeros(8 * MIB, np.int32), np.array([8 * MIB]))
     assert str(tmp_path) in str(caught.value)
     store.close()
@@ -182,7 +170,7 @@ def test_a_disk_that_fills_while_rows_wait_in_the_buffer_is_said_when_they_are_r
     store = TokenStore(tmp_path, 0)
     store.append(_array([1]))
     store.append(np.zeros(100_000, np.int32))
-    with _a_file_may_have(1024), pytest.raises(WorkloadError, match="make room"):
+    with files_may_have(1024), pytest.raises(WorkloadError, match="make room"):
         store.table()
     store.close()
 

@@ -24,6 +24,7 @@ from batchllm.perf_model import (
     get_model,
     prefill_pairs,
 )
+from tests.sizes import sized
 
 DEVICE, MODEL = get_device("H200"), get_model("Qwen2.5-7B")
 TRUE = Coefficients(
@@ -82,7 +83,7 @@ def _predicts(found: Fit, samples: Samples) -> float:
         request_overhead_s=st.floats(1e-5, 2e-4),
     )
 )
-@settings(deadline=None, max_examples=40, database=None)
+@settings(deadline=None, max_examples=sized(25, 40), database=None)
 def test_exact_samples_give_the_coefficients_back(true: Coefficients) -> None:
     found = fit(DEVICE, MODEL, _samples(true, PREFILLS + DECODES + MIXED))
     assert found.assumed == ()

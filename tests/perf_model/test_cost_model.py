@@ -19,10 +19,11 @@ from batchllm.perf_model import (
     get_device,
     get_model,
 )
+from tests.sizes import sized
 
 A100_8B = CostModel.with_defaults(get_device("A100-80GB"), get_model("Llama-3.1-8B"))
 
-quick = settings(deadline=None, max_examples=200, database=None)
+quick = settings(deadline=None, max_examples=sized(60, 200), database=None)
 shares = st.floats(0.01, 1.0)
 seconds = st.floats(0.0, 0.1)
 coefficients = st.builds(

@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from batchllm.prefix_cache import PinLedger, PrefixState
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, Lookup
+from tests.sizes import sized
 
 
 def _add(
@@ -461,5 +462,7 @@ class LedgerMachine(RuleBasedStateMachine):
             )
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None, database=None)
+LedgerMachine.TestCase.settings = settings(
+    max_examples=sized(40, 80), stateful_step_count=30, deadline=None, database=None
+)
 TestLedgerMachine = LedgerMachine.TestCase

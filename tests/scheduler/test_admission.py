@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from batchllm.prefix_cache import PinLedger
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler.admission import KvProjection, OpenPrefixes, RunningKv, page_ceil, reusable_len
+from tests.sizes import sized
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_whole_pages_are_read_and_never_the_last_token(
 
 
 @given(st.integers(0, 200), st.integers(1, 200), st.sampled_from([1, 4, 16]))
-@settings(deadline=None, max_examples=100, database=None)
+@settings(deadline=None, max_examples=sized(50, 100), database=None)
 def test_what_is_read_is_the_longest_that_is_there_in_whole_pages(
     resident_len: int, prefill_len: int, page_size: int
 ) -> None:
@@ -126,7 +127,7 @@ def _peak(requests: list[tuple[int, int]]) -> int:
 
 
 @given(_RUNNING, _RUNNING, st.integers(0, 40), st.integers(-2, 2))
-@settings(deadline=None, max_examples=300, database=None)
+@settings(deadline=None, max_examples=sized(100, 300), database=None)
 def test_a_request_fits_exactly_if_the_simulated_peak_does(
     running: list[tuple[int, int]], more: list[tuple[int, int]], shared: int, spare: int
 ) -> None:

@@ -23,6 +23,7 @@ from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
 from batchllm.scheduler.token_batching import decode_lag, prefill_budget
 from batchllm.scheduler.window import RequestWindow
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 # Exact decisions
 
@@ -858,7 +859,7 @@ def test_an_exact_duplicate_whose_footprint_is_the_whole_pool_runs_beside_the_pr
 
 
 @given(_setups())
-@settings(deadline=None, max_examples=250, database=None)
+@settings(deadline=None, max_examples=sized(80, 250), database=None)
 def test_a_quiet_world_computes_exactly_the_optimum_and_leaves_nothing(setup: _Setup) -> None:
     world = _run(setup, _Trouble())
     if world.num_retractions == 0:  # always, unless lengths are learned
@@ -866,7 +867,7 @@ def test_a_quiet_world_computes_exactly_the_optimum_and_leaves_nothing(setup: _S
 
 
 @given(_setups())
-@settings(deadline=None, max_examples=250, database=None)
+@settings(deadline=None, max_examples=sized(80, 250), database=None)
 def test_aborts_retractions_and_held_back_requests_never_stop_a_plan_nor_overfill_the_pool(
     setup: _Setup,
 ) -> None:
@@ -874,12 +875,12 @@ def test_aborts_retractions_and_held_back_requests_never_stop_a_plan_nor_overfil
 
 
 @given(_setups())
-@settings(deadline=None, max_examples=100, database=None)
+@settings(deadline=None, max_examples=sized(40, 100), database=None)
 def test_a_plan_whose_requests_are_often_retracted_ends(setup: _Setup) -> None:
     _run(setup, _Trouble(retract=0.5))
 
 
 @given(_setups())
-@settings(deadline=None, max_examples=100, database=None)
+@settings(deadline=None, max_examples=sized(40, 100), database=None)
 def test_a_plan_whose_requests_are_mostly_held_back_at_first_ends(setup: _Setup) -> None:
     _run(setup, _Trouble(not_ready=0.8))

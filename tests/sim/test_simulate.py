@@ -15,10 +15,11 @@ from batchllm.perf_model import CostModel, get_device, get_model
 from batchllm.planner import GROUP_ORDERS, exact_cut, greedy_cut, plan_batch
 from batchllm.sim import SCHEDULERS, OutputDraw, SimResult, SimWorkload, parse_workload, shared, simulate
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 _COST_MODEL = CostModel.with_defaults(get_device("A100-80GB"), get_model("Llama-3.1-8B"))
 
-_quick = settings(deadline=None, max_examples=120, database=None)
+_quick = settings(deadline=None, max_examples=sized(40, 120), database=None)
 
 
 @st.composite
@@ -125,7 +126,7 @@ def test_ours_ends_where_lengths_are_learned_and_never_holds_more_than_there_is(
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @given(workload=_workloads(), spare=st.integers(0, 400), chunk_pages=st.integers(1, 8), max_running=st.integers(1, 30))
-@settings(deadline=None, max_examples=60, database=None)
+@settings(deadline=None, max_examples=sized(25, 60), database=None)
 def test_every_request_ends_once_under_every_scheduler(
     scheduler: str, workload: SimWorkload, spare: int, chunk_pages: int, max_running: int
 ) -> None:
@@ -145,7 +146,7 @@ def test_every_request_ends_once_under_every_scheduler(
 
 @pytest.mark.parametrize("scheduler", ["sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"])
 @given(workload=_workloads(), spare=st.integers(0, 400))
-@settings(deadline=None, max_examples=60, database=None)
+@settings(deadline=None, max_examples=sized(25, 60), database=None)
 def test_lru_never_computes_less_than_the_optimum(scheduler: str, workload: SimWorkload, spare: int) -> None:
     result = _run(workload, scheduler, kv_capacity_tokens=_capacity(workload, 16, spare), chunk_tokens=64)
     assert result.num_computed_prompt_tokens >= result.num_optimal_prompt_tokens
@@ -153,7 +154,7 @@ def test_lru_never_computes_less_than_the_optimum(scheduler: str, workload: SimW
 
 @pytest.mark.parametrize("scheduler", ["sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"])
 @given(workload=_workloads())
-@settings(deadline=None, max_examples=60, database=None)
+@settings(deadline=None, max_examples=sized(25, 60), database=None)
 def test_lru_computes_the_optimum_with_one_request_at_a_time_in_a_pool_without_end(
     scheduler: str, workload: SimWorkload
 ) -> None:
@@ -169,7 +170,7 @@ def test_lru_computes_the_optimum_with_one_request_at_a_time_in_a_pool_without_e
 
 @pytest.mark.parametrize("is_exact_cut", [True, False])
 @given(workload=_workloads())
-@settings(deadline=None, max_examples=60, database=None)
+@settings(deadline=None, max_examples=sized(25, 60), database=None)
 def test_the_papers_method_saves_what_its_groups_save_in_a_pool_without_end(
     is_exact_cut: bool, workload: SimWorkload
 ) -> None:

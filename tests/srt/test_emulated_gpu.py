@@ -99,8 +99,8 @@ def _workload(seed: int) -> tuple[list[list[int]], list[int]]:
         system = ids(70)
         for _ in range(2):
             document = system + ids(rng.randint(64, 90))
-            rows += [(document + ids(rng.randint(1, 12)), rng.choice([1, 2, 4, 5])) for _ in range(3)]
-    rows += [(ids(30), 10) for _ in range(3)]
+            rows += [(document + ids(rng.randint(1, 12)), rng.choice([1, 3, 6, 9])) for _ in range(4)]
+    rows += [(ids(30), 14) for _ in range(3)]
     rng.shuffle(rows)
     return [prompt for prompt, _ in rows], [output_len for _, output_len in rows]
 

@@ -141,6 +141,24 @@ def test_help_has_our_flags_in_a_group_of_their_own(capsys: pytest.CaptureFixtur
     assert "--kv-limit" in shown.partition("\nbatchllm:")[2]
 
 
+def test_sockets_lie_elsewhere_where_names_of_temporary_files_are_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket's name has at most 107 bytes; the folder is removed as ever."""
+    long = tmp_path / ("long " * 20)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    own = processes.EngineProcesses()
+    with own.starting(SimpleNamespace(enable_memory_saver=False, numa_node=None)):
+        folder = Path(tempfile.gettempdir())
+        handle, name = tempfile.mkstemp()  # as upstream names sockets
+        os.close(handle)
+    assert len(name) <= 107
+    own.end(None)
+    assert not folder.exists()
+    assert not list(long.iterdir())
+
+
 def test_files_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the temporary directory and in shared memory; not those of a process that lives."""
     memory, temporary = tmp_path / "shm", tmp_path / "tmp"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from batchllm.trace import StepTrace, render_html, write_html
 from batchllm.trace.svg_path import BOX_HEIGHT, BOX_WIDTH
 from batchllm.trace.timeline import downsample
+from tests.sizes import sized
 
 _SERIES = [
     ["kv_pinned_tokens", "kv_private_tokens", "kv_free_tokens"],
@@ -133,7 +134,7 @@ def test_a_trace_without_steps_and_one_with_one_step_are_drawn(small: StepTrace)
         assert all(bool(path) == bool(num_steps) for path in _paths(page).values())
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=sized(25, 30), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_trace_is_drawn_inside_its_boxes(data: st.DataObject, any_trace: st.SearchStrategy[StepTrace]) -> None:
     page = render_html(data.draw(any_trace))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from batchllm.trace import STEP_DTYPE, StepTrace
 from batchllm.trace.timeline import MAX_BUCKETS, Timeline, downsample
+from tests.sizes import sized
 
 _PER_STEP = ("num_prefill_tokens", "num_decode_tokens", "duration_s", "host_s")
 _KV = ("kv_pinned_tokens", "kv_private_tokens", "kv_free_tokens")
@@ -61,7 +62,7 @@ def test_pinned_private_and_free_add_up_to_the_capacity_in_each_bucket(long: Ste
     np.testing.assert_allclose(stack, long.kv_capacity_tokens, rtol=1e-12)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=sized(40, 100))
 @given(data=st.data(), max_buckets=st.integers(1, 15))
 def test_no_step_of_any_trace_is_lost(
     data: st.DataObject, any_trace: st.SearchStrategy[StepTrace], max_buckets: int
