@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ _GROUPS = {
     "tests/srt/test_emulated_gpu.py": "emulated GPU",
     "tests/srt/test_engine_life.py": "leftovers",
     "tests/srt": "one engine",
+    "tests/host": "one engine",
     "tests/test_cli.py": "command",
     "tests/test_launch_server.py": "server",
     "tests/eval/test_gpu_bench.py": "leftovers",
@@ -51,14 +53,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers take whole groups, the longest first."""
-    groups = {item: _group_of(item.nodeid.partition("::")[0]) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: _ORDER.index(groups[item]) if groups[item] in _ORDER else len(_ORDER))
+    """What takes longest comes first."""
+    items.sort(key=lambda item: _ORDER.index(group) if (group := _group_of(item.nodeid)) in _ORDER else len(_ORDER))
 
 
-def _group_of(path: str) -> str:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take whole groups."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+def _group_of(nodeid: str) -> str:
+    path = nodeid.partition("::")[0]
     return next((group for start, group in _GROUPS.items() if path.startswith(start)), path)
 
 
@@ -81,7 +93,7 @@ class EngineStarts:
             if not Path(f"/proc/{pid}/cmdline").read_text().startswith(_SCHEDULER_TITLE):
                 return False
             return os.getpid() in [parent.pid for parent in psutil.Process(pid).parents()]
-        except (OSError, psutil.NoSuchProcess):  # gone
+        except (OSError, psutil.Error):  # gone
             return False
 
     def pytest_sessionstart(self) -> None:

@@ -7,7 +7,7 @@ bfloat16 products, so float32 and float16 stand for it. What the interpreter can
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,14 @@ import torch
 import triton
 import triton.experimental.gluon  # the first launch imports it, which would meet the interpreter's functions
 import triton.language as tl
+from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 from batchllm.attention import AttentionLayout, reference, triton_kernels
 from batchllm.attention.tile_config import TileConfig
 from batchllm.attention.triton_shared import SharedAttention
 from tests.attention.cases import CASES, Case, make_case
+from tests.sizes import sized
 
 # Splits of a few tokens where there is anything to split, several tiles per program.
 _SMALL = TileConfig(
@@ -31,6 +33,14 @@ _SMALL = TileConfig(
 # For steps of many query tokens: the interpreter takes about a millisecond for each block of KV.
 _LARGE = replace(_SMALL, block_wide=64, block_n=64, min_split=64)
 _TINY: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+# Of the named cases: the interpreter takes about ten milliseconds for each query token. More readers, and more query
+# tokens of one sequence, than a tile has rows.
+_LARGEST = {
+    "num_sequences": sized(18, 100),
+    "max_level_len": sized(150, 1000),
+    "max_private_len": sized(150, 1000),
+    "max_extend_len": sized(60, 120),
+}
 
 # numpy says it of `int(array of one number)`, which Triton's interpreter does with every scalar.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -48,10 +58,33 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+    monkeypatch.setattr(triton_interpreter, "_patch_lang", _patched_once())
     yield
     # The interpreter leaves its own operators behind wherever one function calls another.
     for name, value in core.items():
         setattr(tl.core, name, value)
+
+
+def _patched_once() -> Callable[[Any], Any]:
+    """Triton's `_patch_lang`, which exchanges its operators, done once a launch: it does so for every call within."""
+    patch, done = triton_interpreter._patch_lang, set()
+
+    def patch_once(fn: Any) -> Any:
+        key = tuple(module in fn.__globals__.values() for module in (tl, tl.core))
+        if key in done:
+            return triton_interpreter._LangPatchScope()
+        done.add(key)
+        scope = patch(fn)
+        restore = scope.restore
+
+        def restore_and_forget() -> None:  # called at the end of a launch only
+            done.clear()
+            restore()
+
+        scope.restore = restore_and_forget
+        return scope
+
+    return patch_once
 
 
 def _attention(case: Case, *, max_rows: int = 700, config: TileConfig = _SMALL, **options: Any) -> SharedAttention:
@@ -86,9 +119,8 @@ def _reference(case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_step(name: str) -> None:
     """Odd lengths, nested and one-row groups, nothing private but the token itself, prompts of which part is cached."""
-    options = {**CASES[name], "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
-    # The interpreter takes about ten milliseconds for each query token.
-    options["max_extend_len"] = min(options.get("max_extend_len", 20), 120)
+    options = {"max_extend_len": sized(10, 20), **CASES[name], **_TINY}
+    options |= {size: min(options[size], largest) for size, largest in _LARGEST.items() if size in options}
     case = make_case(1, **options)
     _check(_attention(case, config=_SMALL if len(case.q) < 100 else _LARGE), case)
 
@@ -108,7 +140,8 @@ def test_every_kind_of_step(name: str) -> None:
 def test_heads_and_dtypes(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """GQA groups of 1, 2, 4, 7, 8, 16 and 24 query heads for each KV head, of every head_dim."""
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
-    case = make_case(2, mode="mixed", num_levels=2, num_sequences=7, max_extend_len=9, **shape)
+    lengths = {"max_level_len": sized(32, 48), "max_private_len": sized(20, 40), "max_extend_len": 9}
+    case = make_case(2, mode="mixed", num_levels=2, num_sequences=sized(4, 7), **lengths, **shape)
     _check(_attention(case), case)
 
 
@@ -116,10 +149,10 @@ def test_heads_and_dtypes(num_heads: int, num_kv_heads: int, head_dim: int, dtyp
 def test_each_plan_replaces_the_one_before(frozen: bool) -> None:
     """Long lists, short ones, long ones again: nothing of another step is read, and frozen buffers stay in place."""
     steps = [
-        make_case(3, num_levels=3, num_sequences=40, max_level_len=60, **_TINY),
+        make_case(3, num_levels=3, num_sequences=sized(20, 40), max_level_len=sized(30, 60), **_TINY),
         make_case(4, num_levels=0, num_sequences=2, **_TINY),
         make_case(5, mode="extend", num_levels=2, num_sequences=5, **_TINY),
-        make_case(6, num_levels=1, num_sequences=30, **_TINY),
+        make_case(6, num_levels=1, num_sequences=sized(15, 30), **_TINY),
     ]
     attention = _attention(steps[0], frozen=frozen)
     buffers = _addresses(attention)
