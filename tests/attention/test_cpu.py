@@ -47,9 +47,14 @@ def _expected(case: Case) -> torch.Tensor:
 
 
 @functools.cache
-def _named_case(name: str, dtype: torch.dtype) -> tuple[Case, torch.Tensor]:
-    case = make_case(1, dtype=dtype, **CASES[name])
+def _drawn(seed: int, **options: Any) -> tuple[Case, torch.Tensor]:
+    """A case and what is expected of it, once for all implementations."""
+    case = make_case(seed, **options)
     return case, _expected(case)
+
+
+def _named_case(name: str, dtype: torch.dtype) -> tuple[Case, torch.Tensor]:
+    return _drawn(1, dtype=dtype, **CASES[name])
 
 
 def _case_of(groups: list[Group], **heads: Any) -> Case:
@@ -114,22 +119,20 @@ def test_plain_torch_computes_float64_as_such(name: str) -> None:
 @pytest.mark.parametrize("head_dim", [32, 80, 96, 128, 256])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_sizes_of_heads(implementation: str, head_dim: int, dtype: torch.dtype) -> None:
-    case = make_case(3, head_dim=head_dim, dtype=dtype, mode="mixed", num_levels=2)
-    check_close(_run(_make(implementation, case), case), _expected(case), "cpu")
+    case, expected = _drawn(3, head_dim=head_dim, dtype=dtype, mode="mixed", num_levels=2)
+    check_close(_run(_make(implementation, case), case), expected, "cpu")
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 8), (8, 1), (12, 4), (14, 2), (32, 1), (96, 1)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_query_heads_of_a_kv_head(implementation: str, heads: tuple[int, int]) -> None:
     """Also groups that do not divide a block of the kernel, and one that fills it."""
-    case = make_case(4, num_heads=heads[0], num_kv_heads=heads[1], mode="mixed", num_levels=2)
-    check_close(_run(_make(implementation, case), case), _expected(case), "cpu")
+    case, expected = _drawn(4, num_heads=heads[0], num_kv_heads=heads[1], mode="mixed", num_levels=2)
+    check_close(_run(_make(implementation, case), case), expected, "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_more_rows_than_a_block(implementation: str, dtype: torch.dtype) -> None:
-    """Hundreds of decode rows of one prefix among others, and prompts of 300 tokens behind a cached one."""
+@functools.cache
+def _many_rows(dtype: torch.dtype) -> tuple[Case, torch.Tensor]:
     groups: list[Group] = [
         (150, [(3 * i % 50, 1) for i in range(250)]),
         (100, [(20, 300), (0, 300), (7, 1)]),
@@ -137,7 +140,15 @@ def test_more_rows_than_a_block(implementation: str, dtype: torch.dtype) -> None
         (1, [(60, 260)]),
     ]
     case = _case_of(groups, dtype=dtype)
-    check_close(_run(_make(implementation, case), case), _expected(case), "cpu")
+    return case, _expected(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_more_rows_than_a_block(implementation: str, dtype: torch.dtype) -> None:
+    """Hundreds of decode rows of one prefix among others, and prompts of 300 tokens behind a cached one."""
+    case, expected = _many_rows(dtype)
+    check_close(_run(_make(implementation, case), case), expected, "cpu")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -174,16 +185,22 @@ def test_strided_tensors(implementation: str, dtype: torch.dtype) -> None:
     assert (out[num_tokens:] == 7).all() and (out[:, :2] == 7).all() and (out[:, 2 + num_heads :] == 7).all()
 
 
+@functools.cache
+def _extreme_case(name: str, dtype: torch.dtype) -> tuple[Case, torch.Tensor]:
+    case = make_case(6, dtype=dtype, **CASES[name])
+    case = dataclasses.replace(case, q=case.q * 100)
+    return case, _expected(case)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_extreme_scores(implementation: str, dtype: torch.dtype) -> None:
     """Scores of several hundred: float32 has them to some 1e-4, and so the weights relative to each other."""
     for name in ("decode, many readers of one prefix", "mixed, three nested levels", "extend, long chunks"):
-        case = make_case(6, dtype=dtype, **CASES[name])
-        case = dataclasses.replace(case, q=case.q * 100)
+        case, expected = _extreme_case(name, dtype)
         output = _run(_make(implementation, case), case)
         rtol = torch.finfo(dtype).eps
-        torch.testing.assert_close(output.double(), _expected(case), atol=1e-3, rtol=rtol)
+        torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=rtol)
 
 
 def _permuted(case: Case, permutation: np.ndarray) -> Case:

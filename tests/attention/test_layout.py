@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from batchllm.attention import AttentionLayout, PrefixPaths, check_layout, plan_layout
 from batchllm.errors import LayoutError, PlanError
 from tests.attention.cases import CASES, make_case
+from tests.sizes import sized
 
-untimed = settings(deadline=None, max_examples=80)
+untimed = settings(deadline=None, max_examples=sized(40, 80))
 
 
 @dataclass(frozen=True)

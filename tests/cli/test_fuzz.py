@@ -10,15 +10,16 @@ import pytest
 
 from tests.cli.conftest import Command
 from tests.cli.jobs import read_lines, rows_of, write_rows
+from tests.sizes import sized
 
 CHECK = Path(__file__).parents[2] / "eval" / "check_fuzz.py"
 
 
 @pytest.mark.slow
 def test_no_odd_or_damaged_file_escapes_hangs_or_loses_a_row() -> None:
-    done = subprocess.run(
-        [sys.executable, str(CHECK), "--files", "300", "--workers", "2"], capture_output=True, text=True, check=False
-    )
+    # The first hundred have every change, format and flag among them.
+    sizes = ["--files", str(sized(100, 300)), "--workers", str(sized(1, 2))]
+    done = subprocess.run([sys.executable, str(CHECK), *sizes], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 files went wrong" in done.stdout
 

@@ -14,6 +14,7 @@ from batchllm.offline.feeder import Feeder
 from batchllm.planner import plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 
 def _cutter(prompt_lens: list[int], max_new_len: int = 1) -> RunCutter:
@@ -101,7 +102,7 @@ _WORKLOADS = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
 @given(_WORKLOADS, st.integers(1, 60), st.integers(0, 2**20))
-@settings(deadline=None, max_examples=150, database=None)
+@settings(deadline=None, max_examples=sized(60, 150), database=None)
 def test_everything_goes_out_once_in_plan_order_whatever_finishes_first(
     prompt_lens: list[int], capacity: int, seed: int
 ) -> None:
@@ -125,7 +126,7 @@ def test_everything_goes_out_once_in_plan_order_whatever_finishes_first(
 
 
 @given(_WORKLOADS, st.integers(1, 60), st.integers(0, 2**20))
-@settings(deadline=None, max_examples=150, database=None)
+@settings(deadline=None, max_examples=sized(60, 150), database=None)
 def test_no_more_than_the_window_is_on_its_way_but_for_a_request_that_is_larger_itself(
     prompt_lens: list[int], capacity: int, seed: int
 ) -> None:

@@ -26,6 +26,7 @@ from batchllm.request import Completion, Request, SamplingParams
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
 from batchllm.trace import STEP_DTYPE
+from tests.sizes import sized
 
 T = TypeVar("T")
 
@@ -221,7 +222,7 @@ _PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_siz
 
 
 @given(_PROMPTS, st.data())
-@settings(deadline=None, max_examples=60, database=None)
+@settings(deadline=None, max_examples=sized(30, 60), database=None)
 def test_every_sample_comes_back_once_to_the_request_that_asked(prompts: list[list[int]], data: st.DataObject) -> None:
     runtime = ShufflingRuntime(order_seed=data.draw(st.integers(0, 2**16)))
     requests = [_request(3 * i, ids, n=data.draw(st.integers(1, 3))) for i, ids in enumerate(prompts)]

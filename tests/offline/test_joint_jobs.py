@@ -43,6 +43,7 @@ from batchllm.request import Completion, Request, SamplingParams
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokens import TokenTable
 from batchllm.trace import STEP_DTYPE
+from tests.sizes import sized
 
 T = TypeVar("T")
 
@@ -397,7 +398,7 @@ _plots = st.builds(
 
 
 @given(st.lists(_plots, min_size=1, max_size=5), st.integers(0, 2**16), st.integers(1, 12), st.booleans())
-@settings(deadline=None, max_examples=60, database=None)
+@settings(deadline=None, max_examples=sized(30, 60), database=None)
 def test_whoever_comes_and_goes_each_job_gets_its_own_answers_once(
     plots: list[_Plot], order_seed: int, num_slots: int, delays_aborts: bool
 ) -> None:

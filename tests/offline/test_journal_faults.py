@@ -21,8 +21,12 @@ from batchllm.errors import BatchLLMError, JournalError
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.job_status import read_status
 from batchllm.offline.journal import Journal
+from tests.sizes import sized
 
 LINE = b"x" * 3_000
+THIS_FILE = (sys.executable, "-m", "tests.offline.test_journal_faults")
+"""As a program of its own, from the root of the repository."""
+ROOT = Path(__file__).parents[2]
 
 
 def create(folder: Path) -> Journal:
@@ -53,7 +57,7 @@ def write_files(folder: Path, database: bytes, wal: bytes) -> None:
     (folder / "journal.db-wal").write_bytes(wal)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized(25, 60), deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=12), st.integers(1, 12), st.data())
 def test_a_crash_in_a_commit_leaves_all_of_it_or_nothing_and_every_earlier_one(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], checkpoint_pages: int, data: st.DataObject
@@ -122,9 +126,9 @@ def test_a_killed_process_has_lost_nothing_it_had_counted(tmp_path: Path) -> Non
     """Killed after some acknowledgements and at no chosen moment of the next commit, again and again."""
     chance = random.Random(0)
     create(tmp_path / "job").close()
-    for _ in range(6):
+    for _ in range(sized(3, 6)):
         child = subprocess.Popen(
-            [sys.executable, __file__, "append_and_tell", str(tmp_path / "job")], stdout=subprocess.PIPE, text=True
+            [*THIS_FILE, "append_and_tell", str(tmp_path / "job")], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         assert child.stdout is not None
         told = [int(child.stdout.readline()) for _ in range(chance.randint(1, 60))]
@@ -163,14 +167,14 @@ def append_until_fault(journal: Journal, max_rows: int = 10_000) -> JournalError
 
 def run_with_mounts(scenario: Callable[[Path], None], folder: Path) -> None:
     """Runs a function of this file in a process that may mount file systems, which nobody else sees or keeps."""
-    command = [sys.executable, __file__, scenario.__name__, str(folder)]
+    command = [*THIS_FILE, scenario.__name__, str(folder)]
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0:
         command = ["unshare", "-rm", *command]
     elif os.geteuid() == 0:
         command = ["unshare", "-m", *command]
     else:
         pytest.fail("this machine lets nobody but root mount file systems (`unshare -rm` is refused): run this as root")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -249,7 +253,7 @@ def make_read_only(mounted: Path) -> None:
 def test_a_write_refused_in_flight_loses_only_what_was_not_counted(tmp_path: Path) -> None:
     """The kernel refuses to let files grow, as a disk does that fails; nothing has been closed or opened between."""
     done = subprocess.run(
-        [sys.executable, __file__, "refuse_writes", str(tmp_path / "job")], capture_output=True, text=True, check=False
+        [*THIS_FILE, "refuse_writes", str(tmp_path / "job")], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
 
@@ -337,7 +341,7 @@ def test_lines_that_are_not_what_was_recorded_are_removed_and_named(tmp_path: Pa
     assert read_status(folder).num_finished == 30
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=sized(50, 150), deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_gives_right_lines_or_an_error_that_says_what_to_do(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

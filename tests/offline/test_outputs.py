@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from batchllm.errors import BatchLLMError, ConfigError
 from batchllm.offline.outputs import Outputs, ResultOrder, check_outputs
+from tests.sizes import sized
 
 
 class Journal:
@@ -46,7 +47,7 @@ def read(path: Path | str) -> list[bytes]:
     return (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized(30, 60), deadline=None)
 @given(
     finished=st.permutations(range(12)),
     failed=st.sets(st.integers(0, 11)),

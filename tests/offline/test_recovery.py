@@ -18,6 +18,7 @@ from batchllm.offline.recovery import (
     Work,
     WorkQueue,
 )
+from tests.sizes import sized
 
 
 class Engine:
@@ -66,7 +67,7 @@ def _run_all(num_rows: int, engine: Engine) -> tuple[set[int], set[int]]:
     return finished, failed
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=sized(80, 200), deadline=None)
 @given(
     num_rows=st.integers(1, 400),
     poison=st.sets(st.integers(0, 399), max_size=5),
@@ -82,7 +83,7 @@ def test_exactly_the_rows_that_kill_are_given_up(num_rows: int, poison: set[int]
     assert engine.num_deaths <= (2 + MAX_DEATHS_ALONE) * len(poison)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=sized(50, 100), deadline=None)
 @given(num_rows=st.integers(1, 300), seed=st.integers(0, 1000))
 def test_deaths_without_a_reason_lose_no_row(num_rows: int, seed: int) -> None:
     """Every row has a result in the end, whatever dies; only rows that were alone at two deaths can be blamed."""

@@ -17,6 +17,7 @@ from batchllm.errors import WorkloadError
 from batchllm.offline.token_store import TokenStore
 from batchllm.tokens import Int32Array, TokenTable
 from tests.disk_limits import files_may_have
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
 untimed = settings(deadline=None)
@@ -119,7 +120,7 @@ def test_memory_that_a_table_looks_at_does_not_move(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("spills", "most_mib"), [(False, 1.1 * 256 + 20), (True, 64 + 20)])
 def test_memory_is_bounded_by_the_table_or_by_the_limit(tmp_path: Path, spills: bool, most_mib: float) -> None:
-    """Four million rows, 256 MiB of tokens: a tenth more at most, and once spilled their memory is given back."""
+    """Millions of rows, 256 MiB of tokens: a tenth more at most, and once spilled their memory is given back."""
     script = """
 import sys
 import numpy as np
@@ -131,16 +132,18 @@ def kib(name):
 
 before = kib("VmHWM")
 store = TokenStore(Path(sys.argv[1]), int(sys.argv[2]))
-row = np.zeros(16, np.int32)
-for _ in range(1 << 22):
+num_rows = int(sys.argv[3])
+row = np.zeros((1 << 26) // num_rows, np.int32)
+for _ in range(num_rows):
     store.append(row)
 print(store.num_tokens, store.is_spilled, kib("VmHWM") - before, kib("VmRSS") - before)
 """
     limit = 64 * MIB if spills else AMPLE
-    command = [sys.executable, "-c", script, str(tmp_path), str(limit)]
+    num_rows = sized(1 << 20, 1 << 22)
+    command = [sys.executable, "-c", script, str(tmp_path), str(limit), str(num_rows)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert output[:2] == [str(1 << 26), str(spills)]
-    lengths_mib = 16  # 4 bytes a row, beside the tokens
+    lengths_mib = 4 * num_rows / MIB  # beside the tokens
     assert int(output[2]) / 1024 <= most_mib + lengths_mib
     if spills:
         assert int(output[3]) / 1024 <= 20 + lengths_mib

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from batchllm.planner import explain, plan_batch
 from batchllm.planner.explain import _saved_per_prefix
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
-untimed = settings(deadline=None)
+untimed = settings(deadline=None, max_examples=sized(50, 100))
 
 prompts = st.lists(st.lists(st.sampled_from([0, 1]), min_size=1, max_size=12), min_size=1, max_size=25)
 

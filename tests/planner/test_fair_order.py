@@ -14,9 +14,10 @@ from batchllm.errors import PlanError, WorkloadError
 from batchllm.planner import GROUP_ORDERS, BatchPlan, GroupOrder, plan_batch
 from batchllm.planner.fair_order import MAX_LOST_SHARE, FairPlan, fair_order
 from batchllm.tokens import TokenTable, lcp, page_floor
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
-untimed = settings(deadline=None, max_examples=300)
+untimed = settings(deadline=None, max_examples=sized(80, 300))
 
 _RUNS = [[0], [1], [0, 1, 2], [4] * 4, [4] * 16, [5] * 40]
 

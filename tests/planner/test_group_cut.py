@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from batchllm.planner import BatchPlan, GroupCut, exact_cut, greedy_cut, plan_batch
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
-untimed = settings(deadline=None)
+untimed = settings(deadline=None, max_examples=sized(50, 100))
 
 _RUNS = [[0], [1], [0, 1, 2], [4] * 4, [4] * 9]
 

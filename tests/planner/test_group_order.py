@@ -16,9 +16,10 @@ from batchllm.planner import GROUP_ORDERS, BatchPlan, GroupOrder, order_groups, 
 from batchllm.planner.planner import _whole_pages
 from batchllm.planner.prefix_tree import PrefixTree, _lcp_intervals, build_prefix_tree, enclosing_interval
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
-untimed = settings(deadline=None)
+untimed = settings(deadline=None, max_examples=sized(50, 100))
 
 
 class _Row(NamedTuple):
@@ -130,7 +131,7 @@ class _ByHand:
         return sum(self.decode(g) for g in groups) / sum(self.prefill(g, depth) for g in groups)
 
 
-@settings(untimed, max_examples=400)
+@settings(untimed, max_examples=sized(120, 400))
 @given(workloads, group_orders)
 def test_the_order_is_the_stated_rule_at_every_level(workload: list[_Row], group_order: GroupOrder) -> None:
     expected = _ByHand(workload, group_order).order(list(range(len(workload))))

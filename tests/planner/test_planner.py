@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from batchllm.errors import WorkloadError
 from batchllm.planner import GROUP_ORDERS, BatchPlan, GroupOrder, plan_batch
 from batchllm.tokens import TokenTable, page_floor
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
-untimed = settings(deadline=None)
+untimed = settings(deadline=None, max_examples=sized(50, 100))
 
 Workload = list[tuple[list[int], int]]
 

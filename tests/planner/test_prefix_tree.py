@@ -13,9 +13,10 @@ from batchllm.errors import WorkloadError
 from batchllm.planner import prefix_tree
 from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree, enclosing_interval
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
-untimed = settings(deadline=None)
+untimed = settings(deadline=None, max_examples=sized(50, 100))
 
 # Runs that share starts with each other, shorter and longer than the windows of the sort.
 _RUNS = [[0], [1], [0, 1, 2], [0, 1, 3], [5] * 7, [5] * 40, [2**31 - 1]]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from batchllm.planner import BatchPlan, plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
 from batchllm.tokens import TokenTable
+from tests.sizes import sized
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _cut_all(cutter: RunCutter, num_requests: int, cuts: list[int]) -> list[Plan
 
 
 _CUTS = st.lists(st.integers(0, 20), max_size=6)
-_SETTINGS = settings(deadline=None, max_examples=100, database=None)
+_SETTINGS = settings(deadline=None, max_examples=sized(50, 100), database=None)
 
 
 def _example() -> tuple[BatchPlan, RunCutter]:

@@ -15,9 +15,10 @@ from batchllm.offline.token_store import TokenStore
 from batchllm.planner import plan_batch
 from batchllm.planner.shards import Shards, TableSource, TokenBlock, split_by_prefix
 from batchllm.tokens import Int64Array, TokenTable
+from tests.sizes import sized
 
 # A first call compiles, or loads what was compiled.
-untimed = settings(deadline=None)
+untimed = settings(deadline=None, max_examples=sized(50, 100))
 
 Workload = list[tuple[list[int], int, int]]
 """Of each row its tokens, its namespace and how often it runs."""

@@ -13,6 +13,7 @@ from schemathesis import GenerationMode
 
 from tests.server.api_rows import begin, row, upload
 from tests.server.instant_server import Api
+from tests.sizes import sized
 
 ROUTES = [
     ("/v1/files", "POST"),
@@ -53,7 +54,7 @@ def test_every_answer_to_any_request_is_one_that_is_described(
     """Above all no 5xx; right statuses, types and bodies of answers."""
     file_id = upload(api.client, [row(0)])
 
-    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=sized(25, 30), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy(generation_mode=mode), is_there=st.booleans())
     def check(case: Any, is_there: bool) -> None:
         if is_there:

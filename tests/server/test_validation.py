@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from batchllm.server.validation import MAX_SHOWN, Verdict, validate
 from tests.server.api_rows import COMPLETIONS, jsonl, row, rows_of
+from tests.sizes import sized
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized(30, 60), deadline=None)
 @given(kinds=LINES)
 def test_exactly_the_lines_that_are_wrong_are_named_in_order(path: Path, kinds: list[str]) -> None:
     rows: list[Any] = []
@@ -72,7 +73,7 @@ def test_exactly_the_lines_that_are_wrong_are_named_in_order(path: Path, kinds: 
     assert all(error["message"] and error["code"] for error in verdict.errors)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sized(30, 60), deadline=None)
 @given(data=st.binary(max_size=300))
 def test_any_bytes_get_a_verdict(path: Path, data: bytes) -> None:
     path.write_bytes(data)
