@@ -14,7 +14,7 @@ import pytest
 from batchllm.host import template
 from tests.sizes import THOROUGH_VARIABLE
 
-_SCHEDULER_TITLE = "sglang::scheduler"
+_SCHEDULER_TITLE = b"sglang::scheduler"
 _LOOK_EVERY_S = 0.3
 
 # Files whose tests share an engine, or must not run beside each other, and in which order workers take them.
@@ -90,7 +90,7 @@ class EngineStarts:
     @staticmethod
     def _is_ours(pid: int) -> bool:
         try:
-            if not Path(f"/proc/{pid}/cmdline").read_text().startswith(_SCHEDULER_TITLE):
+            if not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(_SCHEDULER_TITLE):
                 return False
             return os.getpid() in [parent.pid for parent in psutil.Process(pid).parents()]
         except (OSError, psutil.Error):  # gone
