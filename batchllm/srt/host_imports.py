@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from batchllm.srt.cpu_environment import set_environment_defaults
 
+_MADV_DONTNEED = 4  # sys/mman.h
+_MAPPING = re.compile(r"^([0-9a-f]+-[0-9a-f]+ .*)\n((?:[A-Z].*\n)+)", re.MULTILINE)
+"""A mapping in /proc/PID/smaps: its header, and its fields."""
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri")
 _NEVER_USED = ("sklearn",)
 """Assisted generation in transformers draws a curve with it."""
@@ -62,5 +68,28 @@ def import_all() -> None:
         from batchllm.srt import engine, model_registry, platform_cpu  # noqa: F401
 
         model_registry.make_lazy()
+    give_back_clean_pages()
     gc.freeze()
     gc.enable()
+
+
+def give_back_clean_pages() -> None:
+    """Give back memory that only holds what is in a library's file: pages that were read once, while it was loaded.
+
+    The kernel reads them again where they are needed. Mappings that may be written, or have been (relocations), stay.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for start, length in _clean_mappings(Path("/proc/self/smaps").read_text(errors="replace")):
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+
+
+def _clean_mappings(smaps: str) -> list[tuple[int, int]]:
+    """Start and length of the mappings of files that cannot be written and hold nothing but the file."""
+    mappings = []
+    for header, fields in _MAPPING.findall(smaps):
+        span, permissions, _, _, inode, *_ = header.split()
+        start, end = (int(address, 16) for address in span.split("-"))
+        is_clean = re.search(r"^Anonymous:\s+0 kB$", fields, re.MULTILINE) is not None
+        if inode != "0" and permissions[1] == "-" and permissions[3] == "p" and is_clean:
+            mappings.append((start, end - start))
+    return mappings
