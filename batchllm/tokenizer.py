@@ -88,7 +88,7 @@ def _import_without_torch() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no torch
     sys.modules["torch"] = None  # type: ignore[assignment] # "not found", as the documentation of sys.modules says
     try:
-        from transformers import AutoTokenizer  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401 - imported for the one who asks next
         from transformers.utils import is_torch_available
 
         is_torch_available()  # asked once, and remembered

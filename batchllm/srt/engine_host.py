@@ -6,7 +6,6 @@ It does what the process that uses the engine asks for (`batchllm.host.messages`
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import pkgutil
 import threading
@@ -19,8 +18,6 @@ import setproctitle
 
 from batchllm.errors import BatchLLMError, EngineDiedError, EngineError
 from batchllm.host import logs, messages
-
-logger = logging.getLogger(__name__)
 
 
 def main(fd: int, parent_pid: int) -> None:
@@ -45,7 +42,7 @@ def main(fd: int, parent_pid: int) -> None:
         return
     try:
         runtime = _start(SrtRuntime, start)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the driver raises it
         traceback.print_exc()  # to the log
         if not isinstance(error, BatchLLMError):
             error = EngineError(f"the engine did not start: {type(error).__name__}: {error}")

@@ -65,7 +65,7 @@ def import_all() -> None:
     with left_out(), untouched_cuda():
         import sglang.srt.managers.data_parallel_controller  # noqa: F401 - SGLang imports it when an engine starts
 
-        from batchllm.srt import engine, model_registry, platform_cpu  # noqa: F401
+        from batchllm.srt import engine, model_registry, platform_cpu  # noqa: F401 - for the forks
 
         model_registry.make_lazy()
     give_back_clean_pages()

@@ -324,8 +324,8 @@ def test_live_requests_run_beside_a_plan(engine: BatchEngine) -> None:
     assert done == {c.index: list(c.output_ids) for c in expected}
     # Live requests take slots that the plan had counted on: a planned request that is retracted computes its own tokens
     # again, and nothing else is computed twice.
-    is_optimal = job.stats.num_computed_prompt_tokens <= job.stats.num_optimal_prompt_tokens
-    assert is_optimal or job.stats.num_retractions > 0
+    num_again = job.stats.num_computed_prompt_tokens - job.stats.num_optimal_prompt_tokens
+    assert num_again <= job.stats.num_retractions * max(map(len, prompts))
 
 
 def test_a_job_that_stops_answers_what_runs_withdraws_the_rest_and_leaves_the_engine_clean(engine: BatchEngine) -> None:
