@@ -52,8 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(EngineStarts(int(config.getini("max_engine_starts"))))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes longest comes first; what is for ``--thorough`` only is left out without it."""
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     items.sort(key=lambda item: _ORDER.index(group) if (group := _group_of(item.nodeid)) in _ORDER else len(_ORDER))
 
 

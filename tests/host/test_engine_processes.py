@@ -175,6 +175,7 @@ threading.Thread(target=time.sleep, args=(10**6,), daemon=True).start()
 """
 
 
+@pytest.mark.thorough
 def test_processes_are_spawned_where_a_fork_would_be_broken(expected: list[list[int]], tmp_path: Path) -> None:
     """Every process here has a second thread from its first line on; nothing is forked, and the answers are right."""
     (tmp_path / "sitecustomize.py").write_text(_THREAD)

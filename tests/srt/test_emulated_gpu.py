@@ -137,7 +137,9 @@ def test_live_requests_beside_a_job_are_answered_right(gpu: BatchEngine, expecte
     assert answers == dict(enumerate(right[3:]))
 
 
-@pytest.mark.parametrize(("gpu", "page_size"), [(1, 1), (16, 16)], indirect=["gpu"])
+@pytest.mark.parametrize(
+    ("gpu", "page_size"), [pytest.param(1, 1, marks=pytest.mark.thorough), (16, 16)], indirect=["gpu"]
+)
 def test_a_job_is_answered_right_and_at_the_optimum(
     gpu: BatchEngine, page_size: int, expected: Any, folder: Path
 ) -> None:
