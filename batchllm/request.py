@@ -7,13 +7,17 @@ not look at, since nothing in them refers back. `msgspec.structs` has ``replace`
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+"""Fields of `SamplingParams` that constrain the output; a request has one of them at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,21 +53,65 @@ class SamplingParams:
     """JSON schema, as JSON text, that the output must satisfy."""
     regex: str | None = None
     """Regular expression that the output must match."""
+    ebnf: str | None = None
+    """Grammar in EBNF that the output must satisfy."""
+    structural_tag: str | None = None
+    """Tags in the output whose contents must satisfy a grammar, as JSON text."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs ``(token_id, bias)``, added to the logits before sampling; token ids ascend."""
+    stop_regex: tuple[str, ...] = ()
+    """Regular expressions that end generation where they match; not part of the text."""
+    no_stop_trim: bool = False
+    """What ended the answer stays in the text."""
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    require_reasoning: bool = False
+    """The answer begins with reasoning, which a grammar leaves alone."""
+
+    @property
+    def has_grammar(self) -> bool:
+        """The output must satisfy something."""
+        return any(getattr(self, name) is not None for name in GRAMMARS)
 
     @property
     def has_known_len(self) -> bool:
         """True where nothing can end the answer before ``max_new_tokens``."""
-        may_stop = self.stop or self.stop_token_ids or self.json_schema is not None or self.regex is not None
+        may_stop = self.stop or self.stop_token_ids or self.stop_regex or self.has_grammar
         return self.ignore_eos and not may_stop
 
 
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a chat asks for beside its messages.
+
+    Attributes:
+        fields: Further fields of an OpenAI chat body that decide how it becomes a prompt, or its answer a message.
+        unset: Fields of `SamplingParams` that nobody has set: what the model recommends holds.
+    """
+
+    fields: dict[str, Any] = {}
+    unset: tuple[str, ...] = ()
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A chat as a prompt.
+
+    Attributes:
+        ids: Its token ids.
+        settings: Pairs of a field of `SamplingParams` and the value that this chat needs there (`with_chat_settings`).
+    """
+
+    ids: array[int]
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One prompt to answer. Exactly one of ``prompt``, ``input_ids``, ``messages`` is set.
+    """One prompt to answer, or several. Exactly one of ``prompt``, ``input_ids``, ``prompts``, ``messages`` is set.
 
     Attributes:
         row_id: The caller's identifier, unique in the job.
         index: Position in the input, from 0.
+        prompts: At least two prompts, texts or token ids, each answered ``sampling.n`` times.
+        chat: What a chat asks for beside ``messages``; None where that is nothing.
         namespace: Prompts of different namespaces never share KV ("" is the default one).
         expected_new_tokens: How many tokens the answer will have, where the caller knows; None where not. Only
             scheduling depends on it.
@@ -77,7 +125,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     sampling: SamplingParams
     prompt: str | None = None
     input_ids: Sequence[int] | None = None
+    prompts: Sequence[str | Sequence[int]] | None = None
     messages: Sequence[dict[str, Any]] | None = None
+    chat: ChatOptions | None = None
     namespace: str = ""
     expected_new_tokens: int | None = None
     task: str = ""
@@ -99,11 +149,12 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     Attributes:
         index: `Request.index` of the request answered.
-        sample: Which of its ``n`` samples, from 0.
+        sample: Which of its ``n`` samples, from 0; those of a request's second prompt follow those of its first.
         output_ids: Generated token ids, a matched stop token included.
         cached_tokens: Prompt tokens whose KV was read from the cache instead of computed.
         matched_stop: The stop string or stop token id that ended it, if one did.
         error: Why it was aborted, if it was; text and ids then hold what had been generated.
+        message: The text as a chat's message, where it was looked through for reasoning and tool calls.
     """
 
     index: int
@@ -116,6 +167,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     matched_stop: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
+    message: dict[str, Any] | None = None
 
     @property
     def completion_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a Hugging Face tokenizer behind the four things a job needs of it."""
+"""Text to token ids and back: a Hugging Face tokenizer behind the things that a job needs of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import os
 import sys
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Self
 
-from batchllm.errors import ConfigError, RowError
+from batchllm.errors import ConfigError
+from batchllm.prefix_encoder import PrefixEncoder
 
 needs_no_torch = False
 """Set in a process that wants only tokenizers of transformers: torch is not imported, and there are no models."""
+
+_NOTHING_AROUND: tuple[array[int], array[int]] = (array("i"), array("i"))
+_PROBES = ("a", "b 7")
 
 
 class Tokenizer:
@@ -19,10 +24,13 @@ class Tokenizer:
 
     Args:
         hf_tokenizer: A ``transformers`` tokenizer.
+
+    Attributes:
+        hf: The same.
     """
 
     def __init__(self, hf_tokenizer: Any) -> None:
-        self._hf = hf_tokenizer
+        self.hf = hf_tokenizer
 
     @classmethod
     def from_model(cls, model_path: str) -> Self:
@@ -44,7 +52,15 @@ class Tokenizer:
         """Token ids of each text; special tokens are added as the model wants them."""
         if not texts:
             return []
-        encoded = self._hf(
+        around = self._around if add_special_tokens else _NOTHING_AROUND
+        if self._encoder is None or around is None:
+            return self._encode_whole(texts, add_special_tokens=add_special_tokens)
+        encoded = self._encoder.encode(texts)
+        before, behind = around
+        return [before + ids + behind for ids in encoded] if before or behind else encoded
+
+    def _encode_whole(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[array[int]]:
+        encoded = self.hf(
             list(texts),
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
@@ -53,32 +69,34 @@ class Tokenizer:
         )
         return [array("i", ids) for ids in encoded["input_ids"]]
 
-    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]:
-        """Each conversation as text, through the model's chat template, ready for the assistant's turn.
+    @cached_property
+    def _encoder(self) -> PrefixEncoder | None:
+        """None where the tokenizer is not one of the ``tokenizers`` library, or does something else beside."""
+        if not getattr(self.hf, "is_fast", False):
+            return None
+        encoder = PrefixEncoder(self.hf.backend_tokenizer)
+        is_all = encoder.encode(_PROBES) == self._encode_whole(_PROBES, add_special_tokens=False)
+        return encoder if is_all else None
 
-        The template has put the special tokens where they belong: encode without adding them.
+    @cached_property
+    def _around(self) -> tuple[array[int], array[int]] | None:
+        """The special tokens that are put before and behind a text; None where that is not all that is done."""
+        bare, whole = (
+            self._encode_whole(_PROBES, add_special_tokens=add_special_tokens) for add_special_tokens in (False, True)
+        )
+        for at in range(len(whole[0]) - len(bare[0]) + 1):
+            before, behind = whole[0][:at], whole[0][at + len(bare[0]) :]
+            if all(before + ids + behind == full for ids, full in zip(bare, whole, strict=True)):
+                return before, behind
+        return None
 
-        Returns:
-            The text, or why there is none, ``chat_template``: there is no template, or it refuses the conversation.
-        """
-        return [self._render(messages) for messages in chats]
-
-    def _render(self, messages: Sequence[dict[str, Any]]) -> str | RowError:
-        from jinja2 import TemplateError
-
-        joined = [message | {"content": _text(message.get("content"))} for message in messages]
-        try:
-            return str(self._hf.apply_chat_template(joined, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError, TypeError) as error:
-            return RowError(
-                f"the model's chat template refuses these messages: {error}",
-                code="chat_template",
-                param="messages",
-            )
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=True))
 
     def decode_token(self, token_id: int) -> str:
         """Text of one token by itself."""
-        return str(self._hf.decode([token_id]))
+        return str(self.hf.decode([token_id]))
 
 
 def _import_without_torch() -> None:
@@ -94,10 +112,3 @@ def _import_without_torch() -> None:
         is_torch_available()  # asked once, and remembered
     finally:
         del sys.modules["torch"]
-
-
-def _text(content: Any) -> str:
-    """Content of a message as one text; templates of text models do not take parts."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part["text"] for part in content)

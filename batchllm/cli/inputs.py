@@ -19,8 +19,9 @@ from batchllm.errors import ConfigError, RowError
 from batchllm.offline.ingest import Ingest
 from batchllm.offline.job_rows import UNLIMITED, Int64Array, JobRows
 from batchllm.offline.row_spool import RowSpool
+from batchllm.offline.runtime import Chat
 from batchllm.offline.token_store import TokenStore
-from batchllm.request import SamplingParams
+from batchllm.request import ChatPrompt, SamplingParams
 from batchllm.tokenizer import Tokenizer
 
 INPUT_FORMATS = ("jsonl", "parquet", "hf")
@@ -84,11 +85,13 @@ def sampling_defaults(args: argparse.Namespace) -> SamplingParams:
 
 def rows_of(args: argparse.Namespace, source: Input) -> Iterator[Row | BadRow]:
     """The rows of an input, as the flags say they are to be read."""
-    return read_rows(source, defaults=sampling_defaults(args), columns=column_map(args))
+    defaults = sampling_defaults(args)
+    chosen = () if args.sampling is None else json.loads(args.sampling)
+    return read_rows(source, defaults=defaults, chosen=chosen, columns=column_map(args))
 
 
-class _LazyTokenizer:
-    """A model's tokenizer, loaded when there is text: it takes seconds to import.
+class _PromptTokenizer:
+    """A model's tokenizer for prompts, loaded when there is text: it takes seconds to import.
 
     Args:
         model: A directory or a hub name; the embedded model when None.
@@ -101,14 +104,18 @@ class _LazyTokenizer:
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.from_model(self._model or default_model_path())
 
+    @cached_property
+    def _chat_tokenizer(self) -> Any:
+        from batchllm.srt.serving_chat import tokenizer_of_model  # imports torch
+
+        return tokenizer_of_model(self._model or default_model_path())
+
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
         return self._tokenizer.encode(texts, add_special_tokens=add_special_tokens)
 
-    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]:
-        return self._tokenizer.render_chats(chats)
-
-    def decode_token(self, token_id: int) -> str:
-        return self._tokenizer.decode_token(token_id)
+    def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]:
+        prompts: list[ChatPrompt | RowError] = self._chat_tokenizer.encode_chats(chats)
+        return prompts
 
 
 class Prompts:
@@ -128,7 +135,7 @@ class Prompts:
             self.bad: list[BadRow] = []
             spool = RowSpool(folder)
             store = TokenStore(None, 1 << 60)
-            self.rows = JobRows(UNLIMITED, _LazyTokenizer(args.model), store)
+            self.rows = JobRows(UNLIMITED, _PromptTokenizer(args.model), store)
             ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
             is_out = ingest.load(ingest.take_pending(rows_of(args, source)), self.rows)
             spool.close()

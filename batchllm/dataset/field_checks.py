@@ -88,6 +88,10 @@ def number(low: float, high: float = math.inf, *, low_open: bool = False) -> Che
     return check
 
 
+_any_number = number(-math.inf)
+_MAX_ID_DIGITS = 10
+
+
 def boolean(name: str, value: object) -> bool:
     """Checks for true or false; 0 and 1 are not."""
     if not isinstance(value, bool):
@@ -156,6 +160,66 @@ def regex_text(name: str, value: object) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise RowError(f"{name} does not compile: {error}", code="invalid_regex", param=name) from None
     return value
+
+
+def anything(name: str, value: object) -> object:
+    """Checks nothing; another one judges the value."""
+    return value
+
+
+def any_list(name: str, value: object) -> object:
+    """Checks for a list."""
+    if not isinstance(value, list):
+        raise wrong_type(name, "a list", value)
+    return value
+
+
+def any_object(name: str, value: object) -> object:
+    """Checks for an object."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object", value)
+    return value
+
+
+def text(name: str, value: object) -> str:
+    """Checks for a string."""
+    if not isinstance(value, str):
+        raise wrong_type(name, "a string", value)
+    return value
+
+
+def grammar_text(name: str, value: object) -> str:
+    """Checks for a grammar as text that is not empty; whether it is one is for the grammar library."""
+    if not isinstance(value, str) or not value:
+        raise wrong_type(name, "a grammar as text", value)
+    return value
+
+
+def structural_tag_text(name: str, value: object) -> str:
+    """Checks for a structural tag, as an object or as its JSON text; returns the text."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise wrong_type(name, f"JSON ({error.msg} at column {error.colno})", value) from None
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object or its JSON text", value)
+    return orjson.dumps(value).decode()
+
+
+def logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
+    """Checks for an object of token ids, as text, and finite numbers; returns pairs by ascending id."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object of token ids and numbers", value)
+    pairs: dict[int, float] = {}
+    for key, bias in value.items():
+        text = str(key)
+        if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_ID_DIGITS) or int(text) > MAX_INT32:
+            raise out_of_range(f"{name} has a key that", f"a token id from 0 to {MAX_INT32}", key)
+        number = _any_number(f"{name}[{text}]", bias)
+        assert isinstance(number, float)
+        pairs[int(text)] = number
+    return tuple(sorted(pairs.items()))
 
 
 def token_ids(name: str, value: object) -> array[int]:

@@ -2,8 +2,8 @@
 
 Knows the forms a prompt takes in both row kinds; not the rest of the row.
 
-INVARIANT: what passes is a non-empty str, a non-empty int32 array, or a non-empty list of messages
-that a chat template can render.
+INVARIANT: what passes is a non-empty str, a non-empty int32 array, or a non-empty list of messages with roles and
+content. Everything else of a message is for SGLang's chat serving to judge.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from typing import Any
 from batchllm.dataset.field_checks import closest, show, token_ids
 from batchllm.errors import RowError
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "refusal"})
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "latest_reminder"})
+MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "tools"})
+_PASSED_OVER = frozenset({"annotations", "id"})
+"""Says nothing to a model: where an answer had its facts from."""
+_OTHER_PARTS = frozenset({"thinking", "reasoning", "tool_reference"})
+
+
+_NOTHING: tuple[object, ...] = (None, "", [], {}, False)
 
 
 def check_text(name: str, value: object) -> str:
@@ -27,22 +33,19 @@ def check_text(name: str, value: object) -> str:
     return value
 
 
-def check_completion_prompt(value: object) -> str | array[int]:
-    """Checks an OpenAI completions prompt: text, token ids, or a list with exactly one of those."""
+def check_completion_prompt(value: object) -> str | array[int] | list[str | array[int]]:
+    """Checks an OpenAI completions prompt: text, token ids, or a list of either; a list of one is that one."""
     if not isinstance(value, list):
         return check_text("prompt", value)
     if not value:
         raise empty_prompt("prompt")
     if not isinstance(value[0], (str, list)):
         return token_ids("prompt", value)
-    if len(value) > 1:
-        raise RowError(
-            f"prompt holds {len(value)} prompts; write one row for each, with its own custom_id",
-            code="multiple_prompts",
-            param="prompt",
-        )
-    only = value[0]
-    return token_ids("prompt[0]", only) if isinstance(only, list) else check_text("prompt[0]", only)
+    is_ids = isinstance(value[0], list)
+    prompts = [
+        token_ids(f"prompt[{i}]", item) if is_ids else check_text(f"prompt[{i}]", item) for i, item in enumerate(value)
+    ]
+    return prompts[0] if len(prompts) == 1 else prompts
 
 
 def check_messages(value: object) -> list[dict[str, Any]]:
@@ -68,19 +71,19 @@ def empty_prompt(name: str) -> RowError:
 def _check_message(name: str, message: object) -> None:
     if not isinstance(message, dict):
         raise _bad_message(name, f"must be an object with role and content, not {show(message)}")
-    for key in message:
-        if key not in MESSAGE_KEYS:
+    for key, value in message.items():
+        if key not in MESSAGE_KEYS and key not in _PASSED_OVER and value not in _NOTHING:
             raise _bad_message(name, f"has an unknown key {key!r}{closest(key, MESSAGE_KEYS)}")
     role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
+    if not isinstance(role, str) or role.lower() not in ROLES:
         wanted = ", ".join(sorted(ROLES))
         raise _bad_message(f"{name}.role", f"must be one of {wanted}, not {show(role)}")
     content = message.get("content")
     if isinstance(content, list):
         for position, part in enumerate(content):
             _check_part(f"{name}.content[{position}]", part)
-    elif content is None and role == "assistant" and message.get("tool_calls"):
-        pass  # an assistant turn that only calls tools has no content
+    elif content is None and role.lower() != "user":
+        pass  # a turn that only calls tools has no content, and others may have none
     elif not isinstance(content, str):
         wanted = "a string or a list of text parts"
         raise _bad_message(f"{name}.content", f"must be {wanted}, not {show(content)}")
@@ -90,6 +93,8 @@ def _check_part(name: str, part: object) -> None:
     if not isinstance(part, dict):
         raise _bad_message(name, f"must be a text part, not {show(part)}")
     kind = part.get("type")
+    if isinstance(kind, str) and kind in _OTHER_PARTS:
+        return
     if kind != "text":
         raise RowError(
             f"{name} is a part of type {show(kind)}; only text parts can be answered",

@@ -53,6 +53,9 @@ class RowHead(NamedTuple):
         num_samples: Samples that were asked for.
         wants_logprobs: The answer has log probabilities.
         num_alternatives: Most likely alternatives per token in them.
+        num_prompts: Prompts that the row gives, each with as many of the samples.
+        echo: Its prompts, where the answer repeats them: texts, or token ids.
+        chat: What a chat asks for beside its messages, and its history of tool calls; None where that is nothing.
     """
 
     position: int
@@ -64,6 +67,9 @@ class RowHead(NamedTuple):
     num_samples: int
     wants_logprobs: bool
     num_alternatives: int
+    num_prompts: int = 1
+    echo: list[Any] | None = None
+    chat: dict[str, Any] | None = None
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -75,6 +81,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         line: Line number in the input, from 1, blank lines counted; in tables the row's number, over all files.
         model: The model its body names, if it does.
         carried: Columns of the input to be repeated in the output, JSON values; None where none were asked for.
+        echoes: The answer repeats the prompt.
     """
 
     request: Request
@@ -83,6 +90,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     line: int
     model: str | None = None
     carried: dict[str, Any] | None = None
+    echoes: bool = False
 
     @property
     def index(self) -> int:
@@ -92,18 +100,36 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def head(self) -> RowHead:
         """What its answer needs of it."""
-        sampling = self.request.sampling
+        request = self.request
+        sampling = request.sampling
+        num_prompts = 1 if request.prompts is None else len(request.prompts)
         return RowHead(
-            self.request.index,
+            request.index,
             self.line,
             self.kind,
             self.given_id,
             self.model,
             self.carried,
-            sampling.n,
+            sampling.n * num_prompts,
             sampling.logprobs,
             sampling.top_logprobs,
+            num_prompts,
+            self._echo() if self.echoes else None,
+            None if request.chat is None or not request.chat.fields else self._chat(),
         )
+
+    def _echo(self) -> list[Any]:
+        request = self.request
+        prompts = request.prompts or [request.prompt or request.input_ids or ()]
+        return [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+    def _chat(self) -> dict[str, Any]:
+        """Fields of the body, with those messages that call tools: some models number calls through a whole chat."""
+        request = self.request
+        assert request.chat is not None
+        calls = [m["tool_calls"] for m in request.messages or () if m.get("tool_calls")]
+        messages = [{"role": "assistant", "tool_calls": tool_calls} for tool_calls in calls]
+        return {**request.chat.fields, "messages": messages}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ INVARIANT: a line depends on nothing but its arguments: same row, answer and job
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -25,6 +25,8 @@ from batchllm.dataset.logprobs import Decode, chat_logprobs, completion_logprobs
 from batchllm.dataset.records import BadRow, RowHead, reject
 from batchllm.errors import RowError
 from batchllm.request import Completion
+
+DecodePrompt = Callable[[Sequence[int]], str]
 
 
 def find_abort(head: RowHead, completions: Sequence[Completion]) -> BadRow | None:
@@ -43,6 +45,7 @@ def render_success(
     model: str,
     created: int,
     decode: Decode,
+    decode_prompt: DecodePrompt,
     job_seed: int = 0,
 ) -> dict[str, Any]:
     """Builds the output line of an answered row.
@@ -52,6 +55,7 @@ def render_success(
         model: Name to report where the row names none.
         created: Unix seconds to report.
         decode: Text of one token id; used for OpenAI rows that ask for logprobs.
+        decode_prompt: Text of token ids; used for rows whose answer repeats a prompt that they gave as ids.
         job_seed: Goes into the generated identifiers.
     """
     assert completions, f"row {head.given_id!r}: no completions to render"
@@ -60,13 +64,18 @@ def render_success(
         return _plain_line(head, samples)
     chat = head.kind == "chat"
     digest = _digest(job_seed, head.given_id)
+    choices = [_openai_choice(head, sample, decode, digest) for sample in samples]
+    if head.echo is not None:
+        prompts = [prompt if isinstance(prompt, str) else decode_prompt(prompt) for prompt in head.echo]
+        for choice in choices:
+            choice["text"] = prompts[choice["index"] // (head.num_samples // head.num_prompts)] + choice["text"]
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
         "model": head.model or model,
-        "choices": [_openai_choice(head, sample, decode) for sample in samples],
-        "usage": _openai_usage(samples),
+        "choices": choices,
+        "usage": _openai_usage(head, samples),
     }
     return _openai_line(head.given_id, digest, 200, body)
 
@@ -90,7 +99,7 @@ def render_error(bad: BadRow, *, job_seed: int = 0) -> dict[str, Any]:
 
 
 def _plain_line(head: RowHead, samples: Sequence[Completion]) -> dict[str, Any]:
-    num_prompt, num_cached, num_output = _counts(samples)
+    num_prompt, num_cached, num_output = count_tokens(head, samples)
     usage = {
         "prompt_tokens": num_prompt,
         "cached_tokens": num_cached,
@@ -119,12 +128,14 @@ def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
     return answer
 
 
-def _openai_choice(head: RowHead, sample: Completion, decode: Decode) -> dict[str, Any]:
+def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: str) -> dict[str, Any]:
     wanted = head.wants_logprobs and sample.logprobs is not None
     logprobs: dict[str, Any] | None = None
     answer: dict[str, Any]
     if head.kind == "chat":
         answer = {"message": {"role": "assistant", "content": sample.text, "refusal": None}}
+        if sample.message is not None:
+            answer["message"] |= _with_call_ids(sample, digest)
         if wanted:
             logprobs = chat_logprobs(sample.logprobs or (), decode)
     else:
@@ -139,8 +150,19 @@ def _openai_choice(head: RowHead, sample: Completion, decode: Decode) -> dict[st
     }
 
 
-def _openai_usage(samples: Sequence[Completion]) -> dict[str, Any]:
-    num_prompt, num_cached, num_output = _counts(samples)
+def _with_call_ids(sample: Completion, digest: str) -> dict[str, Any]:
+    """The message, with ids of tool calls that are the same each time."""
+    assert sample.message is not None
+    calls = sample.message.get("tool_calls") or []
+    named = [
+        call | {"id": f"call_{_digest(0, digest, sample.sample, i)}"} if call["id"].startswith("call_") else call
+        for i, call in enumerate(calls)
+    ]
+    return sample.message | ({"tool_calls": named} if named else {})
+
+
+def _openai_usage(head: RowHead, samples: Sequence[Completion]) -> dict[str, Any]:
+    num_prompt, num_cached, num_output = count_tokens(head, samples)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
@@ -149,14 +171,16 @@ def _openai_usage(samples: Sequence[Completion]) -> dict[str, Any]:
     }
 
 
-def _counts(samples: Sequence[Completion]) -> tuple[int, int, int]:
-    """Prompt, cached and output tokens of a row over all its samples."""
+def count_tokens(head: RowHead, samples: Sequence[Completion]) -> tuple[int, int, int]:
+    """Prompt, cached and output tokens of a row over all its samples, which are in order; each prompt counts once."""
     if len(samples) == 1:
         only = samples[0]
         return only.prompt_tokens, only.cached_tokens, len(only.output_ids)
+    n = head.num_samples // head.num_prompts
+    of_prompts = [samples[first : first + n] for first in range(0, len(samples), n)]
     return (
-        samples[0].prompt_tokens,
-        min(sample.cached_tokens for sample in samples),
+        sum(of_prompt[0].prompt_tokens for of_prompt in of_prompts),
+        sum(min(sample.cached_tokens for sample in of_prompt) for of_prompt in of_prompts),
         sum(sample.completion_tokens for sample in samples),
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import orjson
@@ -20,7 +20,8 @@ import orjson
 from batchllm.dataset.column_map import ColumnMap
 from batchllm.dataset.field_checks import show
 from batchllm.dataset.jsonl import parse_lines
-from batchllm.dataset.openai_rows import KIND_OF_URL, parse_openai, read_body_sampling
+from batchllm.dataset.openai_body import BodySettings, read_body
+from batchllm.dataset.openai_rows import KIND_OF_URL, parse_openai
 from batchllm.dataset.openai_rows import ROW_FIELDS as OPENAI_FIELDS
 from batchllm.dataset.plain_rows import parse_plain
 from batchllm.dataset.records import BadRow, BrokenRecord, Row, RowKind
@@ -30,7 +31,7 @@ from batchllm.dataset.tables import open_table
 from batchllm.errors import RowError, WorkloadError
 from batchllm.request import SamplingParams
 
-MAX_CACHED_SAMPLINGS = 1024
+MAX_CACHED_SETTINGS = 1024
 _Record = dict[str, Any] | BrokenRecord
 
 
@@ -39,6 +40,7 @@ def read_rows(
     *,
     defaults: SamplingParams,
     default_max_new_tokens: int | None = None,
+    chosen: Collection[str] = (),
     flag: str = "-i",
     columns: ColumnMap | None = None,
 ) -> Iterator[Row | BadRow]:
@@ -53,6 +55,7 @@ def read_rows(
             exception.
         default_max_new_tokens: Output limit of chat rows that set none, which in OpenAI's format
             means "whatever the context leaves"; None takes ``defaults.max_new_tokens``.
+        chosen: Fields of ``defaults`` that the user has set; in others a chat row takes what the model recommends.
         flag: The command line flag that gave the path, for messages.
         columns: Where the id and the prompt are, and what to carry to the output. With None, a line may have no
             other fields than a row's, and of a table's columns those with the names of a row's fields are taken.
@@ -66,7 +69,7 @@ def read_rows(
     chat_defaults = dataclasses.replace(defaults, max_new_tokens=default_max_new_tokens)
     if not isinstance(source, (Input, str, os.PathLike)):
         name = str(getattr(source, "name", "the input stream"))
-        return _Reader(defaults, chat_defaults, columns).read(parse_lines(source), name)
+        return _Reader(defaults, chat_defaults, frozenset(chosen), columns).read(parse_lines(source), name)
     if not isinstance(source, Input):
         source = open_input(os.fspath(source), spool_folder=None, flag=flag)
     records: Iterator[tuple[int, _Record]]
@@ -75,7 +78,7 @@ def read_rows(
     else:
         columns = ColumnMap() if columns is None else columns
         records = enumerate(open_table(source, columns), start=1)
-    return _Reader(defaults, chat_defaults, columns).read(records, source.name)
+    return _Reader(defaults, chat_defaults, frozenset(chosen), columns).read(records, source.name)
 
 
 def _parse_file(source: Input) -> Iterator[tuple[int, _Record]]:
@@ -86,14 +89,21 @@ def _parse_file(source: Input) -> Iterator[tuple[int, _Record]]:
 class _Reader:
     """The state of one pass over one input."""
 
-    __slots__ = ("_chat_defaults", "_columns", "_defaults", "_kind", "_samplings")
+    __slots__ = ("_chat_defaults", "_chosen", "_columns", "_defaults", "_kind", "_settings")
 
-    def __init__(self, defaults: SamplingParams, chat_defaults: SamplingParams, columns: ColumnMap | None) -> None:
+    def __init__(
+        self,
+        defaults: SamplingParams,
+        chat_defaults: SamplingParams,
+        chosen: frozenset[str],
+        columns: ColumnMap | None,
+    ) -> None:
+        self._chosen = chosen
         self._defaults = defaults
         self._chat_defaults = chat_defaults
         self._columns = columns
         self._kind: RowKind = "plain"
-        self._samplings: dict[tuple[RowKind, bytes], tuple[SamplingParams, bool]] = {}
+        self._settings: dict[tuple[RowKind, bytes], BodySettings] = {}
 
     def read(self, records: Iterable[tuple[int, _Record]], name: str) -> Iterator[Row | BadRow]:
         index = 0
@@ -129,7 +139,7 @@ class _Reader:
                 given_id=given_id,
                 index=index,
                 line=line,
-                sampling=self._chat_sampling if kind == "chat" else self._completion_sampling,
+                read_body=self._read_chat if kind == "chat" else self._read_completion,
             )
         except RowError as error:
             return BadRow(
@@ -148,39 +158,34 @@ class _Reader:
     def _plain_sampling(self, mapping: object) -> tuple[SamplingParams, bool]:
         if not mapping and (mapping is None or isinstance(mapping, dict)):
             return self._defaults, False
-        return self._cached("plain", mapping, self._read_plain_sampling)
+        return self._cached("plain", mapping)[:2]
 
-    def _chat_sampling(self, body: object) -> tuple[SamplingParams, bool]:
-        return self._cached("chat", body, self._read_chat_sampling)
+    def _read_chat(self, body: dict[str, Any]) -> BodySettings:
+        return self._cached("chat", body)
 
-    def _completion_sampling(self, body: object) -> tuple[SamplingParams, bool]:
-        return self._cached("completions", body, self._read_completion_sampling)
+    def _read_completion(self, body: dict[str, Any]) -> BodySettings:
+        return self._cached("completions", body)
 
-    def _read_plain_sampling(self, mapping: Any) -> tuple[SamplingParams, bool]:
-        settings = read_settings(mapping, SGLANG_FIELDS)
-        return apply_settings(settings, self._defaults), "max_new_tokens" in settings
-
-    def _read_chat_sampling(self, body: Any) -> tuple[SamplingParams, bool]:
-        return read_body_sampling(body, "chat", defaults=self._chat_defaults)
-
-    def _read_completion_sampling(self, body: Any) -> tuple[SamplingParams, bool]:
-        return read_body_sampling(body, "completions", defaults=self._defaults)
-
-    def _cached(
-        self, kind: RowKind, mapping: object, read: Callable[[Any], tuple[SamplingParams, bool]]
-    ) -> tuple[SamplingParams, bool]:
-        """Most jobs sample every row alike: checks each distinct mapping once."""
+    def _cached(self, kind: RowKind, mapping: Any) -> BodySettings:
+        """Most jobs ask the same of every row: checks each distinct mapping once."""
         try:
             # The JSON text as key tells true from 1 and 1 from 1.0, which hash alike.
             key = (kind, orjson.dumps(mapping))
         except orjson.JSONEncodeError:  # nested deeper than orjson writes
-            return read(mapping)
-        found = self._samplings.get(key)
+            return self._read(kind, mapping)
+        found = self._settings.get(key)
         if found is None:
-            if len(self._samplings) >= MAX_CACHED_SAMPLINGS:
-                self._samplings.clear()
-            found = self._samplings[key] = read(mapping)
+            if len(self._settings) >= MAX_CACHED_SETTINGS:
+                self._settings.clear()
+            found = self._settings[key] = self._read(kind, mapping)
         return found
+
+    def _read(self, kind: RowKind, mapping: Any) -> BodySettings:
+        if kind == "plain":
+            settings = read_settings(mapping, SGLANG_FIELDS)
+            return BodySettings(apply_settings(settings, self._defaults), "max_new_tokens" in settings)
+        defaults = self._chat_defaults if kind == "chat" else self._defaults
+        return read_body(mapping, kind, defaults=defaults, chosen=self._chosen)
 
 
 def _looks_openai(record: _Record) -> bool:

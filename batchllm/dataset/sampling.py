@@ -9,13 +9,14 @@ INVARIANT: no name is ignored: each is read, or the row is refused with the near
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from batchllm.dataset import field_checks as checks
 from batchllm.errors import RowError
-from batchllm.request import SamplingParams
+from batchllm.request import GRAMMARS, SamplingParams
 
 MAX_NUM_SAMPLES = 128
 MAX_TOP_LOGPROBS = 20
@@ -46,6 +47,12 @@ SHARED_FIELDS: Mapping[str, SamplingField] = {
         "ignore_eos": checks.boolean,
         "json_schema": checks.json_schema_text,
         "regex": checks.regex_text,
+        "ebnf": checks.grammar_text,
+        "structural_tag": checks.structural_tag_text,
+        "logit_bias": checks.logit_bias,
+        "stop_regex": checks.stop_strings,
+        "no_stop_trim": checks.boolean,
+        "spaces_between_special_tokens": checks.boolean,
         "skip_special_tokens": checks.boolean,
     }.items()
 }
@@ -120,11 +127,13 @@ def put_setting(settings: dict[str, Any], target: str, value: object, *, name: s
 
 def apply_settings(settings: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
     """Puts checked settings over the defaults and checks what concerns several of them."""
-    if "json_schema" in settings and "regex" in settings:
-        raise _conflict("json_schema and regex exclude each other; give one of them", "regex")
-    if "json_schema" in settings or "regex" in settings:
-        # The row decides its own output format: a default of the other kind gives way.
-        defaults = dataclasses.replace(defaults, json_schema=None, regex=None)
+    grammars = [name for name in GRAMMARS if name in settings]
+    if len(grammars) > 1:
+        raise _conflict(f"{' and '.join(grammars)} exclude each other; give one of them", grammars[-1])
+    if grammars:
+        # The row decides its own output format: a default of another kind gives way.
+        nothing: dict[str, Any] = dict.fromkeys(GRAMMARS)
+        defaults = dataclasses.replace(defaults, **nothing)
     merged = dataclasses.replace(defaults, **settings)
     if merged.min_new_tokens > merged.max_new_tokens:
         raise _conflict(
@@ -135,6 +144,22 @@ def apply_settings(settings: Mapping[str, Any], defaults: SamplingParams) -> Sam
     if merged.top_logprobs > 0 and not merged.logprobs:
         raise _conflict('top_logprobs needs "logprobs": true beside it', "top_logprobs")
     return merged
+
+
+@functools.lru_cache(maxsize=4096)
+def with_chat_settings(sampling: SamplingParams, settings: tuple[tuple[str, Any], ...]) -> SamplingParams:
+    """Sampling of a chat: what the row asks, and what its template and tools need (`ChatPrompt.settings`).
+
+    Stop strings are added to the row's own. A grammar that tools need gives way to the row's own, as on the server.
+    """
+    if not settings:
+        return sampling
+    changes = dict(settings)
+    if "stop" in changes:
+        changes["stop"] = (*changes["stop"], *(s for s in sampling.stop if s not in changes["stop"]))
+    if sampling.has_grammar:
+        changes = {name: value for name, value in changes.items() if name not in GRAMMARS}
+    return dataclasses.replace(sampling, **changes)
 
 
 def _conflict(message: str, param: str) -> RowError:

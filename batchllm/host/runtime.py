@@ -21,7 +21,8 @@ from batchllm.errors import EngineDiedError, EngineError, RowError
 from batchllm.host import messages, template
 from batchllm.offline.compile_ahead import compile_ahead
 from batchllm.offline.event_loop import LoopThread
-from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.runtime import Answer, Chat, FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.request import ChatPrompt, Completion
 
 SCHEDULER_PROCESS = "batchllm.srt.scheduler:run_scheduler_process"
 """Target of the scheduler's process."""
@@ -306,7 +307,7 @@ class HostedRuntime:
 
 
 class HostedTokenizer:
-    """The tokenizer of an engine, in the engine's process. What it does is in `batchllm.tokenizer.Tokenizer`."""
+    """The tokenizer of an engine, in the engine's process: a `batchllm.srt.serving_chat.ChatTokenizer`."""
 
     def __init__(self, runtime: HostedRuntime) -> None:
         self._runtime = runtime
@@ -321,10 +322,20 @@ class HostedTokenizer:
         )
         return ids
 
-    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]:
-        """Each conversation as text, through the model's chat template, or why there is none."""
-        rendered: list[str | RowError] = self._runtime.call("tokenizer", "render_chats", list(chats))
-        return rendered
+    def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]:
+        """Each chat as a prompt, or why there is none."""
+        prompts: list[ChatPrompt | RowError] = self._runtime.call("tokenizer", "encode_chats", list(chats))
+        return prompts
+
+    def parse_answers(self, answers: Sequence[Answer]) -> list[Completion]:
+        """Answers to chats, as messages with reasoning and tool calls."""
+        parsed: list[Completion] = self._runtime.call("tokenizer", "parse_answers", list(answers))
+        return parsed
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        text: str = self._runtime.call("tokenizer", "decode", list(ids))
+        return text
 
     def decode_token(self, token_id: int) -> str:
         """Text of one token by itself."""

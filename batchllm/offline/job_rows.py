@@ -21,11 +21,11 @@ import xxhash
 from batchllm.dataset.field_checks import MAX_INT32
 from batchllm.dataset.limits import check_expected_len, check_prompt_len, check_token_ids, fit_max_new_tokens
 from batchllm.errors import ConfigError, RowError
-from batchllm.offline.encode import encode_requests
+from batchllm.offline.encode import Encoded, encode_requests
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
-from batchllm.offline.runtime import BulkTokenizer, RuntimeInfo
+from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
 from batchllm.offline.token_store import TokenStore
-from batchllm.request import Request, SamplingParams
+from batchllm.request import GRAMMARS, Request, SamplingParams
 from batchllm.tokens import TokenTable
 
 ENCODE_SLICE = 1024
@@ -95,7 +95,7 @@ class JobRows:
     def __init__(
         self,
         info: RuntimeInfo,
-        tokenizer: BulkTokenizer | None,
+        tokenizer: PromptTokenizer | None,
         store: TokenStore,
         identical: IdenticalRows | None = None,
     ) -> None:
@@ -117,6 +117,7 @@ class JobRows:
         self._known_len = _Column(np.int32)
         self._seed = _Column(np.int64)
         self._shift = _Column(np.int32)  # a row's place in the input, less its number
+        self._num_prompts = _Column(np.int32)
 
     def __len__(self) -> int:
         return len(self._group)
@@ -139,12 +140,28 @@ class JobRows:
         values: npt.NDArray[np.int32] = self._known_len.values
         return values
 
+    @property
+    def num_prompts(self) -> npt.NDArray[np.int32]:
+        """Prompts that each row gives. Shape ``[num_rows]``."""
+        values: npt.NDArray[np.int32] = self._num_prompts.values
+        return values
+
+    @property
+    def first_prompt(self) -> Int64Array:
+        """Which row of the store is each row's first prompt; the others follow it. Shape ``[num_rows]``."""
+        num_prompts = self.num_prompts
+        return np.cumsum(num_prompts, dtype=np.int64) - num_prompts
+
+    def per_prompt(self, values: npt.NDArray[Any]) -> Int64Array:
+        """A value of every row, for each row of the store. Shape ``[num_prompts]``."""
+        return np.repeat(values, self.num_prompts).astype(np.int64)
+
     def kind(self, rows: Int64Array) -> npt.NDArray[np.int32]:
         """Which of `kinds` these rows are sampled by."""
         return self._of_group(0, rows)
 
     def num_samples(self, rows: Int64Array) -> npt.NDArray[np.int32]:
-        """Independent samples of these rows."""
+        """Samples of these rows, over all of a row's prompts."""
         return self._of_group(1, rows)
 
     def task(self, rows: Int64Array) -> npt.NDArray[np.int32]:
@@ -182,33 +199,33 @@ class JobRows:
         """
         errors: list[RowError | None] = []
         kept: list[array[int]] = []
-        encoded = [
-            ids if isinstance(ids, (array, RowError)) else array("i", ids)
-            for ids in encode_requests(requests, self._tokenizer)
-        ]
-        for request, ids, is_known in zip(requests, encoded, self._are_in_vocabulary(encoded), strict=True):
+        lengths: list[int] = []
+        encoded = encode_requests(requests, self._tokenizer, self._info.chat_sampling)
+        for prompt, is_known in zip(encoded, self._are_in_vocabulary(encoded), strict=True):
             try:
-                if isinstance(ids, RowError):
-                    raise ids
-                if not is_known and request.input_ids is not None:
+                if isinstance(prompt, RowError):
+                    raise prompt
+                request, ids, lens = prompt
+                if not is_known and request.prompt is None:
                     check_token_ids(ids, self._info.vocab_size)
-                self._check(request, len(ids))
-                limit = self._output_limit(request, len(ids))
+                longest = max(lens)
+                self._check(request, longest)
+                limit = self._output_limit(request, longest)
             except RowError as error:
                 errors.append(error)
                 continue
             errors.append(None)
             kept.append(ids)
-            self._append(request, limit)
+            lengths += lens
+            self._append(request, limit, len(lens))
             if self._identical is not None:
-                self._compare(request.sampling, ids)
-        lens = np.fromiter(map(len, kept), np.int64, len(kept))
-        self.store.extend(np.frombuffer(b"".join(kept), np.int32), lens)
+                self._compare(request.sampling, ids, len(lens))
+        self.store.extend(np.frombuffer(b"".join(kept), np.int32), np.array(lengths, np.int64))
         return errors
 
-    def _are_in_vocabulary(self, encoded: list[array[int] | RowError]) -> list[bool]:
+    def _are_in_vocabulary(self, encoded: Sequence[Encoded | RowError]) -> list[bool]:
         """Of each row whether all of its token ids are the model's, found for all together."""
-        rows = [b"" if isinstance(ids, RowError) else ids for ids in encoded]
+        rows = [b"" if isinstance(prompt, RowError) else prompt.ids for prompt in encoded]
         lens = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.frombuffer(b"".join(rows), np.int32)
         are_in = np.ones(len(rows), bool)
@@ -235,7 +252,8 @@ class JobRows:
         row_of = np.repeat(chosen, num_samples)
         first = np.cumsum(num_samples, dtype=np.int64) - num_samples
         sample_of = np.arange(len(row_of)) - np.repeat(first, num_samples)
-        return Samples(row_of, sample_of, len(row_of)), self.store.table(row_of)
+        prompt_of = sample_of // np.repeat(num_samples // self.num_prompts[chosen], num_samples)
+        return Samples(row_of, sample_of, len(row_of)), self.store.table(self.first_prompt[row_of] + prompt_of)
 
     def namespaces(self, samples: Samples) -> Int64Array | None:
         """Number of the namespace of each of these samples; None where all rows are in the default one."""
@@ -248,10 +266,15 @@ class JobRows:
         what it would have drawn in one.
         """
         seed = self._seed[row]
+        if seed != NO_SEED and self._num_prompts[row] > 1:  # each of them draws with the seed
+            sample %= self._num_samples_per_prompt(row)
         if seed != NO_SEED and sample == 0:
             return seed
         text = f"{seed},{sample}" if seed != NO_SEED else f"{self._info.random_seed},{row + self._shift[row]},{sample}"
         return xxhash.xxh64_intdigest(text.encode()) >> 1
+
+    def _num_samples_per_prompt(self, row: int) -> int:
+        return list(self._group_ids)[self._group[row]][1] // self._num_prompts[row]
 
     def _check(self, request: Request, prompt_len: int) -> None:
         info = self._info
@@ -279,11 +302,11 @@ class JobRows:
             )
         return sampling.max_new_tokens
 
-    def _append(self, request: Request, limit: int) -> None:
+    def _append(self, request: Request, limit: int, num_prompts: int) -> None:
         sampling = request.sampling
         group = (
             self._kind_id(sampling),
-            sampling.n,
+            sampling.n * num_prompts,
             self._task_ids.setdefault(request.task, len(self._task_ids) - 1),
             self._namespace_ids.setdefault(request.namespace, len(self._namespace_ids)),
         )
@@ -291,11 +314,12 @@ class JobRows:
         self._seed.append(NO_SEED if sampling.seed is None else sampling.seed)
         self._shift.append(request.index - len(self._shift))
         self._max_new_len.append(limit)
+        self._num_prompts.append(num_prompts)
         self._known_len.append(limit if sampling.has_known_len else request.expected_new_tokens or 0)
 
-    def _compare(self, sampling: SamplingParams, ids: array[int]) -> None:
+    def _compare(self, sampling: SamplingParams, ids: array[int], num_prompts: int) -> None:
         assert self._identical is not None
-        if is_determined(sampling):
+        if is_determined(sampling) and num_prompts == 1:
             seed = NO_SEED if is_greedy(sampling) or sampling.seed is None else sampling.seed
             # The group holds the task too, which says nothing of the answer: rows of two tasks are not found alike.
             last = len(self) - 1
@@ -353,10 +377,9 @@ def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:
             code="seed_not_supported",
             param="seed",
         )
-    has_grammar = sampling.json_schema is not None or sampling.regex is not None
-    if has_grammar and not info.has_grammar:
+    if sampling.has_grammar and not info.has_grammar:
         raise RowError(
-            "structured output (json_schema, regex) is switched off; start the engine without --grammar-backend none",
+            "structured output is switched off; start the engine without --grammar-backend none",
             code="grammar_not_supported",
-            param="json_schema" if sampling.json_schema is not None else "regex",
+            param=next(name for name in GRAMMARS if getattr(sampling, name) is not None),
         )

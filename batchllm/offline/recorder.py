@@ -14,6 +14,7 @@ import orjson
 
 from batchllm.dataset import BadRow, RowHead, render_error, render_success
 from batchllm.dataset.logprobs import Decode
+from batchllm.dataset.responses import DecodePrompt, count_tokens
 from batchllm.errors import WorkloadError
 from batchllm.offline.journal import NUM_ROWS_PER_COMMIT, Journal
 from batchllm.offline.outputs import Outputs
@@ -49,14 +50,26 @@ class Recorder:
         self.num_failed = len(journal.failed())
         self.first_failed: list[BadRow] = []
 
-    def answer(self, head: RowHead, completions: Sequence[Completion], *, model: str, decode: Decode) -> None:
+    def answer(
+        self,
+        head: RowHead,
+        completions: Sequence[Completion],
+        *,
+        model: str,
+        decode: Decode,
+        decode_prompt: DecodePrompt,
+    ) -> None:
         """All samples of a row have finished, none aborted."""
-        record = render_success(head, completions, model=model, created=self._created, decode=decode)
+        samples = sorted(completions, key=lambda completion: completion.sample)
+        record = render_success(
+            head, samples, model=model, created=self._created, decode=decode, decode_prompt=decode_prompt
+        )
+        num_prompt_tokens, _, num_output_tokens = count_tokens(head, samples)
         self._journal.append(
             head.position,
             self._keep(orjson.dumps(record), is_failed=False),
-            num_prompt_tokens=completions[0].prompt_tokens,
-            num_output_tokens=sum([completion.completion_tokens for completion in completions]),
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
         )
         if self._num_unsafe >= NUM_ROWS_PER_COMMIT:  # how long they have waited is looked at once for many
             self.commit()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from batchllm.dataset import BadRow, Row, find_abort, reject
+from batchllm.dataset import BadRow, Row, RowHead, find_abort, reject
 from batchllm.errors import ConfigError, EngineDiedError, EngineError, RowError, WorkloadError
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.ingest import Ingest
@@ -178,13 +178,14 @@ class Runner:
         shards = split_by_prefix(
             self._store,
             max_shard_tokens=self._options.max_token_bytes // 4,
-            namespaces=job_rows.namespace(everything).astype(np.int64),
-            num_samples=job_rows.num_samples(everything).astype(np.int64),
+            namespaces=job_rows.per_prompt(job_rows.namespace(everything)),
+            num_samples=job_rows.per_prompt(job_rows.num_samples(everything) // job_rows.num_prompts),
             page_size=self.runtime.info.page_size,
         )
         self.num_lost_tokens = shards.num_lost_tokens
         self.stats.plan_s += time.perf_counter() - started
-        chosen = [left[shards.row_shard[left] == shard] for shard in range(shards.num_shards)]
+        row_shard = shards.row_shard[job_rows.first_prompt]  # a row with several prompts goes where its first one does
+        chosen = [left[row_shard[left] == shard] for shard in range(shards.num_shards)]
         return [Work(rows=rows) for rows in chosen if len(rows)]
 
     # Rows through the engine
@@ -274,20 +275,35 @@ class Runner:
             num_output_tokens=finished.num_output_tokens,
         )
         num_samples = job_rows.num_samples(np.array(finished.rows, np.int64)).tolist()
+        answered: list[tuple[int, RowHead, list[Completion]]] = []
         for row, sample, completion, num in zip(
             finished.rows, finished.samples, finished.completions, num_samples, strict=True
         ):
             if num == 1:
-                self._finish(row, [completion])
+                answered.append((row, self._spool.read(row), [completion]))
                 continue
             samples = self._samples.setdefault(row, [])
             samples.append(msgspec.structs.replace(completion, sample=sample))
             if len(samples) == num:
-                self._finish(row, self._samples.pop(row))
+                answered.append((row, self._spool.read(row), self._samples.pop(row)))
+        if self.info is not None and self.info.parses_answers:
+            self._parse([(head, completions) for _, head, completions in answered if head.kind == "chat"])
+        for row, head, completions in answered:
+            self._finish(row, head, completions)
 
-    def _finish(self, row: int, completions: list[Completion]) -> None:
+    def _parse(self, chats: list[tuple[RowHead, list[Completion]]]) -> None:
+        """Look the answers to chats through for reasoning and tool calls."""
+        assert self.runtime is not None and self.runtime.tokenizer is not None
+        parsed = iter(
+            self.runtime.tokenizer.parse_answers(
+                [(head.chat or {}, completion) for head, completions in chats for completion in completions]
+            )
+        )
+        for _, completions in chats:
+            completions[:] = [next(parsed) for _ in completions]
+
+    def _finish(self, row: int, head: RowHead, completions: list[Completion]) -> None:
         assert self.runtime is not None
-        head = self._spool.read(row)
         bad = find_abort(head, completions)
         if bad is not None:
             if self._num_tries[row] < self._options.num_retries:
@@ -298,7 +314,13 @@ class Runner:
             return
         for number in self._with_followers(row):
             head = head if number == row else self._spool.read(number)
-            self._recorder.answer(head, completions, model=self.runtime.info.model_name, decode=self._decode)
+            self._recorder.answer(
+                head,
+                completions,
+                model=self.runtime.info.model_name,
+                decode=self._decode,
+                decode_prompt=self._decode_prompt,
+            )
             self._is_done[number] = True
         self.restarts.answered()
 
@@ -316,3 +338,9 @@ class Runner:
         if self.runtime.tokenizer is None:
             raise ConfigError("--skip-tokenizer-init: OpenAI rows with logprobs need a tokenizer")
         return self.runtime.tokenizer.decode_token(token_id)
+
+    def _decode_prompt(self, ids: Sequence[int]) -> str:
+        assert self.runtime is not None
+        if self.runtime.tokenizer is None:
+            raise ConfigError("--skip-tokenizer-init: rows with echo need a tokenizer")
+        return self.runtime.tokenizer.decode(ids)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from batchllm.errors import RowError
 from batchllm.planner.run import PlannedRun
-from batchllm.request import Completion, SamplingParams
+from batchllm.request import ChatOptions, ChatPrompt, Completion, SamplingParams
 from batchllm.scheduler.admission import max_total_len
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.trace.steps import StepArray
 
 T = TypeVar("T")
+Chat = tuple[Sequence[dict[str, Any]], ChatOptions | None]
+"""Messages, and what the chat asks for beside them."""
+Answer = tuple[dict[str, Any], Completion]
+"""Fields of a chat's body (`RowHead.chat`), and an answer to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,8 @@ class RuntimeInfo:
         has_grammar: False where structured output is switched off.
         max_step_tokens: Most prompt tokens that a step computes; None where that is not known, or not limited.
         max_running: Most requests that run at once; None where that is not known.
+        chat_sampling: What the model recommends for chats that say nothing, by names of `SamplingParams`.
+        parses_answers: Answers to chats are looked through for reasoning or tool calls.
     """
 
     model_name: str
@@ -48,6 +54,8 @@ class RuntimeInfo:
     has_grammar: bool
     max_step_tokens: int | None = None
     max_running: int | None = None
+    chat_sampling: Mapping[str, Any] = field(default_factory=dict)
+    parses_answers: bool = False
 
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""
@@ -96,14 +104,22 @@ class FinishedRequests:
     steps: StepArray
 
 
-class BulkTokenizer(Protocol):
-    """Text to token ids and back: `batchllm.tokenizer.Tokenizer`, here or in another process."""
+class PromptTokenizer(Protocol):
+    """Text and chats to token ids."""
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]: ...
 
-    def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]: ...
+    def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]: ...
+
+
+class BulkTokenizer(PromptTokenizer, Protocol):
+    """Text to token ids and back: `batchllm.srt.serving_chat.ChatTokenizer`, here or in another process."""
 
     def decode_token(self, token_id: int) -> str: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def parse_answers(self, answers: Sequence[Answer]) -> list[Completion]: ...
 
 
 class Runtime(Protocol):

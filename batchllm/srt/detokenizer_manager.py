@@ -24,16 +24,17 @@ class BatchDetokenizerManager(DetokenizerManager):
     def handle_planned_output(self, output: PlannedBatchOutput) -> PlannedBatchOutput:
         """Fill in the texts: what the output adds to the end of the prompt, without what stopped it."""
         contexts, spans = [], []
-        for context, ids, reason in zip(output.context_ids, output.output_ids, output.finish_reasons, strict=True):
+        ends = list(zip(output.finish_reasons, output.no_stop_trim, strict=True))
+        for context, ids, (reason, no_trim) in zip(output.context_ids, output.output_ids, ends, strict=True):
             context = list(context)
             contexts.append(context)
-            spans.append(context + self.trim_matched_stop(list(ids), reason, no_stop_trim=False))
-        spaces = [True] * len(spans)
+            spans.append(context + self.trim_matched_stop(list(ids), reason, no_stop_trim=no_trim))
+        spaces = output.spaces_between_special_tokens
         context_texts = self._grouped_batch_decode(contexts, output.skip_special_tokens, spaces)
         span_texts = self._grouped_batch_decode(spans, output.skip_special_tokens, spaces)
         output.texts = [
-            self.trim_matched_stop(span[len(context) :], reason, no_stop_trim=False)
-            for context, span, reason in zip(context_texts, span_texts, output.finish_reasons, strict=True)
+            self.trim_matched_stop(span[len(context) :], reason, no_stop_trim=no_trim)
+            for context, span, (reason, no_trim) in zip(context_texts, span_texts, ends, strict=True)
         ]
         return output
 

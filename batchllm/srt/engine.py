@@ -76,7 +76,8 @@ class SrtRuntime(ManagedRuntime):
             self.sglang_engine = _PlannedEngine(args, scheduler_process)
         self.loop: asyncio.AbstractEventLoop = self.sglang_engine.loop
         init_info = self.sglang_engine._scheduler_init_result.scheduler_infos[0]
-        super().__init__(self.sglang_engine.tokenizer_manager, args, init_info)
+        engine = self.sglang_engine
+        super().__init__(engine.tokenizer_manager, engine.template_manager, args, init_info)
 
     def shutdown(self) -> None:
         """End all processes of this runtime. Doing it twice does nothing."""

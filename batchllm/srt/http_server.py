@@ -42,9 +42,14 @@ class ServerRuntime(ManagedRuntime):
     """
 
     def __init__(
-        self, manager: Any, server_args: Any, init_info: dict[str, Any], loop: asyncio.AbstractEventLoop
+        self,
+        manager: Any,
+        template_manager: Any,
+        server_args: Any,
+        init_info: dict[str, Any],
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
-        super().__init__(manager, server_args, init_info)
+        super().__init__(manager, template_manager, server_args, init_info)
         self.loop = loop
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
@@ -83,6 +88,7 @@ class HttpServer:
         self._when_down = when_down
         self._processes = EngineProcesses()
         self._manager: Any = None
+        self._template_manager: Any = None
         self._init_info: dict[str, Any] = {}
         self._runtime: ServerRuntime | None = None
         self._upstream_lifespan = upstream.app.router.lifespan_context
@@ -122,7 +128,7 @@ class HttpServer:
                     ports = PortArgs.init_new(server_args)
                     ports.instance_id = server._processes.instance_id  # names a file in shared memory
                     launched = super()._launch_subprocesses(server_args=server_args, port_args=ports, **kwargs)
-                server._manager = launched[0]
+                server._manager, server._template_manager = launched[:2]
                 server._init_info = launched[3].scheduler_infos[0]
                 return launched
 
@@ -133,7 +139,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         self._manager.auto_create_handle_loop()
         self._manager.on_death = lambda: setattr(self, "_dying", loop.create_task(self._die()))
-        self._runtime = ServerRuntime(self._manager, self._args, self._init_info, loop)
+        self._runtime = ServerRuntime(self._manager, self._template_manager, self._args, self._init_info, loop)
         async with self._upstream_lifespan(app):
             yield
             await asyncio.to_thread(self._when_down, False)

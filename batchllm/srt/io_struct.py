@@ -24,6 +24,7 @@ class PlannedRunReqInput(BaseReq):
         sampling_index: Which of ``sampling`` each request uses.
         seeds: Sampling seed of each request.
         num_logprobs: -1 for no log probabilities, else how many alternatives beside the chosen token.
+        require_reasoning: Of each of ``sampling`` whether the output begins with reasoning.
         extra_keys: Cache namespace of each request, or None where all are in the default one.
     """
 
@@ -33,6 +34,7 @@ class PlannedRunReqInput(BaseReq):
     sampling_index: Any
     seeds: Any
     num_logprobs: Any
+    require_reasoning: list[bool]
     extra_keys: list[str | None] | None = None
 
 
@@ -81,7 +83,7 @@ class PlannedBatchOutput(BaseReq):
         finish_reasons: ``to_json()`` of SGLang's finish reason of each.
         prompt_tokens: Prompt length of each.
         cached_tokens: Prompt tokens of each read from the cache.
-        skip_special_tokens: Of each.
+        skip_special_tokens: Of each, like the next two.
         logprobs: None, or per request ``(logprob, top_logprobs, top_ids)`` of every generated token.
         counters: The job's counters after these.
         steps: `batchllm.trace.STEP_DTYPE` of the steps since the last message, ``start_s`` on the monotonic clock.
@@ -96,6 +98,8 @@ class PlannedBatchOutput(BaseReq):
     prompt_tokens: list[int]
     cached_tokens: list[int]
     skip_special_tokens: list[bool]
+    spaces_between_special_tokens: list[bool]
+    no_stop_trim: list[bool]
     logprobs: list[Any]
     counters: JobCounters
     steps: Any

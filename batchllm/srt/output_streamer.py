@@ -66,6 +66,10 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     prompt_tokens=[req.num_prompt_tokens for req in job_reqs],
                     cached_tokens=[req.cached_tokens for req in job_reqs],
                     skip_special_tokens=[req.sampling_params.skip_special_tokens for req in job_reqs],
+                    spaces_between_special_tokens=[
+                        req.sampling_params.spaces_between_special_tokens for req in job_reqs
+                    ],
+                    no_stop_trim=[req.sampling_params.no_stop_trim for req in job_reqs],
                     logprobs=[_logprobs(req) for req in job_reqs],
                     counters=counters,
                     steps=self.take_steps(),

@@ -85,6 +85,7 @@ class RunReader:
                 input_ids=input_ids,
                 sampling_params=_with_limit(sampling[message.sampling_index[i]], max_new_len),
                 num_logprobs=int(message.num_logprobs[i]),
+                require_reasoning=message.require_reasoning[message.sampling_index[i]],
                 eos_token_ids=self._model_config.hf_eos_token_id,
                 vocab_size=self._model_config.vocab_size,
                 extra_key=None if message.extra_keys is None else message.extra_keys[i],

@@ -17,7 +17,7 @@ from batchllm.srt.io_struct import (
     PlannedRunReqInput,
 )
 from batchllm.srt.server_args import kv_limit_tokens
-from batchllm.tokenizer import Tokenizer
+from batchllm.srt.serving_chat import ChatTokenizer
 
 
 class ManagedRuntime:
@@ -25,13 +25,14 @@ class ManagedRuntime:
 
     Args:
         manager: A `BatchTokenizerManager`.
+        template_manager: SGLang's, with the chat template.
         server_args: SGLang's arguments that it was started with.
         init_info: What the scheduler said when it had started.
     """
 
-    def __init__(self, manager: Any, server_args: Any, init_info: dict[str, Any]) -> None:
+    def __init__(self, manager: Any, template_manager: Any, server_args: Any, init_info: dict[str, Any]) -> None:
         self._manager = manager
-        self._tokenizer = None if manager.tokenizer is None else Tokenizer(manager.tokenizer)
+        self._tokenizer = None if manager.tokenizer is None else ChatTokenizer(manager, template_manager)
         self._job_ids = count()
         self._info = RuntimeInfo(
             model_name=server_args.served_model_name,
@@ -47,6 +48,8 @@ class ManagedRuntime:
             has_grammar=server_args.grammar_backend != "none" and not server_args.skip_tokenizer_init,
             max_step_tokens=server_args.chunked_prefill_size if (server_args.chunked_prefill_size or 0) > 0 else None,
             max_running=init_info["batchllm"]["max_running"],
+            chat_sampling={} if self._tokenizer is None else self._tokenizer.chat_sampling,
+            parses_answers=bool(server_args.reasoning_parser or server_args.tool_call_parser),
         )
 
     @property
@@ -54,7 +57,7 @@ class ManagedRuntime:
         return self._info
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> ChatTokenizer | None:
         return self._tokenizer
 
     def open_job(self) -> int:
@@ -73,6 +76,7 @@ class ManagedRuntime:
                 sampling_index=index,
                 seeds=np.asarray(requests.seeds, np.int64),
                 num_logprobs=np.asarray(num_logprobs, np.int32)[index],
+                require_reasoning=[params.require_reasoning for params in requests.sampling],
                 extra_keys=requests.namespaces and [name or None for name in requests.namespaces],
             )
         )
@@ -116,7 +120,13 @@ def _sampling_kwargs(params: SamplingParams) -> dict[str, Any]:
         "ignore_eos": params.ignore_eos,
         "json_schema": params.json_schema,
         "regex": params.regex,
+        "ebnf": params.ebnf,
+        "structural_tag": params.structural_tag,
+        "logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias} or None,
+        "stop_regex": list(params.stop_regex) or None,
+        "no_stop_trim": params.no_stop_trim,
         "skip_special_tokens": params.skip_special_tokens,
+        "spaces_between_special_tokens": params.spaces_between_special_tokens,
     }
 
 

@@ -19,10 +19,16 @@ from sglang.utils import TypeBasedDispatcher
 
 from batchllm.errors import EngineDiedError
 from batchllm.srt.io_struct import PlannedBatchOutput
+from batchllm.srt.serving_chat import ServingChat
 
 
 class BatchTokenizerManager(TokenizerManager):
     """Carries planned batches beside SGLang's own requests."""
+
+    @property
+    def serving_chat_class(self) -> type[ServingChat]:
+        """What the server answers live chats with."""
+        return ServingChat
 
     def init_running_status(self) -> None:
         super().init_running_status()

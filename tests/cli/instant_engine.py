@@ -71,8 +71,14 @@ class LazyTokenizer:
     """The tokenizer of the embedded model, loaded when first asked: it takes seconds to import."""
 
     def __getattr__(self, name: str) -> Any:
-        loaded = Tokenizer.from_model(default_model_path())
-        self.__dict__.update(encode=loaded.encode, render_chats=loaded.render_chats, decode_token=loaded.decode_token)
+        if name in ("encode_chats", "parse_answers"):
+            from batchllm.srt.serving_chat import tokenizer_of_model
+
+            loaded: Tokenizer = tokenizer_of_model(default_model_path())
+            self.__dict__.update(encode_chats=loaded.encode_chats, parse_answers=loaded.parse_answers)
+        else:
+            loaded = Tokenizer.from_model(default_model_path())
+            self.__dict__.update(encode=loaded.encode, decode=loaded.decode, decode_token=loaded.decode_token)
         return getattr(loaded, name)
 
 
