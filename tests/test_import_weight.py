@@ -60,7 +60,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("simulate -i {job}/ids.jsonl", []),
         ("plan -i {job}/ids.jsonl", []),
         ("plan -i {job}/text.jsonl", ["transformers"]),
-        ("plan -i {job}/chat.jsonl", ["transformers"]),
+        ("plan -i {job}/chat.jsonl", ["torch", "sglang", "transformers"]),
     ],
 )
 def test_commands_that_run_nothing_need_neither_torch_nor_sglang(job: Path, command: str, needed: list[str]) -> None:

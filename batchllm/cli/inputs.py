@@ -106,7 +106,7 @@ class _PromptTokenizer:
 
     @cached_property
     def _chat_tokenizer(self) -> Any:
-        from batchllm.srt.serving_chat import tokenizer_of_model  # imports torch
+        from batchllm.srt.chat_tokenizer import tokenizer_of_model  # imports torch
 
         return tokenizer_of_model(self._model or default_model_path())
 

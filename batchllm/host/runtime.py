@@ -307,7 +307,7 @@ class HostedRuntime:
 
 
 class HostedTokenizer:
-    """The tokenizer of an engine, in the engine's process: a `batchllm.srt.serving_chat.ChatTokenizer`."""
+    """The tokenizer of an engine, in the engine's process: a `batchllm.srt.chat_tokenizer.ChatTokenizer`."""
 
     def __init__(self, runtime: HostedRuntime) -> None:
         self._runtime = runtime

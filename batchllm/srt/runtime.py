@@ -10,6 +10,7 @@ import numpy as np
 
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, SamplingParams, TokenLogprob
+from batchllm.srt.chat_tokenizer import ChatTokenizer
 from batchllm.srt.io_struct import (
     PlannedAbortReqInput,
     PlannedBatchOutput,
@@ -17,7 +18,6 @@ from batchllm.srt.io_struct import (
     PlannedRunReqInput,
 )
 from batchllm.srt.server_args import kv_limit_tokens
-from batchllm.srt.serving_chat import ChatTokenizer
 
 
 class ManagedRuntime:

@@ -72,7 +72,7 @@ class LazyTokenizer:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("encode_chats", "parse_answers"):
-            from batchllm.srt.serving_chat import tokenizer_of_model
+            from batchllm.srt.chat_tokenizer import tokenizer_of_model
 
             loaded: Tokenizer = tokenizer_of_model(default_model_path())
             self.__dict__.update(encode_chats=loaded.encode_chats, parse_answers=loaded.parse_answers)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
 import pytest
+from openai.types import completion_create_params as legacy_create_params
+from openai.types.chat import completion_create_params
 
 from batchllm.dataset import BadRow, Row, read_rows
+from batchllm.dataset.openai_body import REFUSED
 from batchllm.request import SamplingParams
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -130,9 +134,9 @@ def test_chat_logprobs_is_a_switch_beside_top_logprobs() -> None:
     assert (sampling.logprobs, sampling.top_logprobs) == (True, 4)
 
 
-def test_max_completion_tokens_is_the_new_name_of_max_tokens() -> None:
+def test_max_completion_tokens_is_the_new_name_of_max_tokens_and_holds_beside_it() -> None:
     assert good(chat(max_completion_tokens=8)).request.sampling.max_new_tokens == 8
-    both = chat(max_completion_tokens=8, max_tokens=8)
+    both = chat(max_completion_tokens=8, max_tokens=9)
     assert good(both).request.sampling.max_new_tokens == 8
 
 
@@ -149,6 +153,15 @@ def test_prompt_is_text_or_ids_or_a_list_of_one(prompt: object, text: str | None
     request = good(completion(prompt=prompt)).request
     assert request.prompt == text
     assert (None if request.input_ids is None else list(request.input_ids)) == ids
+    assert request.prompts is None
+
+
+def test_a_prompt_of_several_is_one_row_with_the_samples_of_each() -> None:
+    row = good(completion(prompt=["a", "b"], n=3))
+    assert row.request.prompts == ["a", "b"] and row.request.prompt is None
+    assert (row.head.num_prompts, row.head.num_samples, row.head.echo) == (2, 6, None)
+    row = good(completion(prompt=[[1, 2], [3]], echo=True))
+    assert [list(ids) for ids in row.request.prompts or ()] == [[1, 2], [3]] == row.head.echo
 
 
 @pytest.mark.parametrize(
@@ -168,8 +181,105 @@ def test_response_format_becomes_a_json_schema(response_format: object, schema: 
     assert (None if text is None else json.loads(text)) == schema
 
 
-def test_fields_that_ask_for_nothing_are_accepted() -> None:
-    good(chat(tools=None, logit_bias={}, stream=False, functions=[], store=True, metadata={}))
+DOCUMENTED_DEFAULTS: dict[str, Any] = {
+    "audio": None,
+    "best_of": 1,
+    "echo": False,
+    "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": None,
+    "logprobs": False,
+    "max_completion_tokens": None,
+    "max_tokens": None,
+    "metadata": {},
+    "modalities": ["text"],
+    "n": 1,
+    "parallel_tool_calls": True,
+    "prediction": None,
+    "presence_penalty": 0,
+    "prompt_cache_key": "",
+    "reasoning_effort": "medium",
+    "response_format": {"type": "text"},
+    "safety_identifier": "",
+    "seed": None,
+    "service_tier": "auto",
+    "stop": None,
+    "store": False,
+    "stream": False,
+    "stream_options": None,
+    "suffix": None,
+    "temperature": 1,
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1,
+    "user": "",
+    "verbosity": "medium",
+    "web_search_options": None,
+}
+"""Of every field of OpenAI's two bodies what its documentation gives as the default, or nothing."""
+
+
+@pytest.mark.parametrize("value_of", [DOCUMENTED_DEFAULTS.__getitem__, lambda name: None], ids=["defaults", "null"])
+@pytest.mark.parametrize(
+    ("make", "definition"),
+    [
+        (chat, completion_create_params.CompletionCreateParamsNonStreaming),
+        (completion, legacy_create_params.CompletionCreateParamsNonStreaming),
+    ],
+    ids=["chat", "completions"],
+)
+def test_every_field_that_the_openai_client_knows_may_be_written_out_at_its_default(
+    make: Callable[..., dict[str, Any]], definition: Any, value_of: Callable[[str], Any]
+) -> None:
+    """And the row is the one that leaves them all out."""
+    names = get_type_hints(definition).keys() - {"messages", "model", "prompt"}
+    row, bare = good(make(**{name: value_of(name) for name in names})), good(make())
+    assert row.request.sampling == bare.request.sampling
+    assert row.request.namespace == "" and not row.echoes
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}, False])
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"add_generation_prompt"}))
+def test_what_is_not_supported_may_be_there_and_say_nothing(name: str, value: object) -> None:
+    assert good(chat(**{name: value})).request.chat == good(chat()).request.chat
+
+
+def test_what_a_chat_asks_for_beside_its_messages_goes_to_sglang() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = good(chat(tools=tools, tool_choice="none", reasoning_effort="low", parallel_tool_calls=True, temperature=0))
+    assert row.request.chat is not None
+    assert row.request.chat.fields == {"tools": tools, "tool_choice": "none", "reasoning_effort": "low"}
+    assert row.request.chat.unset == ("top_p", "top_k", "min_p", "repetition_penalty")
+    assert row.head.chat == {**row.request.chat.fields, "messages": []}
+
+
+def test_what_the_user_of_a_job_has_chosen_is_not_left_to_the_model() -> None:
+    row = good(chat(top_p=0.5), chosen={"temperature"})
+    assert row.request.chat is not None and row.request.chat.unset == ("top_k", "min_p", "repetition_penalty")
+
+
+def test_salts_of_the_cache_are_a_namespace() -> None:
+    assert good(chat(cache_salt="a", extra_key="b")).request.namespace == "ab"
+    assert good(completion(cache_salt="a")).request.namespace == "a"
+
+
+def test_logit_bias_is_pairs_by_ascending_id() -> None:
+    assert good(chat(logit_bias={"10": -100, "9": 2.5})).request.sampling.logit_bias == ((9, 2.5), (10, -100.0))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+        {"annotations": [{"type": "url_citation"}]},
+        {"name": "", "tool_calls": [], "parsed": None},
+    ],
+)
+def test_a_message_as_a_client_writes_it_is_taken(more: dict[str, Any]) -> None:
+    messages = [{"role": "assistant", "content": None} | more, *HELLO]
+    assert good(chat(messages=messages)).request.messages == messages
 
 
 FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
@@ -188,8 +298,9 @@ FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
     (completion(prompt=[]), "empty_prompt", "prompt"),
     (completion(prompt=[""]), "empty_prompt", "prompt[0]"),
     (completion(prompt=[[]]), "empty_prompt", "prompt[0]"),
-    (completion(prompt=["a", "b"]), "multiple_prompts", "prompt"),
-    (completion(prompt=[[1], [2]]), "multiple_prompts", "prompt"),
+    (completion(prompt=["a", ""]), "empty_prompt", "prompt[1]"),
+    (completion(prompt=["a", [1]]), "invalid_prompt", "prompt[1]"),
+    (completion(prompt=[[1], "a"]), "invalid_input_ids", "prompt[1]"),
     (completion(prompt=3), "invalid_prompt", "prompt"),
     (completion(prompt=[1, "a"]), "invalid_input_ids", "prompt"),
     (completion(prompt=[True]), "invalid_input_ids", "prompt"),
@@ -197,12 +308,24 @@ FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
     (chat(model=3), "invalid_parameter_type", "model"),
     (chat(user=3), "invalid_parameter_type", "user"),
     (chat(stream=True), "unsupported_parameter", "stream"),
-    (chat(tools=[{}]), "unsupported_parameter", "tools"),
-    (completion(echo=True), "unsupported_parameter", "echo"),
+    (completion(tools=[{}]), "unsupported_parameter", "tools"),
+    (chat(tools={"a": 1}), "invalid_parameter_type", "tools"),
+    (chat(echo=True), "unsupported_parameter", "echo"),
+    (completion(echo=True, logprobs=0), "unsupported_parameter", "echo"),
+    (completion(echo=1), "invalid_parameter_type", "echo"),
+    (chat(verbosity="high"), "unsupported_parameter", "verbosity"),
+    (chat(lora_path="x"), "unsupported_parameter", "lora_path"),
+    (chat(model="base:adapter"), "unsupported_adapter", "model"),
+    (chat(add_generation_prompt="no"), "unsupported_parameter", "add_generation_prompt"),
+    (chat(continue_final_message="yes"), "invalid_parameter_type", "continue_final_message"),
+    (chat(logit_bias={"a": 1}), "parameter_out_of_range", None),
+    (chat(logit_bias={"3": "x"}), "invalid_parameter_type", "logit_bias[3]"),
+    (chat(cache_salt=3), "invalid_parameter_type", "cache_salt"),
+    (chat(ebnf=3), "invalid_parameter_type", "ebnf"),
+    (chat(ebnf="root ::= 'a'", regex="a"), "conflicting_parameters", "ebnf"),
     (chat(max_token=3), "unknown_parameter", "max_token"),
     (completion(max_completion_tokens=3), "unknown_parameter", "max_completion_tokens"),
     (completion(max_tokens=0), "parameter_out_of_range", "max_tokens"),
-    (chat(max_tokens=3, max_completion_tokens=4), "conflicting_parameters", None),
     (completion(logprobs=True), "invalid_parameter_type", "logprobs"),
     (completion(logprobs=21), "parameter_out_of_range", "logprobs"),
     (chat(logprobs=3), "invalid_parameter_type", "logprobs"),
@@ -247,7 +370,3 @@ def test_custom_id_is_needed(missing: dict[str, Any]) -> None:
     record = {"method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}, **missing}
     row = bad(record)
     assert (row.code, row.given_id, row.param) == ("missing_id", None, "custom_id")
-
-
-def test_several_prompts_in_a_row_are_told_what_to_do() -> None:
-    assert "one row for each" in bad(completion(prompt=["a", "b"])).message

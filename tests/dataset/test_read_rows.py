@@ -134,7 +134,7 @@ PLAIN_FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
     ),
     ({"id": "a", "messages": [{"role": "user"}]}, "invalid_messages", "messages[0].content"),
     (
-        {"id": "a", "messages": [{"role": "assistant", "content": None}]},
+        {"id": "a", "messages": [{"role": "user", "content": None}]},
         "invalid_messages",
         "messages[0].content",
     ),

@@ -83,6 +83,7 @@ def render(row: Row, *samples: Completion, job_seed: int = 0) -> dict[str, Any]:
         model="served",
         created=1700000000,
         decode=PIECES.__getitem__,
+        decode_prompt=lambda ids: f"<{list(ids)}>",
         job_seed=job_seed,
     )
     read_back: dict[str, Any] = json.loads(orjson.dumps(line))
@@ -157,6 +158,7 @@ def test_decode_may_give_text_instead_of_bytes() -> None:
         model="m",
         created=0,
         decode=lambda token_id: f"<{token_id}>",
+        decode_prompt=lambda ids: f"<{list(ids)}>",
     )
     logprobs = line["response"]["body"]["choices"][0]["logprobs"]
     assert (logprobs["tokens"], logprobs["text_offset"]) == (["<1>", "<2>"], [0, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -18,11 +19,11 @@ from jinja2 import Environment
 from batchllm.errors import ConfigError, EngineDiedError, RowError
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
-from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.runtime import Chat, FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
 from batchllm.planner.run import PlannedRun
-from batchllm.request import Completion, Request, SamplingParams
+from batchllm.request import ChatOptions, ChatPrompt, Completion, Request, SamplingParams
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
 from batchllm.trace import STEP_DTYPE
@@ -44,23 +45,33 @@ INFO = RuntimeInfo(
 )
 
 
-class AsciiTokenizer:
-    """A Hugging Face tokenizer of one token per character; chats go through a real template."""
+class AsciiTokenizer(Tokenizer):
+    """One token per character; chats go through a template of their own."""
 
     template = Environment(autoescape=False).from_string(
         "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
         "{% if messages[0].role == 'tool' %}{{ 1 / 'refused' }}{% endif %}"
     )
 
-    def __call__(self, texts: list[str], *, add_special_tokens: bool, **_: Any) -> dict[str, list[list[int]]]:
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
         start = [1] if add_special_tokens else []
-        return {"input_ids": [start + [ord(c) for c in text] if text != "~" else [] for text in texts]}
+        return [array("i", start + [ord(c) for c in text] if text != "~" else []) for text in texts]
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-        return self.template.render(messages=messages)
+    def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]:
+        prompts: list[ChatPrompt | RowError] = []
+        for messages, _ in chats:
+            try:
+                (ids,) = self.encode([self.template.render(messages=messages)], add_special_tokens=False)
+                prompts.append(ChatPrompt(ids=ids, settings=(("stop", ("|",)),)))
+            except TypeError as error:
+                prompts.append(RowError(str(error), code="chat_template"))
+        return prompts
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
+    def decode_token(self, token_id: int) -> str:
+        return chr(token_id)
 
 
 @dataclass
@@ -80,7 +91,7 @@ class ShufflingRuntime:
 
     info: RuntimeInfo = INFO
     order_seed: int = 0
-    tokenizer: Tokenizer | None = field(default_factory=lambda: Tokenizer(AsciiTokenizer()))
+    tokenizer: Tokenizer | None = field(default_factory=lambda: AsciiTokenizer())
     abort_share: float = 0.0
     dies_after: int | None = None
     sent: list[Sent] = field(default_factory=list)
@@ -244,9 +255,45 @@ def test_a_job_without_requests_ends_at_once() -> None:
 
 def test_text_gets_special_tokens_and_a_chat_those_of_its_template_only() -> None:
     runtime = ShufflingRuntime()
-    chat = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    chat = [{"role": "user", "content": "hi"}]
     _run(runtime, [_request(0, None, prompt="ab"), _request(1, None, messages=chat)])
     assert sorted(bytes(sent.prompt) for sent in runtime.sent) == [b"\x01ab", b"u:hi|"]
+
+
+def test_what_a_chat_s_template_and_the_model_need_is_sampled_with_unless_the_row_says_otherwise() -> None:
+    """The template here needs a stop string; the model recommends a temperature."""
+    runtime = ShufflingRuntime(info=replace(INFO, chat_sampling={"temperature": 0.5, "top_k": 3}))
+    chat = [{"role": "user", "content": "hi"}]
+    unset = ChatOptions(unset=("temperature",))
+    own: dict[str, Any] = {"max_new_tokens": 4, "stop": ("x",), "temperature": 0.25}
+    _run(
+        runtime,
+        [
+            _request(0, None, messages=chat, chat=unset, **own),
+            _request(1, None, messages=chat, **own),
+            _request(2, None, prompt="hi", **own),
+        ],
+    )
+    sent = sorted(((s.sampling.temperature, s.sampling.stop, s.sampling.top_k) for s in runtime.sent), reverse=True)
+    assert sent == [(0.5, ("|", "x"), -1), (0.25, ("|", "x"), -1), (0.25, ("x",), -1)]
+
+
+def test_each_prompt_of_a_row_of_several_has_its_samples_and_its_seeds() -> None:
+    """They are numbered one prompt after the other; a seed that the row names is every prompt's."""
+    runtime = ShufflingRuntime()
+    sampling: dict[str, Any] = {"max_new_tokens": 4, "n": 2, "seed": 9}
+    _, done = _run(runtime, [_request(0, None, prompts=("ab", "cde"), **sampling), _request(1, None, prompt="f")])
+    prompts = sorted((bytes(sent.prompt), sent.seed) for sent in runtime.sent)
+    assert [prompt for prompt, _ in prompts] == [b"\x01ab", b"\x01ab", b"\x01cde", b"\x01cde", b"\x01f"]
+    seeds = [{seed for prompt, seed in prompts if prompt == wanted} for wanted in (b"\x01ab", b"\x01cde")]
+    assert seeds[0] == seeds[1] and 9 in seeds[0] and len(seeds[0]) == 2
+    assert {(c.index, c.sample): c.prompt_tokens for c in done} == {
+        (0, 0): 3,
+        (0, 1): 3,
+        (0, 2): 4,
+        (0, 3): 4,
+        (1, 0): 2,
+    }
 
 
 def test_requests_of_other_namespaces_share_nothing() -> None:
