@@ -22,6 +22,7 @@ from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.runtime import Chat
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import ChatPrompt, SamplingParams
+from batchllm.srt import host_imports
 from batchllm.tokenizer import Tokenizer
 
 INPUT_FORMATS = ("jsonl", "parquet", "hf")
@@ -106,9 +107,11 @@ class _PromptTokenizer:
 
     @cached_property
     def _chat_tokenizer(self) -> Any:
-        from batchllm.srt.chat_tokenizer import tokenizer_of_model  # imports torch
+        host_imports.prepare_environment()
+        with host_imports.quiet():
+            from batchllm.srt.chat_tokenizer import tokenizer_of_model  # seconds to import: torch, and parts of SGLang
 
-        return tokenizer_of_model(self._model or default_model_path())
+            return tokenizer_of_model(self._model or default_model_path())
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
         return self._tokenizer.encode(texts, add_special_tokens=add_special_tokens)

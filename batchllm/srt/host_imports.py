@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import re
 import sys
@@ -54,6 +55,21 @@ def prepare_environment() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
     if not may_have_accelerator():
         set_environment_defaults()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """While this is open, parts of SGLang can be imported in this process: their notices are not printed."""
+    loggers = [logging.getLogger(name) for name in ("torch.utils.cpp_extension", "sglang", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with left_out():
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def import_all() -> None:

@@ -11,10 +11,11 @@ Knows the runtime's seam and the name of the function that starts an engine; not
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -22,8 +23,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from batchllm.default_model import default_model_path
-from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
-from batchllm.request import Completion, TokenLogprob
+from batchllm.errors import RowError
+from batchllm.offline.runtime import Chat, FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.request import ChatPrompt, Completion, TokenLogprob
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
 from batchllm.trace.steps import STEP_DTYPE
@@ -71,15 +73,14 @@ class LazyTokenizer:
     """The tokenizer of the embedded model, loaded when first asked: it takes seconds to import."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("encode_chats", "parse_answers"):
-            from batchllm.srt.chat_tokenizer import tokenizer_of_model
-
-            loaded: Tokenizer = tokenizer_of_model(default_model_path())
-            self.__dict__.update(encode_chats=loaded.encode_chats, parse_answers=loaded.parse_answers)
-        else:
-            loaded = Tokenizer.from_model(default_model_path())
-            self.__dict__.update(encode=loaded.encode, decode=loaded.decode, decode_token=loaded.decode_token)
+        loaded = Tokenizer.from_model(default_model_path())
+        self.__dict__.update(encode=loaded.encode, decode=loaded.decode, decode_token=loaded.decode_token)
         return getattr(loaded, name)
+
+    def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]:
+        """Chats in a form of their own: what SGLang makes of them takes seconds to import (`test_chat_tokenizer`)."""
+        texts = [json.dumps([messages, options and options.fields]) for messages, options in chats]
+        return [ChatPrompt(ids=ids) for ids in self.encode(texts)]
 
 
 TOKENIZER: Any = LazyTokenizer()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+from array import array
+from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 import openai
 import pytest
 from openai.types import Batch, FileObject
 
-from batchllm.offline.runtime import RunRequests
-from batchllm.tokenizer import Tokenizer
+from batchllm.offline.runtime import Chat, RunRequests
+from batchllm.request import ChatPrompt
 from tests.cli.instant_engine import ABORTED, CONTEXT_LEN, Settings
 from tests.server.api_rows import (
     begin,
@@ -97,7 +98,7 @@ class ChatRuntime(SharedRuntime):
 
     def __init__(self) -> None:
         super().__init__(Settings())
-        self.tokenizer = Tokenizer(Characters())
+        self.tokenizer = Characters()
         self.limits: list[int] = []
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
@@ -106,13 +107,11 @@ class ChatRuntime(SharedRuntime):
 
 
 class Characters:
-    """What chat needs of a Hugging Face tokenizer; a real one takes seconds to import."""
+    """What chats need of a tokenizer; a real one takes seconds to import."""
 
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [list(map(ord, text)) for text in texts]}
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-        return "".join(message["content"] for message in messages)
+    def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt]:
+        texts = ["".join(message["content"] for message in messages) for messages, _ in chats]
+        return [ChatPrompt(ids=array("i", map(ord, text))) for text in texts]
 
 
 def test_a_chat_row_without_a_limit_gets_what_the_context_leaves(serve: Serve) -> None:
