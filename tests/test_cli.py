@@ -96,7 +96,8 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
     assert (numbers["num_requests"], numbers["num_succeeded"], numbers["num_failed"]) == (10, 5, 5)
     assert numbers["num_computed_prompt_tokens"] == numbers["num_optimal_prompt_tokens"]
     assert done.stdout == ""
-    said = done.stderr.splitlines()
+    demo, *said = done.stderr.splitlines()
+    assert demo.startswith("batchllm: no -m MODEL: the answers are a random model's")
     assert re.match(r"elapsed .* start .*, read .*, tokenize .*, plan .*, run .*, write ", said[5])
     assert all(line.startswith("batchllm: line ") for line in said[:5])  # one for each bad row, and then the report
     assert len(said) == 5 + 11

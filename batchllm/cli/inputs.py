@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from batchllm.cli.outcome import say
 from batchllm.dataset import BadRow, ColumnMap, Input, Row, open_input, parse_sampling, read_rows
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
@@ -40,6 +41,7 @@ def add_input_flags(parser: argparse.ArgumentParser, *, is_required: bool = True
             "OpenAI batch rows, rows with id and prompt, input_ids or messages, or any columns with --template",
         )
     parser.add_argument("-m", "--model", help="Hugging Face model, a directory or a hub name (default: embedded)")
+    parser.add_argument("--demo-model", action="store_true", help="without -m: do not say that the model is for trials")
     parser.add_argument("--input-format", choices=INPUT_FORMATS, help="default: by name and contents")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt-column", metavar="COLUMN", help="the prompt of a row is this column")
@@ -96,17 +98,23 @@ class _PromptTokenizer:
 
     Args:
         model: A directory or a hub name; the embedded model when None.
+
+    Attributes:
+        is_used: There was text.
     """
 
     def __init__(self, model: str | None) -> None:
         self._model = model
+        self.is_used = False
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
+        self.is_used = True
         return Tokenizer.from_model(self._model or default_model_path())
 
     @cached_property
     def _chat_tokenizer(self) -> Any:
+        self.is_used = True
         host_imports.prepare_environment()
         with host_imports.quiet():
             from batchllm.srt.chat_tokenizer import tokenizer_of_model  # seconds to import: torch, and parts of SGLang
@@ -138,9 +146,12 @@ class Prompts:
             self.bad: list[BadRow] = []
             spool = RowSpool(folder)
             store = TokenStore(None, 1 << 60)
-            self.rows = JobRows(UNLIMITED, _PromptTokenizer(args.model), store)
+            tokenizer = _PromptTokenizer(args.model)
+            self.rows = JobRows(UNLIMITED, tokenizer, store)
             ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
             is_out = ingest.load(ingest.take_pending(rows_of(args, source)), self.rows)
             spool.close()
+        if tokenizer.is_used and args.model is None and not args.demo_model:
+            say("no -m MODEL: tokens are counted with the embedded model's tokenizer (--demo-model: say nothing)")
         left: Int64Array | None = (~is_out).nonzero()[0] if is_out.any() else None
         self.samples, self.table = self.rows.sample_table(left)

@@ -41,13 +41,15 @@ OUTPUT_FORMAT = "1"
 """Of the lines; a job begun with another one cannot go on with this."""
 
 _ENGINE_FLAGS_OF_ANSWERS = (
-    *("dtype", "quantization", "kv-cache-dtype", "revision", "tokenizer-path", "chat-template", "lora-paths"),
+    *("dtype", "quantization", "kv-cache-dtype", "revision", "tokenizer-path", "chat-template"),
+    *("default-chat-template-kwargs", "tool-call-parser", "reasoning-parser", "sampling-defaults"),
     *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "random-seed"),
 )
 """Engine flags that change answers. The others change how fast they come, and may change from run to run."""
 _COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "carry", "input_format")
 _PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "model", "job_dir")
 _FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port", "verbose")
+DEMO_MODEL = "no {flag} MODEL: the answers are a random model's, for trying out (--demo-model: say nothing)"
 _DEFAULT_MEMORY_SHARE = 0.5
 _TOKEN_BYTES = 4
 COLLECT_EVERY = 100_000
@@ -327,6 +329,8 @@ def _start_engine(args: argparse.Namespace, server_flags: list[str], journal: Jo
     )
     if seed is None:
         journal.note("random_seed", str(runtime.info.random_seed))
+        if runtime.model_path == default_model_path() and args.model is None and not args.demo_model:
+            say(DEMO_MODEL.format(flag="-m"))
     return runtime
 
 

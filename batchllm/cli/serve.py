@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchllm.cli.outcome import EXIT_OK, EXIT_STOPPED
-from batchllm.cli.run import COLLECT_EVERY
+from batchllm.cli.outcome import EXIT_OK, EXIT_STOPPED, say
+from batchllm.cli.run import COLLECT_EVERY, DEMO_MODEL
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
 from batchllm.srt import host_imports
@@ -34,7 +34,10 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     _add_batch_flags(own_flags(parser))
     given = parse_server_flags(server_flags, parser)
     batch = {name: given.pop(name) for name in list(given) if name.startswith("batch_")}
-    model_path = given.pop("model_path", None) or default_model_path()
+    model_path = given.pop("model_path", None)
+    if not given.pop("demo_model", False) and model_path is None:
+        say(DEMO_MODEL.format(flag="--model-path"))
+    model_path = model_path or default_model_path()
     log_level = given.setdefault("log_level", "info")
     logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     server_args = make_server_args(model_path, **given)
@@ -65,6 +68,9 @@ def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> 
 
 
 def _add_batch_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--demo-model", action="store_true", help="without --model-path: do not say that the model is for trials"
+    )
     group.add_argument(
         "--batch-storage",
         metavar="DIR",

@@ -13,7 +13,7 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import ServerArgs
 
-from batchllm.errors import EngineError
+from batchllm.errors import ConfigError, EngineError
 from batchllm.srt import compat
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.processes import EngineProcesses
@@ -72,6 +72,7 @@ class SrtRuntime(ManagedRuntime):
     ) -> None:
         compat.check_once()
         args = make_server_args(model_path, **server_args)
+        _check_offline(args)
         with launch_errors(args):
             self.sglang_engine = _PlannedEngine(args, scheduler_process)
         self.loop: asyncio.AbstractEventLoop = self.sglang_engine.loop
@@ -89,6 +90,14 @@ class SrtRuntime(ManagedRuntime):
             task.cancel()
         self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self.loop.close()
+
+
+def _check_offline(args: ServerArgs) -> None:
+    """Refuse what SGLang does to requests that come one by one."""
+    if args.preferred_sampling_params is not None:
+        raise ConfigError("--preferred-sampling-params: batches do not read it; give --sampling, or sampling_params")
+    if args.allow_auto_truncate:
+        raise ConfigError("--allow-auto-truncate: a batch refuses a prompt that is too long, by its row; drop the flag")
 
 
 def _child_failed(signum: int, frame: Any) -> None:

@@ -80,6 +80,9 @@ _UNSUPPORTED = (
     ("enable_pdmux", False, "prefill/decode multiplexing"),
     ("is_embedding", False, "embedding models"),
     ("dllm_algorithm", None, "diffusion language models"),
+    ("enable_lora", False, "an adapter per request"),
+    ("lora_paths", None, "an adapter per request"),
+    ("completion_template", None, "a template for completions"),
 )
 
 
