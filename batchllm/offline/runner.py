@@ -290,7 +290,7 @@ class Runner:
         head = self._spool.read(row)
         bad = find_abort(head, completions)
         if bad is not None:
-            if self._num_tries[row] < self._options.num_retries:
+            if bad.status_code >= 500 and self._num_tries[row] < self._options.num_retries:
                 self._num_tries[row] += 1
                 self._to_retry.append(row)
             else:
