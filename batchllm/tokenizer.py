@@ -6,9 +6,11 @@ import os
 import sys
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Self
 
 from batchllm.errors import ConfigError, RowError
+from batchllm.token_text import TokenTexts
 
 needs_no_torch = False
 """Set in a process that wants only tokenizers of transformers: torch is not imported, and there are no models."""
@@ -76,9 +78,13 @@ class Tokenizer:
                 param="messages",
             )
 
-    def decode_token(self, token_id: int) -> str:
-        """Text of one token by itself."""
-        return str(self._hf.decode([token_id]))
+    def decode_token(self, token_id: int) -> bytes | str:
+        """Text of one token by itself; bytes where it is a part of a character."""
+        return self._token_texts.decode(token_id)
+
+    @cached_property
+    def _token_texts(self) -> TokenTexts:
+        return TokenTexts(self._hf)
 
 
 def _import_without_torch() -> None:

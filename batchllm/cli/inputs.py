@@ -107,7 +107,7 @@ class _LazyTokenizer:
     def render_chats(self, chats: Sequence[Sequence[dict[str, Any]]]) -> list[str | RowError]:
         return self._tokenizer.render_chats(chats)
 
-    def decode_token(self, token_id: int) -> str:
+    def decode_token(self, token_id: int) -> bytes | str:
         return self._tokenizer.decode_token(token_id)
 
 

@@ -135,7 +135,9 @@ def _openai_choice(head: RowHead, sample: Completion, decode: Decode) -> dict[st
     else:
         answer = {"text": sample.text}
         if wanted:
-            logprobs = completion_logprobs(sample.logprobs or (), decode, with_top=head.num_alternatives > 0)
+            logprobs = completion_logprobs(
+                sample.logprobs or (), decode, sample.text, with_top=head.num_alternatives > 0
+            )
     return {
         "index": sample.sample,
         **answer,

@@ -310,7 +310,7 @@ class HostedTokenizer:
 
     def __init__(self, runtime: HostedRuntime) -> None:
         self._runtime = runtime
-        self._texts: dict[int, str] = {}
+        self._texts: dict[int, bytes | str] = {}
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
         """Token ids of each text; special tokens are added as the model wants them."""
@@ -326,7 +326,7 @@ class HostedTokenizer:
         rendered: list[str | RowError] = self._runtime.call("tokenizer", "render_chats", list(chats))
         return rendered
 
-    def decode_token(self, token_id: int) -> str:
+    def decode_token(self, token_id: int) -> bytes | str:
         """Text of one token by itself."""
         if token_id not in self._texts:
             self._texts[token_id] = self._runtime.call("tokenizer", "decode_token", token_id)

@@ -311,7 +311,7 @@ class Runner:
     def _with_followers(self, row: int) -> list[int]:
         return [row] if self._identical is None else [row, *self._identical.followers(row)]
 
-    def _decode(self, token_id: int) -> str:
+    def _decode(self, token_id: int) -> bytes | str:
         assert self.runtime is not None
         if self.runtime.tokenizer is None:
             raise ConfigError("--skip-tokenizer-init: OpenAI rows with logprobs need a tokenizer")
