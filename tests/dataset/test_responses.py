@@ -182,6 +182,22 @@ def test_text_offset_lies_in_the_text(text: str, pieces: list[bytes | str], offs
     assert completion_logprobs(tokens, pieces.__getitem__, text, with_top=False)["text_offset"] == offsets
 
 
+def test_row_at_fault_is_a_400_with_its_code() -> None:
+    """It would fail again; what the engine could not do is a 500."""
+    fault = sample(finish_reason="abort", error="regex is refused: a", error_code="invalid_grammar")
+    bad = find_abort(completion_row().head, [fault])
+    assert bad is not None and (bad.status_code, bad.code) == (400, "invalid_grammar")
+    ours = find_abort(completion_row().head, [sample(finish_reason="abort", error="a")])
+    assert ours is not None and (ours.status_code, ours.code) == (500, "aborted")
+
+
+def test_note_of_an_answer_stands_in_every_format() -> None:
+    noted = sample(note="the grammar ended it")
+    assert render(chat_row(), noted)["response"]["body"]["choices"][0]["note"] == "the grammar ended it"
+    assert render(read_one({"prompt": "a"}), noted)["note"] == "the grammar ended it"
+    assert "note" not in render(read_one({"prompt": "a"}), sample())
+
+
 @given(text=st.text(max_size=5), pieces=st.lists(st.text(max_size=3) | st.binary(max_size=3), max_size=6))
 def test_text_offset_never_goes_back_or_beyond_the_text(text: str, pieces: list[bytes | str]) -> None:
     tokens = [TokenLogprob(token_id=i, logprob=-1.0) for i in range(len(pieces))]
