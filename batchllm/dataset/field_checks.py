@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 import orjson
 
 from batchllm.dataset.schema_support import schema_problem
+from batchllm.dataset.schema_values import misread_escape
 from batchllm.errors import RowError
 
 Check = Callable[[str, object], object]
@@ -151,9 +152,19 @@ def _kept_schema(name: str, text: str) -> str:
 
 
 def regex_text(name: str, value: object) -> str:
-    """Checks for a regular expression in text; the grammar library, whose dialect it is, says whether it compiles."""
+    """Checks for a regular expression; the grammar library, whose dialect it is, says whether it compiles.
+
+    Only escapes are refused that the library would take for a letter, such as ``\\A`` and ``\\Z``.
+    """
     if not isinstance(value, str):
         raise wrong_type(name, "a regular expression", value)
+    misread = misread_escape(value)
+    if misread is not None:
+        raise RowError(
+            f"{name}: the grammar takes {misread} for the letter {misread[1]}; drop it, all of an answer matches",
+            code="invalid_regex",
+            param=name,
+        )
     return whole_characters(name, value)
 
 

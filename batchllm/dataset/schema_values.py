@@ -198,8 +198,14 @@ def string_problem(schema: Mapping[str, Any], path: str) -> None:
             raise Problem(path, "pattern", problem)
 
 
+_MISREAD = frozenset("ghijlmoqyzACEFGHIJKLMNOQRTVXYZ")
 _PATTERN_PART = re.compile(r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?(?::|<\w+>)|.", re.DOTALL)
 _CLASS_PART = re.compile(r"(\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.|.)", re.DOTALL)
+
+
+def misread_escape(pattern: str) -> str | None:
+    """The first escape of a letter that the grammar takes for the letter itself; None where there is none."""
+    return next((found for found in re.findall(r"\\.", pattern, re.DOTALL) if found[1] in _MISREAD), None)
 
 
 def pattern_problem(pattern: str) -> str | None:

@@ -46,7 +46,7 @@ class RunOptions:
     """How a job is run; none of it changes an answer."""
 
     num_retries: int = 0
-    """Times that a row which fails while it runs is run again."""
+    """Times that a row which fails while it runs is run again, unless it is at fault itself."""
     shares_answers: bool = False
     """Run rows that must have the same answer once (`batchllm.offline.identical`)."""
     max_token_bytes: int = 1 << 40

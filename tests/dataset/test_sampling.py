@@ -212,6 +212,11 @@ def test_regex_is_left_to_the_grammar_library_whose_dialect_it_is(pattern: str) 
     assert parse_sampling({"regex": pattern}, defaults=DEFAULTS).regex == pattern
 
 
+def test_escape_that_the_grammar_would_misread_is_refused() -> None:
+    assert refused({"regex": r"\Aab\Z"}).code == "invalid_regex"
+    assert parse_sampling({"regex": r"\\A\d"}, defaults=DEFAULTS).regex == r"\\A\d"
+
+
 @pytest.mark.parametrize("name", ["stop", "regex"])
 def test_half_a_character_is_refused_by_name_and_place(name: str) -> None:
     error = refused({name: "ab\ud83d"})

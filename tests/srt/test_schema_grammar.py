@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from typing import Any
 
 import jsonschema
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from xgrammar.testing import _is_grammar_accept_string
 
 from batchllm.dataset.schema_support import schema_problem
+from batchllm.dataset.schema_values import misread_escape
 from tests.sizes import sized
 
 EMPTY: dict[str, Any] = {}
@@ -181,6 +183,19 @@ def test_schema_without_a_finite_value_is_refused(schema: Any) -> None:
     """No text drawn from its grammar ever ends."""
     assert "without end" in str(schema_problem(json.dumps(schema)))
     assert draw(schema, random.Random(0)) is None
+
+
+@pytest.mark.parametrize("letter", string.ascii_letters.replace("U", ""))
+def test_escape_of_a_letter_is_refused_where_it_stands_for_the_letter(letter: str) -> None:
+    """An anchor of Python's would be an ``A``. (``\\U`` is the beginning of an escape.)"""
+    try:
+        grammar = xgrammar.Grammar.from_regex("\\" + letter)
+    except RuntimeError:
+        assert misread_escape("\\" + letter) is None
+        return
+    is_the_letter = _is_grammar_accept_string(grammar, letter)
+    is_class = letter in "dDwWsS"
+    assert (misread_escape("\\" + letter) is not None) == (is_the_letter and not is_class)
 
 
 numbers = st.integers(-130, 2200) | st.sampled_from([-1.5, 0.5, 9.75])
