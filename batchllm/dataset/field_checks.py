@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 import orjson
 
-from batchllm.dataset.schema_support import schema_problem
+from batchllm.dataset.schema_support import grammar_schema, schema_problem
 from batchllm.dataset.schema_values import misread_escape
 from batchllm.errors import RowError
 
@@ -148,7 +148,7 @@ def _kept_schema(name: str, text: str) -> str:
     problem = schema_problem(text)
     if problem is not None:
         raise RowError(f"{name}: {problem}", code="unsupported_schema", param=name)
-    return text
+    return grammar_schema(text)
 
 
 def regex_text(name: str, value: object) -> str:

@@ -4,9 +4,8 @@ The grammar library (xgrammar 0.2.1) takes a schema with keywords that it ignore
 schema. Here such a schema is refused, by keyword and path. What the library refuses itself is left to it. Pure: knows
 JSON, and by experiment what the library does (``tests/dataset/test_schema_grammar.py`` asks it); imports none of it.
 
-INVARIANT: of a schema that passes, every answer that the grammar lets through is valid. Two things are taken as the
-library has them: formats are checked by their form (``2023-02-31`` is a date), and strings of limited length may hold
-control characters that JSON would escape.
+INVARIANT: of a schema that passes, every answer that the grammar lets through is valid, formats by their form
+(``2023-02-31`` is a date).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import orjson
 from batchllm.dataset.schema_objects import object_problem
 from batchllm.dataset.schema_refs import Refs, are_disjoint, kinds, reference_problem
 from batchllm.dataset.schema_values import (
+    ENFORCED_FORMATS,
     Problem,
     constrains,
     form_problem,
@@ -51,6 +51,29 @@ def schema_problem(text: str) -> str | None:
     except RecursionError:
         return "$: is nested too deeply"
     return None
+
+
+@functools.lru_cache(maxsize=256)
+def grammar_schema(text: str) -> str:
+    """What to give to the grammar library in the place of a schema that passes: one that closes its limited strings.
+
+    The library would let control characters into them, which JSON does not have. Key order is kept.
+    """
+    return orjson.dumps(_with_closed_strings(orjson.loads(text))).decode()
+
+
+def _with_closed_strings(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_closed_strings(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    made = {k: v if k in ("const", "enum") else _with_closed_strings(v) for k, v in value.items()}
+    least, most = made.get("minLength", 0), made.get("maxLength", "")
+    are_lengths = type(least) is int and (most == "" or type(most) is int) and (least, most) != (0, "")
+    if are_lengths and "pattern" not in made and made.get("format") not in ENFORCED_FORMATS:
+        made = {k: v for k, v in made.items() if k not in ("minLength", "maxLength")}
+        made["pattern"] = rf'^[^"\\\x00-\x1f]{{{least},{most}}}$'
+    return made
 
 
 class _Walk:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xgrammar.testing import _is_grammar_accept_string
 
-from batchllm.dataset.schema_support import schema_problem
+from batchllm.dataset.schema_support import grammar_schema, schema_problem
 from batchllm.dataset.schema_values import misread_escape
 from tests.sizes import sized
 
@@ -121,6 +121,10 @@ KEPT: list[Any] = [
     {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "maxProperties": 2},
     {"type": "object", "patternProperties": {"^x_[a-z]+$": INT}},
     {"type": "string", "minLength": 1, "maxLength": 3},
+    {"type": "string", "maxLength": 0},
+    {"type": ["string", "null"], "minLength": 2},
+    {"type": "string", "maxLength": 5000, "format": "made-up"},
+    {"type": "object", "properties": {"minLength": {"type": "string", "maxLength": 2}}},
     {"type": "string", "pattern": "^(a|b)[0-9]{2}$", "minLength": 0},
     {"type": "string", "pattern": '^[^"\\\\\\x00-\\x1f]+$'},
     *({"type": "string", "format": name} for name in ("date", "ipv4", "uuid", "made-up")),
@@ -139,6 +143,16 @@ KEPT: list[Any] = [
     {"allOf": [{"$ref": "#/$defs/n"}], "$defs": {"n": INT}, "description": "d"},
     {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]},
 ]
+
+
+def test_string_of_limited_length_holds_no_control_characters() -> None:
+    """The library alone would let them in, and the answer would be no JSON; other characters it takes as before."""
+    text = json.dumps({"type": "string", "minLength": 1, "maxLength": 3})
+    alone, closed = (xgrammar.Grammar.from_json_schema(schema) for schema in (text, grammar_schema(text)))
+    assert _is_grammar_accept_string(alone, '"\t"') and not _is_grammar_accept_string(closed, '"\t"')
+    for inside, is_in in (("a", True), ("é🦀ب", True), ("", False), ("abcd", False), ('"', False)):
+        assert _is_grammar_accept_string(closed, f'"{inside}"') == is_in
+
 
 ENDLESS: list[Any] = [
     {"$ref": "#"},
@@ -263,7 +277,7 @@ _MAX_LEN = 120
 
 def draw(schema: Any, rng: random.Random) -> str | None:
     """A text from the grammar of a schema, character by character; None where it did not end in time."""
-    matcher = xgrammar.GrammarMatcher(_COMPILER.compile_json_schema(json.dumps(schema)))
+    matcher = xgrammar.GrammarMatcher(_COMPILER.compile_json_schema(grammar_schema(json.dumps(schema))))
     bitmask = xgrammar.allocate_token_bitmask(1, len(_VOCAB))
     stop = len(_VOCAB) - 1
     text = ""
@@ -284,9 +298,9 @@ def draw(schema: Any, rng: random.Random) -> str | None:
 
 
 def is_valid(text: str, schema: Any) -> bool:
-    """Whether it is JSON, with control characters or without, and satisfies the schema."""
+    """Whether it is JSON and satisfies the schema."""
     try:
-        value = json.loads(text, strict="Length" not in json.dumps(schema))
+        value = json.loads(text)
     except ValueError:
         return False
     return jsonschema.Draft202012Validator(schema).is_valid(value)
