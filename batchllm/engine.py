@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,14 +244,13 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
     columns = zip(inputs.values, inputs.sampling, inputs.expected, inputs.tasks, strict=True)
     for index, (value, params, expected, task) in enumerate(columns):
         try:
-            if not isinstance(params, SamplingParams):
-                if id(params) not in parsed:
-                    parsed[id(params)] = parse_sampling(params, defaults=SamplingParams())
-                params = parsed[id(params)]
+            if id(params) not in parsed:
+                named = dataclasses.asdict(params) if isinstance(params, SamplingParams) else params
+                parsed[id(params)] = parse_sampling(named, defaults=SamplingParams())
             request = Request(
                 row_id=str(index),
                 index=index,
-                sampling=params,
+                sampling=parsed[id(params)],
                 expected_new_tokens=expected_len(expected),
                 task=task_name(task),
                 **{inputs.field: _CHECKS[inputs.field](inputs.field, value)},

@@ -27,7 +27,8 @@ class SamplingParams:
     max_new_tokens: int = 128
     """Most tokens to generate; at least 1."""
     min_new_tokens: int = 0
-    """Fewest tokens before a stop may match."""
+    """Fewest tokens before a stop may match: a token that ends, or a stop string that is not complete before. A grammar
+    that has come to its end wins; `Completion.note` says so."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -155,6 +156,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         matched_stop: The stop string or stop token id that ended it, if one did.
         error: Why it was aborted, if it was; text and ids then hold what had been generated.
         message: The text as a chat's message, where it was looked through for reasoning and tool calls.
+        error_code: Code of that, where the request is at fault and would fail again, e.g. ``invalid_grammar``.
+        note: What was asked for and could not be kept, in words: a grammar that ended before ``min_new_tokens``.
     """
 
     index: int
@@ -168,6 +171,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
     message: dict[str, Any] | None = None
+    error_code: str | None = None
+    note: str | None = None
 
     @property
     def completion_tokens(self) -> int:

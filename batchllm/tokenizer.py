@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from batchllm.errors import ConfigError
 from batchllm.prefix_encoder import PrefixEncoder
+from batchllm.token_text import TokenTexts
 
 needs_no_torch = False
 """Set in a process that wants only tokenizers of transformers: torch is not imported, and there are no models."""
@@ -94,9 +95,13 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         return str(self.hf.decode(list(ids), skip_special_tokens=True))
 
-    def decode_token(self, token_id: int) -> str:
-        """Text of one token by itself."""
-        return str(self.hf.decode([token_id]))
+    def decode_token(self, token_id: int) -> bytes | str:
+        """Text of one token by itself; bytes where it is a part of a character."""
+        return self._token_texts.decode(token_id)
+
+    @cached_property
+    def _token_texts(self) -> TokenTexts:
+        return TokenTexts(self.hf)
 
 
 def _import_without_torch() -> None:

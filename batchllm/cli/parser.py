@@ -122,7 +122,11 @@ def _add_retry(commands: Any) -> None:
 def _add_run_flags(parser: argparse.ArgumentParser, default: Callable[[Any], Any]) -> None:
     """How a job is run, which may differ from one run of it to the next."""
     parser.add_argument(
-        "--retry", type=int, default=default(0), metavar="N", help="run a row that fails again, so many times"
+        "--retry",
+        type=int,
+        default=default(0),
+        metavar="N",
+        help="run a row that fails again, so many times, unless the row itself is at fault",
     )
     parser.add_argument("--max-failures", type=int, metavar="N", help="stop when more rows than this have failed")
     parser.add_argument(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import reprlib
-import warnings
 from array import array
 from collections.abc import Callable, Iterable
 
 import orjson
 
+from batchllm.dataset.schema_support import grammar_schema, schema_problem
+from batchllm.dataset.schema_values import misread_escape
 from batchllm.errors import RowError
 
 Check = Callable[[str, object], object]
@@ -115,7 +115,7 @@ def stop_strings(name: str, value: object) -> tuple[str, ...]:
         raise wrong_type(name, "a string or a list of strings", value)
     if "" in listed:
         raise out_of_range(name, "made of non-empty strings", value)
-    return tuple(listed)
+    return tuple(whole_characters(name, string) for string in listed)
 
 
 def stop_ids(name: str, value: object) -> tuple[int, ...]:
@@ -139,26 +139,53 @@ def json_schema_text(name: str, value: object) -> str:
             raise _bad_schema(name, f"is not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(parsed, dict):
             raise _bad_schema(name, f"must hold a JSON object, not {show(parsed)}")
-        return value
+        return _kept_schema(name, value)
     if not isinstance(value, dict):
         raise _bad_schema(name, f"must be a JSON object or its text, not {show(value)}")
     try:
-        return orjson.dumps(value).decode()
+        return _kept_schema(name, orjson.dumps(value).decode())
     except orjson.JSONEncodeError as error:
         raise _bad_schema(name, f"cannot be written as JSON: {error}") from None
 
 
+def _kept_schema(name: str, text: str) -> str:
+    problem = schema_problem(text)
+    if problem is not None:
+        raise RowError(f"{name}: {problem}", code="unsupported_schema", param=name)
+    return grammar_schema(text)
+
+
 def regex_text(name: str, value: object) -> str:
-    """Checks for a regular expression that compiles; returns it as it is."""
+    """Checks for a regular expression; the grammar library, whose dialect it is, says whether it compiles.
+
+    Only escapes are refused that the library would take for a letter, such as ``\\A`` and ``\\Z``.
+    """
     if not isinstance(value, str):
         raise wrong_type(name, "a regular expression", value)
+    misread = misread_escape(value)
+    if misread is not None:
+        raise RowError(
+            f"{name}: the grammar takes {misread} for the letter {misread[1]}; drop it, all of an answer matches",
+            code="invalid_regex",
+            param=name,
+        )
+    return whole_characters(name, value)
+
+
+def whole_characters(name: str, value: str) -> str:
+    """Checks that a text can be written as UTF-8: half a surrogate pair is no character.
+
+    Raises:
+        RowError: ``lone_surrogate``, with its place.
+    """
     try:
-        with warnings.catch_warnings():
-            # "possible nested set" and the like are the pattern author's to read, not this log's.
-            warnings.simplefilter("ignore")
-            re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise RowError(f"{name} does not compile: {error}", code="invalid_regex", param=name) from None
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{name} has half a character, {error.object[error.start]!a}, at {error.start}; write the whole one",
+            code="lone_surrogate",
+            param=name,
+        ) from None
     return value
 
 
@@ -209,6 +236,8 @@ def structural_tag_text(name: str, value: object) -> str:
 
 def logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
     """Checks for an object of token ids, as text, and finite numbers; returns pairs by ascending id."""
+    if isinstance(value, tuple):  # as `SamplingParams` has it
+        value = dict(value)
     if not isinstance(value, dict):
         raise wrong_type(name, "an object of token ids and numbers", value)
     pairs: dict[int, float] = {}
@@ -220,6 +249,23 @@ def logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
         assert isinstance(number, float)
         pairs[int(text)] = number
     return tuple(sorted(pairs.items()))
+
+
+def whole_texts(name: str, value: object) -> None:
+    """The same of every text inside a JSON value.
+
+    Raises:
+        RowError: ``lone_surrogate``, with the place of the text.
+    """
+    if isinstance(value, str):
+        whole_characters(name, value)
+    elif isinstance(value, (list, tuple)):
+        for position, item in enumerate(value):
+            whole_texts(f"{name}[{position}]", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            whole_texts(name, key)
+            whole_texts(f"{name}.{key}", item)
 
 
 def token_ids(name: str, value: object) -> array[int]:

@@ -82,6 +82,42 @@ def check_expected_len(expected_new_tokens: int | None, prompt_len: int, context
         )
 
 
+def check_sampling_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuses token ids in sampling parameters that the model's vocabulary does not have.
+
+    Raises:
+        RowError: ``token_id_out_of_range``, naming the first one.
+    """
+    if not sampling.stop_token_ids and not sampling.logit_bias:
+        return
+    biased = [token_id for token_id, _ in sampling.logit_bias]
+    for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
+        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise RowError(
+                f"{name} has {wrong} and the vocabulary has ids 0 to {vocab_size - 1}; use the ids of this model's "
+                "tokenizer",
+                code="token_id_out_of_range",
+                param=name,
+            )
+
+
+def check_sampling_texts(sampling: SamplingParams) -> None:
+    """Refuses what needs a tokenizer, on an engine that has none.
+
+    Raises:
+        RowError: ``tokenizer_needed``, naming the parameter.
+    """
+    for name, is_asked in (("stop", bool(sampling.stop)), ("min_new_tokens", sampling.min_new_tokens > 0)):
+        if is_asked:
+            raise RowError(
+                f"{name} needs a tokenizer, and this engine runs without one; drop it, or start the engine without "
+                "--skip-tokenizer-init",
+                code="tokenizer_needed",
+                param=name,
+            )
+
+
 def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Refuses token ids that the model's vocabulary does not have.
 

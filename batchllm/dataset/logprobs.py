@@ -46,31 +46,42 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], decode: Decode) -> dict[str, A
     }
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], decode: Decode, *, with_top: bool) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[TokenLogprob], decode: Decode, text: str, *, with_top: bool) -> dict[str, Any]:
     """OpenAI's completions format; ``text_offset`` counts characters from the start of the answer.
+
+    It lies inside the text and never goes back: a token of which there is nothing in the text, such as one that ended
+    it, stands where the token before it ended.
 
     Alternatives that look alike as text (halves of characters) keep the likelier one: the format
     keys them by text.
     """
-    texts: list[str] = []
-    offsets: list[int] = []
-    num_characters = 0
-    joined = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        piece = decode(token.token_id)
-        texts.append(_text(piece))
-        offsets.append(num_characters)
-        num_characters += len(joined.decode(piece) if isinstance(piece, bytes) else piece)
+    pieces = [decode(token.token_id) for token in tokens]
     top: list[dict[str, float]] | None = None
     if with_top:
         # Reversed, so that of two alike the likelier, which comes first, is written last.
         top = [{_text(decode(i)): _finite(v) for i, v in reversed(t.top)} for t in tokens]
     return {
-        "tokens": texts,
+        "tokens": [_text(piece) for piece in pieces],
         "token_logprobs": [_finite(token.logprob) for token in tokens],
         "top_logprobs": top,
-        "text_offset": offsets,
+        "text_offset": _offsets(pieces, text),
     }
+
+
+def _offsets(pieces: Sequence[bytes | str], text: str) -> list[int]:
+    """Where each token begins in the text, in characters; a part of a character where the character begins."""
+    offsets = []
+    end = 0
+    joined = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for piece in pieces:
+        offsets.append(end)
+        characters = joined.decode(piece.encode() if isinstance(piece, str) else piece)
+        # The space before its first word may be missing in the text.
+        for part in (characters, characters.lstrip(" ")):
+            if text.startswith(part, end):
+                end += len(part)
+                break
+    return offsets
 
 
 def _chat_token(piece: bytes | str, logprob: float) -> dict[str, Any]:

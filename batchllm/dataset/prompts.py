@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from batchllm.dataset.field_checks import closest, show, token_ids
+from batchllm.dataset.field_checks import closest, show, token_ids, whole_characters, whole_texts
 from batchllm.errors import RowError
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "latest_reminder"})
@@ -30,7 +30,7 @@ def check_text(name: str, value: object) -> str:
         raise RowError(f"{name} must be a string, not {show(value)}", code="invalid_prompt", param=name)
     if not value:
         raise empty_prompt(name)
-    return value
+    return whole_characters(name, value)
 
 
 def check_completion_prompt(value: object) -> str | array[int] | list[str | array[int]]:
@@ -60,6 +60,7 @@ def check_messages(value: object) -> list[dict[str, Any]]:
         raise empty_prompt("messages")
     for position, message in enumerate(value):
         _check_message(f"messages[{position}]", message)
+    whole_texts("messages", value)
     return value
 
 

@@ -14,8 +14,10 @@ Codes of a `BadRow`; they are part of the output format and never change meaning
                   invalid_input_ids, invalid_messages, unsupported_content
     its sampling  unknown_parameter, unsupported_parameter, invalid_parameter_type,
                   parameter_out_of_range, conflicting_parameters, invalid_json_schema,
-                  invalid_regex, invalid_response_format
-    the engine    prompt_too_long, token_id_out_of_range, never_fits_kv_pool, aborted
+                  unsupported_schema, invalid_regex, invalid_response_format
+    its text      lone_surrogate
+    the engine    prompt_too_long, token_id_out_of_range, tokenizer_needed, never_fits_kv_pool,
+                  invalid_grammar, aborted
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Knows the OpenAI batch formats and the plain one; not files, and not how answers were made.
 
     plain   {"id", "text", "output_ids", "finish_reason", "usage"} and, where there is one,
-            "matched_stop", "logprobs". With n > 1: {"id", "choices": [those, "index"], "usage"}.
+            "matched_stop", "logprobs", "note" (what was asked for and could not be kept; OpenAI's
+            choices have it too). With n > 1: {"id", "choices": [those, "index"], "usage"}.
             Failed: {"id", "error": {"code", "message", "line", "param"}}.
             Both end with "carried", the input's columns that were to be carried, where there are any.
     OpenAI  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null};
@@ -34,6 +35,8 @@ def find_abort(head: RowHead, completions: Sequence[Completion]) -> BadRow | Non
     for completion in completions:
         if completion.finish_reason == "abort":
             message = completion.error or "the runtime aborted the request and gave no reason"
+            if completion.error_code is not None:
+                return reject(head, RowError(message, code=completion.error_code))
             return reject(head, RowError(message, code="aborted"), status_code=500)
     return None
 
@@ -123,6 +126,8 @@ def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
     }
     if sample.matched_stop is not None:
         answer["matched_stop"] = sample.matched_stop
+    if sample.note is not None:
+        answer["note"] = sample.note
     if head.wants_logprobs and sample.logprobs is not None:
         answer["logprobs"] = plain_logprobs(sample.logprobs)
     return answer
@@ -141,12 +146,15 @@ def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: st
     else:
         answer = {"text": sample.text}
         if wanted:
-            logprobs = completion_logprobs(sample.logprobs or (), decode, with_top=head.num_alternatives > 0)
+            logprobs = completion_logprobs(
+                sample.logprobs or (), decode, sample.text, with_top=head.num_alternatives > 0
+            )
     return {
         "index": sample.sample,
         **answer,
         "finish_reason": sample.finish_reason,
         "logprobs": logprobs,
+        **({} if sample.note is None else {"note": sample.note}),
     }
 
 

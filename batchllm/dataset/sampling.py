@@ -53,6 +53,7 @@ SHARED_FIELDS: Mapping[str, SamplingField] = {
         "stop_regex": checks.stop_strings,
         "no_stop_trim": checks.boolean,
         "spaces_between_special_tokens": checks.boolean,
+        "require_reasoning": checks.boolean,
         "skip_special_tokens": checks.boolean,
     }.items()
 }

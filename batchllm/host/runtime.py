@@ -311,7 +311,7 @@ class HostedTokenizer:
 
     def __init__(self, runtime: HostedRuntime) -> None:
         self._runtime = runtime
-        self._texts: dict[int, str] = {}
+        self._texts: dict[int, bytes | str] = {}
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
         """Token ids of each text; special tokens are added as the model wants them."""
@@ -337,7 +337,7 @@ class HostedTokenizer:
         text: str = self._runtime.call("tokenizer", "decode", list(ids))
         return text
 
-    def decode_token(self, token_id: int) -> str:
+    def decode_token(self, token_id: int) -> bytes | str:
         """Text of one token by itself."""
         if token_id not in self._texts:
             self._texts[token_id] = self._runtime.call("tokenizer", "decode_token", token_id)

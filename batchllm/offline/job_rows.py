@@ -19,7 +19,14 @@ import numpy.typing as npt
 import xxhash
 
 from batchllm.dataset.field_checks import MAX_INT32
-from batchllm.dataset.limits import check_expected_len, check_prompt_len, check_token_ids, fit_max_new_tokens
+from batchllm.dataset.limits import (
+    check_expected_len,
+    check_prompt_len,
+    check_sampling_ids,
+    check_sampling_texts,
+    check_token_ids,
+    fit_max_new_tokens,
+)
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.encode import Encoded, encode_requests
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
@@ -280,6 +287,9 @@ class JobRows:
         info = self._info
         if not self._has_all:
             _check_supported(request.sampling, info)
+        if self._tokenizer is None:
+            check_sampling_texts(request.sampling)
+        check_sampling_ids(request.sampling, info.vocab_size)
         if request.expected_new_tokens is not None:
             check_expected_len(request.expected_new_tokens, prompt_len, info.context_len)
 

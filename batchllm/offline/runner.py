@@ -46,7 +46,7 @@ class RunOptions:
     """How a job is run; none of it changes an answer."""
 
     num_retries: int = 0
-    """Times that a row which fails while it runs is run again."""
+    """Times that a row which fails while it runs is run again, unless it is at fault itself."""
     shares_answers: bool = False
     """Run rows that must have the same answer once (`batchllm.offline.identical`)."""
     max_token_bytes: int = 1 << 40
@@ -306,7 +306,7 @@ class Runner:
         assert self.runtime is not None
         bad = find_abort(head, completions)
         if bad is not None:
-            if self._num_tries[row] < self._options.num_retries:
+            if bad.status_code >= 500 and self._num_tries[row] < self._options.num_retries:
                 self._num_tries[row] += 1
                 self._to_retry.append(row)
             else:
@@ -333,7 +333,7 @@ class Runner:
     def _with_followers(self, row: int) -> list[int]:
         return [row] if self._identical is None else [row, *self._identical.followers(row)]
 
-    def _decode(self, token_id: int) -> str:
+    def _decode(self, token_id: int) -> bytes | str:
         assert self.runtime is not None
         if self.runtime.tokenizer is None:
             raise ConfigError("--skip-tokenizer-init: OpenAI rows with logprobs need a tokenizer")

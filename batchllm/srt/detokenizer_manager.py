@@ -12,6 +12,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from batchllm.srt import child_process
 from batchllm.srt.io_struct import PlannedBatchOutput
+from batchllm.srt.schedule_batch import find_stop
 
 
 class BatchDetokenizerManager(DetokenizerManager):
@@ -36,6 +37,15 @@ class BatchDetokenizerManager(DetokenizerManager):
             self.trim_matched_stop(span[len(context) :], reason, no_stop_trim=no_trim)
             for context, span, (reason, no_trim) in zip(context_texts, span_texts, ends, strict=True)
         ]
+        for i, reason in enumerate(output.finish_reasons):
+            if "num_early" in reason:  # the stop string may stand among the first tokens too
+                head = contexts[i] + list(output.output_ids[i][: reason["num_early"]])
+                (early,) = self._grouped_batch_decode([head], [output.skip_special_tokens[i]], [True])
+                text, context_len = span_texts[i], len(context_texts[i])
+                at = find_stop(text[context_len:], early[context_len:], reason["matched"])
+                if at >= 0 and output.no_stop_trim[i]:
+                    at += len(reason["matched"])
+                output.texts[i] = text[context_len:] if at < 0 else text[context_len : context_len + at]
         return output
 
 

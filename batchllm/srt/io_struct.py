@@ -12,6 +12,13 @@ from sglang.srt.managers.io_struct import BaseReq
 
 from batchllm.scheduler.output_length import PredictionError
 
+INVALID_GRAMMAR = "invalid_grammar"
+"""A grammar does not compile, or cannot be followed with this model's tokens."""
+INVALID_SAMPLING = "invalid_sampling"
+"""SGLang refuses sampling parameters that passed our checks."""
+ROW_FAULTS = frozenset({INVALID_GRAMMAR, INVALID_SAMPLING})
+"""``err_type`` of a finish reason where the request is at fault: codes of its row."""
+
 
 class PlannedRunReqInput(BaseReq):
     """Driver to scheduler: the next requests of a job, in plan order.

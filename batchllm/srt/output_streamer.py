@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+from batchllm.srt.grammars import explain_abort
 from batchllm.srt.io_struct import JobCounters, PlannedBatchOutput
 from batchllm.srt.schedule_batch import PlannedReq
 
@@ -62,7 +64,7 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     positions=[req.position for req in job_reqs],
                     output_ids=[req.output_ids_through_stop for req in job_reqs],
                     context_ids=[req.origin_input_ids[-NUM_CONTEXT_TOKENS:] for req in job_reqs],
-                    finish_reasons=[req.finished_reason.to_json() for req in job_reqs],
+                    finish_reasons=[_reason(req) for req in job_reqs],
                     prompt_tokens=[req.num_prompt_tokens for req in job_reqs],
                     cached_tokens=[req.cached_tokens for req in job_reqs],
                     skip_special_tokens=[req.sampling_params.skip_special_tokens for req in job_reqs],
@@ -75,6 +77,16 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     steps=self.take_steps(),
                 )
             )
+
+
+def _reason(req: PlannedReq) -> dict[str, Any]:
+    """Why it has finished; ``note`` is there where it has fewer tokens than were asked for."""
+    reason = explain_abort(req.finished_reason, has_grammar=req.grammar is not None)
+    told: dict[str, Any] = reason.to_json()
+    num_tokens = len(req.output_ids_through_stop)
+    if isinstance(reason, FINISH_MATCHED_TOKEN) and num_tokens <= req.min_new_len:
+        told["note"] = f"the grammar allowed no more than {num_tokens - 1} of at least {req.min_new_len} tokens"
+    return told
 
 
 def _logprobs(req: PlannedReq) -> list[tuple[float, Any, Any]] | None:

@@ -17,6 +17,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from batchllm.scheduler import Decision
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
+from batchllm.srt.grammars import hold_stops
 from batchllm.srt.io_struct import JobCounters, PlannedAbortReqInput, PlannedCloseReqInput, PlannedRunReqInput
 from batchllm.srt.live_queue import LiveQueue
 from batchllm.srt.output_streamer import BatchOutputStreamer
@@ -26,6 +27,8 @@ from batchllm.srt.radix_cache import PlannedRadixCache
 from batchllm.srt.schedule_batch import PlannedReq, prepare_live
 from batchllm.srt.shared_prefixes import SharedPrefixes
 from batchllm.srt.step_recorder import StepRecorder
+
+_GIVEN_UP = "it was taken back before it had finished"
 
 
 class PlannedIntake(Scheduler):
@@ -61,11 +64,21 @@ class PlannedIntake(Scheduler):
         self.planned_jobs.add(req)
         if self.enable_priority_scheduling:
             self._set_or_validate_priority(req)
-        req.is_ready = not self.grammar_manager.process_req_with_grammar(req)
+        if req.to_finish is None:
+            req.is_ready = not self.grammar_manager.process_req_with_grammar(req)
         if req.to_finish is not None:
             self._abort_waiting(req)
         else:
+            self._hold_stops(req)
             self.planned_window.add(req)
+
+    def _hold_stops(self, req: PlannedReq) -> None:
+        """A grammar that is there goes on for as long as the request must."""
+        if req.is_ready and req.grammar is not None and req.min_new_len:
+            ends = {*(req.sampling_params.stop_token_ids or ()), *(req.eos_token_ids or ()), req.tokenizer.eos_token_id}
+            ends |= req.tokenizer.additional_stop_token_ids or set()
+            known = [i for i in ends if i is not None and i < self.model_config.vocab_size]
+            hold_stops(req.grammar, known, req.min_new_len)
 
     def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
         """Drop what is left of a job."""
@@ -91,10 +104,10 @@ class PlannedIntake(Scheduler):
         if req is self.chunked_req:
             self._pending_chunked_abort_req = req
         elif req.req_pool_idx is not None:
-            req.to_finish = FINISH_ABORT()  # taken up when its running step is done
+            req.to_finish = FINISH_ABORT(_GIVEN_UP)  # taken up when its running step is done
         elif req.finished_reason is None:
             self.planned_window.remove([req])
-            req.to_finish = FINISH_ABORT()
+            req.to_finish = FINISH_ABORT(_GIVEN_UP)
             self._abort_waiting(req)
 
     def _abort_waiting(self, req: PlannedReq) -> None:
@@ -139,6 +152,7 @@ class PlannedIntake(Scheduler):
             self._abort_waiting(req)
         else:
             req.is_ready = True
+            self._hold_stops(req)
 
     def _finish_planned(self, req: PlannedReq) -> JobCounters:
         counters = self.planned_jobs.finish(req)

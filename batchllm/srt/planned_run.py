@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from array import array
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
+from batchllm.request import GRAMMARS
 from batchllm.scheduler.output_length import MIN_FINISHED, OutputEstimate, OutputLengths
-from batchllm.srt.io_struct import PlannedRunReqInput
+from batchllm.srt.io_struct import INVALID_SAMPLING, PlannedRunReqInput
 from batchllm.srt.schedule_batch import PlannedReq
 
 # Ledger numbers are the job's in the upper and the plan's in the lower bits: unique without a table.
@@ -69,6 +72,8 @@ class RunReader:
             start = end
             max_new_len = int(run.request_max_new_len[i])
             position = run.first_position + i
+            kind = int(message.sampling_index[i])
+            params, fault = sampling[kind]
             req = PlannedReq(
                 job_id=job_id,
                 position=position,
@@ -82,8 +87,9 @@ class RunReader:
                     position=position,
                 ),
                 seed=int(message.seeds[i]),
+                min_new_len=min(message.sampling[kind]["min_new_tokens"], max_new_len),
                 input_ids=input_ids,
-                sampling_params=_with_limit(sampling[message.sampling_index[i]], max_new_len),
+                sampling_params=_with_limit(params, max_new_len),
                 num_logprobs=int(message.num_logprobs[i]),
                 require_reasoning=message.require_reasoning[message.sampling_index[i]],
                 eos_token_ids=self._model_config.hf_eos_token_id,
@@ -91,6 +97,7 @@ class RunReader:
                 extra_key=None if message.extra_keys is None else message.extra_keys[i],
             )
             req.tokenizer = self._tokenizer
+            req.to_finish = fault
             yield req
 
     def _add_prefixes(self, job_id: int, run: Any) -> None:
@@ -125,11 +132,25 @@ class RunReader:
             return self._lengths.kind(("task", job_id, task), job_kind)
         return self._prefix_kind[prefix_id][1] if prefix_id != NO_PREFIX else job_kind
 
-    def _sampling_params(self, kwargs: dict[str, Any]) -> SamplingParams:
+    def _sampling_params(self, kwargs: dict[str, Any]) -> tuple[SamplingParams, FINISH_ABORT | None]:
+        """SGLang's parameters, and what ends the requests that have them, at once: a fault must not end the others."""
         params = SamplingParams(**kwargs)
-        params.normalize(self._tokenizer)
-        params.verify(self._model_config.vocab_size)
-        return params
+        if any(getattr(params, name) is not None for name in GRAMMARS):
+            params.min_new_tokens = 0  # `grammars.hold_stops` sees to it
+        elif params.min_new_tokens and not params.ignore_eos:
+            # SGLang forbids only the tokenizer's end meanwhile, and the model may have others.
+            ends = [i for i in self._model_config.hf_eos_token_id or () if i < self._model_config.vocab_size]
+            params.stop_token_ids = {*(params.stop_token_ids or ()), *ends} or None
+        try:
+            params.normalize(self._tokenizer)
+            params.verify(self._model_config.vocab_size)
+        except Exception as error:
+            params = SamplingParams()
+            params.normalize(self._tokenizer)
+            return params, FINISH_ABORT(
+                f"SGLang refuses its sampling: {error}", HTTPStatus.BAD_REQUEST, INVALID_SAMPLING
+            )
+        return params, None
 
 
 def _prefix_id(job_id: int, plan_prefix: int) -> int:

@@ -12,6 +12,7 @@ from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, SamplingParams, TokenLogprob
 from batchllm.srt.chat_tokenizer import ChatTokenizer
 from batchllm.srt.io_struct import (
+    ROW_FAULTS,
     PlannedAbortReqInput,
     PlannedBatchOutput,
     PlannedCloseReqInput,
@@ -145,6 +146,8 @@ def _completions(output: PlannedBatchOutput) -> list[Completion]:
                 matched_stop=reason.get("matched"),
                 logprobs=_token_logprobs(output.logprobs[i], output.output_ids[i]),
                 error=reason.get("message"),
+                error_code=reason["err_type"] if reason.get("err_type") in ROW_FAULTS else None,
+                note=reason.get("note"),
             )
         )
     return completions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR, Req
 
 from batchllm.scheduler.output_length import OutputEstimate
 
@@ -22,6 +22,7 @@ class PlannedReq(Req):
         output: What is known of its output length.
         led_prefix_ids: Prefixes that it computes and that are not complete yet, outermost first.
         is_ready: False while its grammar is being compiled.
+        min_new_len: Fewest tokens before a stop may match; a grammar may end earlier.
         is_counted_off: True once the ledger knows that it needs its prefix no more.
         seed: Sampling seed.
     """
@@ -35,6 +36,7 @@ class PlannedReq(Req):
         total_len: int,
         output: OutputEstimate,
         seed: int,
+        min_new_len: int,
         input_ids: array[int],
         sampling_params: Any,
         num_logprobs: int,
@@ -64,10 +66,28 @@ class PlannedReq(Req):
         self.total_len = total_len
         self.output = output
         self.seed = seed
+        self.min_new_len = min_new_len
         self.led_prefix_ids: list[int] = []
         self.is_ready = True
         self.is_counted_off = False
         self.num_prompt_tokens = len(input_ids)
+
+    def _check_str_based_finish(self, new_accepted_len: int = 1) -> bool:
+        """Stop strings that were complete within the first ``min_new_len`` tokens do not count."""
+        if not self.min_new_len or not self.sampling_params.stop_strs:
+            matched: bool = super()._check_str_based_finish(new_accepted_len)
+            return matched
+        if len(self.output_ids) <= self.min_new_len:
+            return False
+        tail = self.output_ids[-self._stop_match_tail_len(new_accepted_len) :]
+        num_early = self.min_new_len - (len(self.output_ids) - len(tail))
+        text, early = (self.tokenizer.decode(ids) for ids in (tail, tail[: max(num_early, 0)]))
+        for stop in self.sampling_params.stop_strs:
+            if find_stop(text, early, stop) >= 0:
+                self.finished_reason = LateStop(stop, self.min_new_len)
+                self.finished_len = len(self.output_ids)
+                return True
+        return False
 
     @property
     def num_generated(self) -> int:
@@ -78,6 +98,26 @@ class PlannedReq(Req):
     def prefill_len(self) -> int:
         """Tokens it must have KV for before it decodes."""
         return len(self.origin_input_ids) + len(self.output_ids)
+
+
+class LateStop(FINISH_MATCHED_STR):
+    """A stop string that came behind the first ``num_early`` tokens; the same may stand among those."""
+
+    def __init__(self, matched: str, num_early: int) -> None:
+        super().__init__(matched=matched)
+        self.num_early = num_early
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "num_early": self.num_early}
+
+
+def find_stop(text: str, early: str, stop: str) -> int:
+    """Where a stop string begins that ends behind the early part of a text; -1 where there is none.
+
+    Args:
+        early: What the text begins with; half a character at its end may stand for what it became.
+    """
+    return text.find(stop, max(0, len(early.rstrip("\ufffd")) - len(stop) + 1))
 
 
 def prepare_live(req: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchllm.dataset import check_prompt_len, check_token_ids, fit_max_new_tokens
+from batchllm.dataset.limits import check_sampling_ids, check_sampling_texts
 from batchllm.errors import RowError
 from batchllm.request import SamplingParams
 
@@ -70,3 +71,23 @@ def test_first_token_id_outside_the_vocabulary_is_named(wrong: int) -> None:
     assert caught.value.code == "token_id_out_of_range"
     assert f"input_ids[1] is {wrong}" in caught.value.message
     assert "31999" in caught.value.message
+
+
+def test_stop_token_ids_are_the_vocabularys() -> None:
+    """Beside ``min_new_tokens`` the scheduler has a score for each of them."""
+    check_sampling_ids(SamplingParams(stop_token_ids=(0, 99)), vocab_size=100)
+    with pytest.raises(RowError) as caught:
+        check_sampling_ids(SamplingParams(stop_token_ids=(5, 100)), vocab_size=100)
+    assert (caught.value.code, caught.value.param) == ("token_id_out_of_range", "stop_token_ids")
+    assert "100" in caught.value.message and "0 to 99" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("sampling", "param"),
+    [(SamplingParams(stop=("a",)), "stop"), (SamplingParams(min_new_tokens=1), "min_new_tokens")],
+)
+def test_what_needs_a_tokenizer_is_refused_without_one(sampling: SamplingParams, param: str) -> None:
+    check_sampling_texts(SamplingParams(stop_token_ids=(1,)))
+    with pytest.raises(RowError) as caught:
+        check_sampling_texts(sampling)
+    assert (caught.value.code, caught.value.param) == ("tokenizer_needed", param)

@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion
 
@@ -23,6 +25,7 @@ from batchllm.dataset import (
     render_error,
     render_success,
 )
+from batchllm.dataset.logprobs import completion_logprobs
 from batchllm.errors import RowError
 from batchllm.request import Completion, SamplingParams, TokenLogprob
 
@@ -154,7 +157,7 @@ def test_alternatives_that_look_alike_keep_the_likelier() -> None:
 def test_decode_may_give_text_instead_of_bytes() -> None:
     line = render_success(
         completion_row(logprobs=0).head,
-        [sample(logprobs=LOGPROBS[:2])],
+        [sample(logprobs=LOGPROBS[:2], text="<1><2>")],
         model="m",
         created=0,
         decode=lambda token_id: f"<{token_id}>",
@@ -162,6 +165,46 @@ def test_decode_may_give_text_instead_of_bytes() -> None:
     )
     logprobs = line["response"]["body"]["choices"][0]["logprobs"]
     assert (logprobs["tokens"], logprobs["text_offset"]) == (["<1>", "<2>"], [0, 3])
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces", "offsets"),
+    [
+        ("Hello", ["Hel", "lo", "</s>"], [0, 3, 5]),
+        ("Hello", [" Hel", "lo"], [0, 3]),
+        ("é!", [b"\xc3", b"\xa9", "!"], [0, 0, 1]),
+        ("ab", ["a", "bc", "d"], [0, 1, 1]),
+        ("a\ufffdb", ["a", b"\xe2\x80", "b"], [0, 1, 1]),
+        ("", ["</s>"], [0]),
+    ],
+    ids=["end token", "space taken away", "half a character", "stop string", "never completed", "nothing"],
+)
+def test_text_offset_lies_in_the_text(text: str, pieces: list[bytes | str], offsets: list[int]) -> None:
+    tokens = [TokenLogprob(token_id=i, logprob=-1.0) for i in range(len(pieces))]
+    assert completion_logprobs(tokens, pieces.__getitem__, text, with_top=False)["text_offset"] == offsets
+
+
+def test_row_at_fault_is_a_400_with_its_code() -> None:
+    """It would fail again; what the engine could not do is a 500."""
+    fault = sample(finish_reason="abort", error="regex is refused: a", error_code="invalid_grammar")
+    bad = find_abort(completion_row().head, [fault])
+    assert bad is not None and (bad.status_code, bad.code) == (400, "invalid_grammar")
+    ours = find_abort(completion_row().head, [sample(finish_reason="abort", error="a")])
+    assert ours is not None and (ours.status_code, ours.code) == (500, "aborted")
+
+
+def test_note_of_an_answer_stands_in_every_format() -> None:
+    noted = sample(note="the grammar ended it")
+    assert render(chat_row(), noted)["response"]["body"]["choices"][0]["note"] == "the grammar ended it"
+    assert render(read_one({"prompt": "a"}), noted)["note"] == "the grammar ended it"
+    assert "note" not in render(read_one({"prompt": "a"}), sample())
+
+
+@given(text=st.text(max_size=5), pieces=st.lists(st.text(max_size=3) | st.binary(max_size=3), max_size=6))
+def test_text_offset_never_goes_back_or_beyond_the_text(text: str, pieces: list[bytes | str]) -> None:
+    tokens = [TokenLogprob(token_id=i, logprob=-1.0) for i in range(len(pieces))]
+    offsets = completion_logprobs(tokens, pieces.__getitem__, text, with_top=False)["text_offset"]
+    assert offsets == sorted(offsets) and all(0 <= offset <= len(text) for offset in offsets)
 
 
 @pytest.mark.parametrize("value", [-math.inf, math.nan])

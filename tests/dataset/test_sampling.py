@@ -207,13 +207,33 @@ def test_json_schema_nested_too_deep_to_write_is_refused() -> None:
     assert refused({"json_schema": schema}).code == "invalid_json_schema"
 
 
-@pytest.mark.parametrize("pattern", ["(", "[a", "a{99999999999}", "(" * 5000 + ")" * 5000])
-def test_regex_that_does_not_compile_is_refused(pattern: str) -> None:
-    assert refused({"regex": pattern}).code == "invalid_regex"
+@pytest.mark.parametrize("pattern", ["[[a]", "(?<name>a)", r"\u{41}", "(unclosed"])
+def test_regex_is_left_to_the_grammar_library_whose_dialect_it_is(pattern: str) -> None:
+    assert parse_sampling({"regex": pattern}, defaults=DEFAULTS).regex == pattern
 
 
-def test_regex_that_only_warns_is_accepted() -> None:
-    assert parse_sampling({"regex": "[[a]"}, defaults=DEFAULTS).regex == "[[a]"
+def test_escape_that_the_grammar_would_misread_is_refused() -> None:
+    assert refused({"regex": r"\Aab\Z"}).code == "invalid_regex"
+    assert parse_sampling({"regex": r"\\A\d"}, defaults=DEFAULTS).regex == r"\\A\d"
+
+
+@pytest.mark.parametrize("name", ["stop", "regex"])
+def test_half_a_character_is_refused_by_name_and_place(name: str) -> None:
+    error = refused({name: "ab\ud83d"})
+    assert (error.code, error.param) == ("lone_surrogate", name)
+    assert "at 2" in error.message
+
+
+def test_half_a_character_in_a_schema_is_refused_by_name() -> None:
+    assert refused({"json_schema": {"const": "\ud83d"}}).param == "json_schema"
+    assert refused({"json_schema": '{"const": "\ud83d"}'}).param == "json_schema"
+
+
+def test_schema_that_the_grammar_does_not_keep_is_refused_by_keyword_and_path() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 5}}}
+    error = refused({"json_schema": schema})
+    assert (error.code, error.param) == ("unsupported_schema", "json_schema")
+    assert error.message.startswith("json_schema: $.properties.n: multipleOf: ")
 
 
 def test_json_schema_and_regex_exclude_each_other() -> None:

@@ -49,7 +49,7 @@ INFO = RuntimeInfo(
     has_seeded_sampling=True,
     has_grammar=True,
 )
-ABORTED, ABORTED_ONCE, POISON = 999, 998, 997
+ABORTED, ABORTED_ONCE, POISON, AT_FAULT = 999, 998, 997, 996
 """Last tokens of prompts that are aborted every time, the first time, and that kill the engine."""
 
 
@@ -157,7 +157,7 @@ class LeisurelyRuntime:
         last_id = self.outstanding.pop(position)
         is_first = last_id == ABORTED_ONCE and last_id not in self.world.aborted_once
         self.world.aborted_once.add(last_id)
-        is_aborted = last_id == ABORTED or is_first or position in self.withdrawn
+        is_aborted = last_id in (ABORTED, AT_FAULT) or is_first or position in self.withdrawn
         return Completion(
             index=0,
             text=f"after {last_id}",
@@ -167,6 +167,7 @@ class LeisurelyRuntime:
             cached_tokens=0,
             logprobs=(TokenLogprob(token_id=65, logprob=-0.5),),
             error="out of luck" if is_aborted else None,
+            error_code="invalid_grammar" if last_id == AT_FAULT else None,
         )
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
@@ -337,6 +338,13 @@ def test_a_row_that_fails_is_run_again_as_often_as_asked(tmp_path: Path) -> None
     ran = _run([_row(0, [ABORTED_ONCE]), _row(1, [ABORTED]), _row(2, [5])], tmp_path, world, num_retries=2)
     assert _codes(ran.lines) == [None, "aborted", None]
     assert (world.submitted[ABORTED_ONCE], world.submitted[ABORTED], world.submitted[5]) == (2, 3, 1)
+
+
+def test_a_row_that_is_at_fault_is_not_run_again(tmp_path: Path) -> None:
+    world = World()
+    ran = _run([_row(0, [AT_FAULT]), _row(1, [5])], tmp_path, world, num_retries=2)
+    assert _codes(ran.lines) == ["invalid_grammar", None]
+    assert world.submitted[AT_FAULT] == 1
 
 
 def test_without_retries_a_row_fails_the_first_time(tmp_path: Path) -> None:

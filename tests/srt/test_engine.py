@@ -237,7 +237,42 @@ def test_a_grammar_that_does_not_compile_fails_its_own_row_only(engine: BatchEng
     bad = {**GREEDY, "json_schema": json.dumps({"type": "no such type"})}
     completions = engine.batch_generate(prompts, [GREEDY, bad, GREEDY])
     assert [c.finish_reason for c in completions] == ["length", "abort", "length"]
-    assert completions[1].error
+    assert completions[1].error_code == "invalid_grammar"
+    assert completions[1].error is not None and completions[1].error.endswith('Unsupported type "no such type"')
+    assert ".cc" not in completions[1].error
+
+
+def test_a_grammar_takes_the_librarys_dialect_and_says_what_it_cannot(engine: BatchEngine) -> None:
+    """Python's ``re`` refuses the first and takes the second."""
+    params = [{**GREEDY, "regex": pattern} for pattern in ("(?<n>a)", "(?!x)[a-z]{3}")]
+    named, ahead = engine.batch_generate(["A letter:"] * 2, params)
+    assert (named.text, named.finish_reason) == ("a", "stop")
+    assert ahead.error_code == "invalid_grammar"
+    assert re.fullmatch(r"regex is refused by the grammar library: Regex parsing error .*", ahead.error or "")
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "The"])
+def test_stop_strings_count_only_behind_the_fewest_tokens(engine: BatchEngine, prompt: str) -> None:
+    """Every answer has more tokens than that, and its text ends where the stop string begins."""
+    sampling = {**GREEDY, "max_new_tokens": 24}
+    (free,) = engine.batch_generate([prompt], sampling)
+    stop = free.text[2]
+    for least in (1, 6, 12):
+        (early,) = engine.batch_generate([prompt], {**sampling, "max_new_tokens": least})
+        (held,) = engine.batch_generate([prompt], {**sampling, "stop": stop, "min_new_tokens": least})
+        at = free.text.find(stop, len(early.text))
+        assert (held.text, held.finish_reason) == ((free.text, "length") if at < 0 else (free.text[:at], "stop"))
+        assert len(held.output_ids) > least
+
+
+def test_a_grammar_goes_on_for_as_long_as_it_can_and_says_where_it_could_not(engine: BatchEngine) -> None:
+    """``min_new_tokens`` beside a grammar: held where other tokens are allowed, else the grammar's end wins."""
+    sampling = {"temperature": 1.0, "max_new_tokens": 40, "min_new_tokens": 12}
+    patterns = ("[a-z]+", "[a-z]{2}")
+    open_end, closed = engine.batch_generate(["Word:"] * 2, [{**sampling, "regex": p} for p in patterns])
+    assert len(open_end.output_ids) > 12 and open_end.note is None
+    assert re.fullmatch("[a-z]{2}", closed.text) and closed.finish_reason == "stop"
+    assert closed.note == f"the grammar allowed no more than {len(closed.output_ids) - 1} of at least 12 tokens"
 
 
 def test_dropping_a_batch_whose_grammar_is_still_compiled_leaves_the_engine_alive(engine: BatchEngine) -> None:

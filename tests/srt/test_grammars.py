@@ -1,0 +1,128 @@
+"""Grammars and stops of planned requests, without a running engine."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import xgrammar
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+
+from batchllm.prefix_cache.pin_ledger import PinLedger
+from batchllm.scheduler.output_length import OutputLengths
+from batchllm.srt.grammars import explain_abort, hold_stops
+from batchllm.srt.planned_run import RunReader
+from batchllm.srt.schedule_batch import find_stop
+
+_VOCAB = ["a", "b", "</s>"]
+_STOP = 2
+
+
+def not_compiled(message: str) -> Any:
+    return FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
+
+
+@pytest.mark.parametrize("pattern", ["(?!x)a", "[a", "\\p{L}"])
+def test_why_a_grammar_does_not_compile_has_neither_file_nor_clock(pattern: str) -> None:
+    """The library's own message, as SGLang hands it on."""
+    with pytest.raises(RuntimeError) as caught:
+        xgrammar.Grammar.from_regex(pattern)
+    said = explain_abort(not_compiled(f"Failed to compile regex grammar: {caught.value}"), has_grammar=False)
+    assert said.err_type == "invalid_grammar"
+    assert said.message.startswith("regex is refused by the grammar library: Regex parsing error at position ")
+    assert ".cc" not in said.message and "[" not in said.message.split("Regex parsing")[0]
+
+
+@pytest.mark.parametrize(
+    ("reason", "has_grammar", "code"),
+    [
+        (not_compiled("Grammar preprocessing timed out: req.grammar_key=('regex', 'a')"), False, "invalid_grammar"),
+        (FINISH_ABORT(), True, "invalid_grammar"),
+        (FINISH_ABORT(), False, None),
+        (FINISH_ABORT("taken back"), True, None),
+        (not_compiled("Aborted by AbortReq."), True, "BadRequestError"),
+    ],
+)
+def test_only_a_grammars_own_fault_is_called_one(reason: Any, has_grammar: bool, code: str | None) -> None:
+    assert explain_abort(reason, has_grammar=has_grammar).err_type == code
+
+
+def test_an_end_that_is_no_abort_stays_as_it_is() -> None:
+    reason = FINISH_LENGTH(length=3)
+    assert explain_abort(reason, has_grammar=True) is reason
+
+
+@pytest.mark.parametrize(("pattern", "allowed"), [("a*", {0}), ("a", {_STOP})])
+def test_stops_are_held_where_the_grammar_goes_on(pattern: str, allowed: set[int]) -> None:
+    """Behind one token of at least two: a grammar that may go on must, one that has come to its end may end."""
+    info = xgrammar.TokenizerInfo(_VOCAB, stop_token_ids=[_STOP])
+    compiled = xgrammar.GrammarCompiler(info).compile_regex(pattern)
+    grammar = XGrammarGrammar(xgrammar.GrammarMatcher(compiled), len(_VOCAB), compiled, None)
+    hold_stops(grammar, [_STOP], 2)
+    grammar.accept_token(0)
+    mask = xgrammar.allocate_token_bitmask(1, len(_VOCAB))
+    grammar.fill_vocab_mask(mask, 0)
+    assert {i for i in range(len(_VOCAB)) if (int(mask[0, 0]) >> i) & 1} == allowed
+    if pattern == "a*":
+        grammar.accept_token(0)
+        grammar.fill_vocab_mask(mask, 0)
+        assert (int(mask[0, 0]) >> _STOP) & 1
+
+
+def test_a_stop_tokens_bit_may_be_the_sign() -> None:
+    """Masks are of signed words."""
+    mask = torch.full((1, 2), -1, dtype=torch.int32)
+    grammar = SimpleNamespace(accepted_tokens=[], fill_vocab_mask=lambda vocab_mask, idx: None)
+    hold_stops(grammar, [31, 32], 1)
+    grammar.fill_vocab_mask(mask, 0)  # type: ignore[arg-type]
+    assert mask.tolist() == [[0x7FFFFFFF, -2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "early", "stop", "at"),
+    [
+        ("abcabc", "", "abc", 0),
+        ("abcabc", "abc", "abc", 3),
+        ("abcabc", "ab", "abc", 0),  # it was not complete
+        ("aab", "a", "aa", 0),
+        ("abc", "abc", "c", -1),
+        ("né!", "n\ufffd", "é", 1),  # half of it was there
+    ],
+)
+def test_a_stop_string_counts_that_ends_behind_the_early_part(text: str, early: str, stop: str, at: int) -> None:
+    assert find_stop(text, early, stop) == at
+
+
+def reader() -> RunReader:
+    config: Any = SimpleNamespace(vocab_size=100, hf_eos_token_id={7, 300})
+    return RunReader(PinLedger(), OutputLengths(), _Words(), config, learns_lengths=True)
+
+
+class _Words:
+    """A tokenizer that only counts words, and refuses half characters as the real ones do."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        text.encode()
+        return [0] * len(text.split())
+
+
+KWARGS: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 2, "stop": None, "stop_token_ids": None}
+
+
+def test_fewest_tokens_are_kept_from_every_end_that_the_model_has() -> None:
+    """SGLang forbids the tokenizer's own meanwhile; of the model's others those that its scores are of."""
+    params, fault = reader()._sampling_params(KWARGS)
+    assert fault is None and params.stop_token_ids == {7}
+    params, _ = reader()._sampling_params({**KWARGS, "min_new_tokens": 0})
+    assert params.stop_token_ids is None
+
+
+def test_sampling_that_sglang_refuses_ends_its_own_requests() -> None:
+    """An exception would end the scheduler, and everybody with it."""
+    params, fault = reader()._sampling_params({**KWARGS, "stop": ["\ud83d"]})
+    assert fault is not None and fault.err_type == "invalid_sampling"
+    assert params.is_normalized
