@@ -71,16 +71,16 @@ _NAMESPACE = ("cache_salt", "extra_key")
 """Prompts with other values never share KV. (Upstream: ``OpenAIServingBase._compute_extra_key``.)"""
 
 _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
+    "best_of": (1, False),
     "parallel_tool_calls": (True,),
     "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "verbosity": ("medium",),
+    "function_call": ("none", "auto", False),
+    "modalities": (["text"], False),
+    "verbosity": ("medium", False),
     "add_generation_prompt": (True,),
     "separate_reasoning": (True,),
 }
-"""Values beside null, false and nothing that ask for what happens anyway."""
+"""Values beside null and nothing that ask for what happens anyway; of all other names it is false and 0."""
 
 REFUSED: Mapping[str, str] = {
     "stream": "a batch answers each row once, when it is done",
@@ -130,11 +130,10 @@ def settings_part(body: Mapping[str, Any], kind: RowKind) -> dict[str, Any]:
 
 def asks_nothing(name: str, value: object) -> bool:
     """The value says nothing: null, false, empty, or the default of this name written out."""
-    if value is None or value is False or (isinstance(value, (str, list, dict)) and not value):
+    if value is None or (isinstance(value, (str, list, dict)) and not value):
         return True
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0 and name not in _DEFAULTS:
-        return True
-    return any(type(value) is type(default) and value == default for default in _DEFAULTS.get(name, ()))
+    defaults = _DEFAULTS.get(name, (False, 0, 0.0))
+    return any(type(value) is type(default) and value == default for default in defaults)
 
 
 def read_body(

@@ -255,6 +255,13 @@ def test_what_a_chat_asks_for_beside_its_messages_goes_to_sglang() -> None:
     assert row.head.chat == {**row.request.chat.fields, "messages": []}
 
 
+@pytest.mark.parametrize("name", ["parallel_tool_calls", "separate_reasoning"])
+def test_what_is_on_by_default_may_be_switched_off(name: str) -> None:
+    row = good(chat(**{name: False}))
+    assert row.request.chat is not None and row.request.chat.fields == {name: False}
+    assert good(chat(**{name: True})).request.chat == good(chat()).request.chat
+
+
 def test_what_the_user_of_a_job_has_chosen_is_not_left_to_the_model() -> None:
     row = good(chat(top_p=0.5), chosen={"temperature"})
     assert row.request.chat is not None and row.request.chat.unset == ("top_k", "min_p", "repetition_penalty")

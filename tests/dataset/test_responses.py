@@ -324,3 +324,45 @@ def test_plain_lines_end_with_what_is_carried_and_openai_lines_have_none(carried
     assert render(openai, sample()) == render(chat_row(), sample())
     error = RowError("no", code="empty_prompt")
     assert render_error(reject(openai.head, error)) == render_error(reject(chat_row().head, error))
+
+
+def test_a_row_of_several_prompts_has_the_choices_of_each_and_counts_each_prompt_once() -> None:
+    row = completion_row(prompt=["a", "bc"], n=2)
+    samples = [
+        sample(sample=i, text=str(i), prompt_tokens=3 + i // 2, cached_tokens=i, output_ids=(1,)) for i in (2, 0, 3, 1)
+    ]
+    body = render(row, *samples)["response"]["body"]
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(i, str(i)) for i in range(4)]
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (3 + 4, 4)
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0 + 2}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("hi", ["hi0", "hi1"]),
+        (["a", "b"], ["a0", "a1", "b2", "b3"]),
+        ([[1, 2], [3]], ["<[1, 2]>0", "<[1, 2]>1", "<[3]>2", "<[3]>3"]),
+    ],
+)
+def test_an_echo_is_the_prompt_before_each_of_its_answers(prompt: object, texts: list[str]) -> None:
+    row = completion_row(prompt=prompt, n=2, echo=True)
+    body = render(row, *[sample(sample=i, text=str(i)) for i in range(len(texts))])["response"]["body"]
+    assert [choice["text"] for choice in body["choices"]] == texts
+
+
+def test_tool_calls_have_ids_that_are_the_same_each_time_and_differ() -> None:
+    """The parsers give random ones; those that say which call of a chat it is stay."""
+    calls = [
+        {"id": given, "type": "function", "index": i, "function": {"name": "f", "arguments": "{}"}}
+        for i, given in enumerate(["call_1234", "call_5678", "functions.f:2"])
+    ]
+    message = {"role": "assistant", "content": "", "tool_calls": calls, "reasoning_content": "hm"}
+    answers = [sample(sample=i, message=message, finish_reason="tool_calls") for i in range(2)]
+    first, again = (render(chat_row(n=2), *answers)["response"]["body"] for _ in range(2))
+    assert first == again
+    parsed = ChatCompletion.model_validate(first)
+    ids = [call.id for choice in parsed.choices for call in choice.message.tool_calls or []]
+    assert len(set(ids)) == 5 and ids.count("functions.f:2") == 2
+    assert {choice.finish_reason for choice in parsed.choices} == {"tool_calls"}
+    assert first["choices"][0]["message"]["reasoning_content"] == "hm"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 
-from batchllm.dataset import BadRow, read_rows
+from batchllm.dataset import BadRow, Row, read_rows
 from batchllm.errors import RowError
 from batchllm.offline.encode import encode_requests
-from batchllm.request import ChatOptions, ChatPrompt, SamplingParams
+from batchllm.request import ChatOptions, ChatPrompt, Completion, SamplingParams
 from batchllm.srt import chat_tokenizer
 from batchllm.srt.chat_tokenizer import ChatTokenizer
 from batchllm.srt.serving_chat import ServingChat
@@ -284,3 +284,72 @@ def test_other_fields_of_a_body_make_another_prompt_whatever_came_before(make: C
     ids = [list(prompt.ids) for prompt in prompts if isinstance(prompt, ChatPrompt)]
     assert ids[0] == ids[2] != ids[1] == ids[3] and len(ids[4]) == len(ids[3]) and ids[4] != ids[3]
     assert [list(p.ids) for chat in chats for p in ChatTokenizer.encode_chats(model.batch, [chat])] == ids
+
+
+ANSWERS = [
+    "Hi.",
+    "<think>\nHm.\n</think>\n\nHi.",
+    "Hm.\n</think>\n\nHi.",
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+    'Hm</think>I look.<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+    '<tool_call>\n{"name": "weather", "arguments"',
+    '[{"name": "weather", "parameters": {"city": "Oslo"}}]',
+]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"tools": TOOLS, "tool_choice": "required"},
+        {"separate_reasoning": False, "tools": TOOLS},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+    ids=["plain", "tools", "no tool", "a tool", "reasoning in the text", "no reasoning"],
+)
+@pytest.mark.parametrize("default_kwargs", [None, {"enable_thinking": False}], ids=["", "thinking off by default"])
+def test_an_answer_becomes_the_message_that_the_server_gives(
+    make: Callable[..., Model], fields: Body, default_kwargs: Body | None
+) -> None:
+    """By the same parsers, of the same fields; but for the ids of tool calls, which are random there."""
+    server = {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3", "default_chat_template_kwargs": default_kwargs}
+    model = make("tools with tojson", **server)
+    body = {"messages": [{"role": "user", "content": "W?"}]} | fields
+    for text in ANSWERS:
+        completion = Completion(
+            index=0,
+            text=text,
+            output_ids=(1, 2),
+            finish_reason="stop",
+            prompt_tokens=3,
+            cached_tokens=0,
+            matched_stop=2,
+        )
+        row = read_one(body)
+        (parsed,) = model.batch.parse_answers([(row.head.chat or {}, completion)])
+        expected, finish_reason = _message_of(model.stock, body, text)
+        assert _without_ids(parsed.message or {}) == expected
+        assert parsed.finish_reason == finish_reason
+
+
+def read_one(body: Body) -> Row:
+    record = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (row,) = read_rows(io.BytesIO(json.dumps(record).encode()), defaults=SamplingParams())
+    assert isinstance(row, Row), row
+    return row
+
+
+def _message_of(serving: OpenAIServingChat, body: Body, text: str) -> tuple[Body, str]:
+    request = ChatCompletionRequest(**copy.deepcopy(body))
+    serving._convert_to_internal_request(request)  # it fills in what the server's flags say
+    meta_info = {"id": "x", "finish_reason": {"type": "stop", "matched": 2}, "prompt_tokens": 3, "completion_tokens": 2}
+    answer = {"text": text, "output_ids": [1, 2], "meta_info": meta_info | {"weight_version": "", "cached_tokens": 0}}
+    (choice,) = serving._build_chat_response(request, [answer], 0).choices
+    return _without_ids(choice.message.model_dump(exclude_none=True)), choice.finish_reason
+
+
+def _without_ids(message: Body) -> Body:
+    calls = [{name: value for name, value in call.items() if name != "id"} for call in message.get("tool_calls", [])]
+    return message | ({"tool_calls": calls} if calls else {})
