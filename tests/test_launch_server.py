@@ -128,12 +128,44 @@ def rows(num_documents: int, num_questions: int, **body: Any) -> list[dict[str, 
     return made
 
 
+def chat_bodies(num: int) -> list[dict[str, Any]]:
+    """Chats of different forms, of which a few are refused."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"city": "Oslo"}'}}
+    parts = [{"type": "text", "text": "Summarise:"}, {"type": "text", "text": "Rivers are long."}]
+    forms: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "Name one river."}]},
+        {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": parts}]},
+        {"messages": [{"role": "developer", "content": "Be short."}, {"role": "user", "content": "Hi"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Weather?"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "c", "content": "3 degrees"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "1, 2,"}]},
+        {
+            "messages": [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "1, 2,"}],
+            "continue_final_message": True,
+        },
+        {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"enable_thinking": False}},
+        {
+            "messages": [
+                {"role": "assistant", "content": "The Rhine.", "refusal": None, "annotations": [], "audio": None},
+                {"role": "user", "content": "Another."},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "Hi"}], "logit_bias": {"300": 5}, "top_p": 0.9},
+        {"messages": [{"role": "user", "content": None}]},
+    ]
+    return [form | {"stop": f"{i // len(forms)}"} for i in range(num) for form in [forms[i % len(forms)]]]
+
+
 def create(server: Server, lines: list[dict[str, Any]], **options: Any) -> openai.types.Batch:
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     file = server.client.files.create(file=("rows.jsonl", content), purpose="batch")
-    return server.client.batches.create(
-        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", **options
-    )
+    options = {"endpoint": "/v1/completions", "completion_window": "24h"} | options
+    return server.client.batches.create(input_file_id=file.id, **options)
 
 
 def wait(server: Server, batch_id: str) -> openai.types.Batch:
@@ -214,6 +246,29 @@ def test_a_batch_is_planned_and_answers_what_single_requests_answer(server: Serv
     num_computed = server.metric("batchllm_scheduler_prompt_tokens_total", **computed) - before
     assert num_computed == 6 * 200 + 60 * 2
     assert server.metric("batchllm_scheduler_pinned_tokens") == 0
+
+
+def test_chats_are_answered_in_a_batch_as_live(server: Server) -> None:
+    """Greedy answers and the lengths of prompts are equal, or both refuse the body."""
+    bodies = [body | {"model": "m", "temperature": 0, "max_tokens": 6} for body in chat_bodies(30)]
+    url = "/v1/chat/completions"
+    lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
+    batch = wait(server, create(server, lines, endpoint=url).id)
+    assert batch.status == "completed", batch
+    found = [answers(server, file_id) for file_id in (batch.output_file_id, batch.error_file_id)]
+    headers = {"Authorization": f"Bearer {KEY}"}
+    num_answered = 0
+    for i, body in enumerate(bodies):
+        live = httpx.post(server.url + url, json=body, headers=headers, timeout=60)
+        if str(i) not in found[0]:
+            assert live.status_code >= 400, (body, found[1][str(i)], live.text)
+            continue
+        assert live.status_code == 200, (body, live.text)
+        of_batch, of_live = found[0][str(i)]["response"]["body"], live.json()
+        assert of_batch["choices"][0]["message"]["content"] == of_live["choices"][0]["message"]["content"], body
+        assert of_batch["usage"]["prompt_tokens"] == of_live["usage"]["prompt_tokens"], body
+        num_answered += 1
+    assert 20 <= num_answered < 30
 
 
 def test_live_requests_are_answered_while_a_batch_runs(server: Server) -> None:
