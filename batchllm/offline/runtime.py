@@ -32,6 +32,7 @@ class RuntimeInfo:
         random_seed: Base of the seeds of requests that name none.
         has_seeded_sampling: False where the sampling backend takes no seed.
         has_grammar: False where structured output is switched off.
+        has_tokenizer: False where the engine runs on token ids only.
         max_step_tokens: Most prompt tokens that a step computes; None where that is not known, or not limited.
         max_running: Most requests that run at once; None where that is not known.
     """
@@ -46,6 +47,7 @@ class RuntimeInfo:
     random_seed: int
     has_seeded_sampling: bool
     has_grammar: bool
+    has_tokenizer: bool = True
     max_step_tokens: int | None = None
     max_running: int | None = None
 
