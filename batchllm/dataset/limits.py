@@ -108,8 +108,8 @@ def check_sampling_texts(sampling: SamplingParams) -> None:
     Raises:
         RowError: ``tokenizer_needed``, naming the parameter.
     """
-    for name, is_asked in (("stop", bool(sampling.stop)), ("min_new_tokens", sampling.min_new_tokens > 0)):
-        if is_asked:
+    for name in ("stop", "stop_regex", "min_new_tokens"):
+        if getattr(sampling, name):
             raise RowError(
                 f"{name} needs a tokenizer, and this engine runs without one; drop it, or start the engine without "
                 "--skip-tokenizer-init",

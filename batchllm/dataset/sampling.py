@@ -142,6 +142,8 @@ def apply_settings(settings: Mapping[str, Any], defaults: SamplingParams) -> Sam
             f"{merged.max_new_tokens}; raise one or lower the other",
             "min_new_tokens",
         )
+    if merged.stop_regex and merged.min_new_tokens:
+        raise _conflict("min_new_tokens does not hold beside stop_regex; give stop, or one of them", "stop_regex")
     if merged.top_logprobs > 0 and not merged.logprobs:
         raise _conflict('top_logprobs needs "logprobs": true beside it', "top_logprobs")
     return merged

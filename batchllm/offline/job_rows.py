@@ -287,7 +287,7 @@ class JobRows:
         info = self._info
         if not self._has_all:
             _check_supported(request.sampling, info)
-        if self._tokenizer is None:
+        if not info.has_tokenizer:
             check_sampling_texts(request.sampling)
         check_sampling_ids(request.sampling, info.vocab_size)
         if request.expected_new_tokens is not None:

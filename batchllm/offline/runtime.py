@@ -36,6 +36,7 @@ class RuntimeInfo:
         random_seed: Base of the seeds of requests that name none.
         has_seeded_sampling: False where the sampling backend takes no seed.
         has_grammar: False where structured output is switched off.
+        has_tokenizer: False where the engine runs on token ids only.
         max_step_tokens: Most prompt tokens that a step computes; None where that is not known, or not limited.
         max_running: Most requests that run at once; None where that is not known.
         chat_sampling: What the model recommends for chats that say nothing, by names of `SamplingParams`.
@@ -52,6 +53,7 @@ class RuntimeInfo:
     random_seed: int
     has_seeded_sampling: bool
     has_grammar: bool
+    has_tokenizer: bool = True
     max_step_tokens: int | None = None
     max_running: int | None = None
     chat_sampling: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import types
 from http import HTTPStatus
@@ -41,6 +42,17 @@ def explain_abort(reason: Any, *, has_grammar: bool) -> Any:
     else:
         return reason
     return FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, INVALID_GRAMMAR)
+
+
+def quiet_row_faults() -> None:
+    """Keep out of the log what SGLang says, as errors, of planned requests with such a grammar: their rows say it."""
+    for name in ("constrained.xgrammar_backend", "managers.schedule_batch"):
+        logging.getLogger(f"sglang.srt.{name}").addFilter(_is_no_row_fault)
+
+
+def _is_no_row_fault(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return not (said.startswith("Hit invalid ") or "self.rid='batchllm:" in said)
 
 
 def hold_stops(grammar: Any, stop_ids: list[int], num_tokens: int) -> None:

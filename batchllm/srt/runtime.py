@@ -47,6 +47,7 @@ class ManagedRuntime:
             random_seed=server_args.random_seed,
             has_seeded_sampling=server_args.sampling_backend != "flashinfer",
             has_grammar=server_args.grammar_backend != "none" and not server_args.skip_tokenizer_init,
+            has_tokenizer=not server_args.skip_tokenizer_init,
             max_step_tokens=server_args.chunked_prefill_size if (server_args.chunked_prefill_size or 0) > 0 else None,
             max_running=init_info["batchllm"]["max_running"],
             chat_sampling={} if self._tokenizer is None else self._tokenizer.chat_sampling,

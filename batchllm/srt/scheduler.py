@@ -25,6 +25,7 @@ from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.turns import Turns
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt import attention_backend, child_process, compat, cpu_ops, radix_cache, sampling
+from batchllm.srt.grammars import quiet_row_faults
 from batchllm.srt.io_struct import (
     PlannedAbortReqInput,
     PlannedCloseReqInput,
@@ -54,6 +55,7 @@ class BatchScheduler(PlannedIntake):
 
     def init_running_status(self) -> None:
         super().init_running_status()
+        quiet_row_faults()
         self.planned_window = RequestWindow()
         self.planned_policy = PlannedPolicy()
         self.output_lengths = OutputLengths()

@@ -330,6 +330,7 @@ FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
     (chat(cache_salt=3), "invalid_parameter_type", "cache_salt"),
     (chat(ebnf=3), "invalid_parameter_type", "ebnf"),
     (chat(ebnf="root ::= 'a'", regex="a"), "conflicting_parameters", "ebnf"),
+    (chat(stop_regex="a+", min_tokens=3), "conflicting_parameters", "stop_regex"),
     (chat(max_token=3), "unknown_parameter", "max_token"),
     (completion(max_completion_tokens=3), "unknown_parameter", "max_completion_tokens"),
     (completion(max_tokens=0), "parameter_out_of_range", "max_tokens"),

@@ -18,7 +18,7 @@ from jinja2 import Environment
 
 from batchllm.errors import ConfigError, EngineDiedError, RowError
 from batchllm.offline.job import Job
-from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
+from batchllm.offline.job_rows import ENCODE_SLICE, UNLIMITED, JobRows
 from batchllm.offline.runtime import Chat, FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
@@ -564,3 +564,19 @@ def test_a_subset_runs_only_its_rows_with_the_seeds_of_the_whole() -> None:
     job = Loaded(runtime, requests, subset=np.array([3, 5, 10]))
     found = {(c.index, c.sample): c.text.rsplit(" ", 1)[1] for c in job.completions(runtime)}
     assert found == {key: seed for key, seed in whole.items() if key[0] in (3, 5, 10)}
+
+
+def test_stop_strings_fail_their_row_on_an_engine_without_a_tokenizer() -> None:
+    """The scheduler could not look for them."""
+    rows = JobRows(replace(UNLIMITED, has_tokenizer=False), None, TokenStore(None, 1 << 20))
+    sampling = (SamplingParams(stop=("a",)), SamplingParams(min_new_tokens=1), SamplingParams(stop_token_ids=(5,)))
+    requests = [Request(row_id=str(i), index=i, sampling=s, input_ids=[1, 2]) for i, s in enumerate(sampling)]
+    assert [error and error.param for error in rows.add(requests)] == ["stop", "min_new_tokens", None]
+
+
+def test_stop_token_beyond_the_vocabulary_fails_its_row() -> None:
+    rows = JobRows(replace(UNLIMITED, vocab_size=100), None, TokenStore(None, 1 << 20))
+    requests = [
+        Request(row_id=str(i), index=i, sampling=SamplingParams(stop_token_ids=(i,)), input_ids=[1]) for i in (99, 100)
+    ]
+    assert [error and error.code for error in rows.add(requests)] == [None, "token_id_out_of_range"]

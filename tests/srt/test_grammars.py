@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from batchllm.prefix_cache.pin_ledger import PinLedger
 from batchllm.scheduler.output_length import OutputLengths
-from batchllm.srt.grammars import explain_abort, hold_stops
+from batchllm.srt.grammars import explain_abort, hold_stops, quiet_row_faults
 from batchllm.srt.planned_run import RunReader
 from batchllm.srt.schedule_batch import find_stop
 
@@ -54,6 +55,18 @@ def test_only_a_grammars_own_fault_is_called_one(reason: Any, has_grammar: bool,
 def test_an_end_that_is_no_abort_stays_as_it_is() -> None:
     reason = FINISH_LENGTH(length=3)
     assert explain_abort(reason, has_grammar=True) is reason
+
+
+def test_what_a_row_says_is_not_said_in_the_log_too(caplog: pytest.LogCaptureFixture) -> None:
+    quiet_row_faults()
+    backend, request = (
+        logging.getLogger(f"sglang.srt.{n}") for n in ("constrained.xgrammar_backend", "managers.schedule_batch")
+    )
+    backend.error("Hit invalid regex: key_string='['")
+    request.error("Failed to compile regex grammar: a, self.rid='batchllm:0:0'")
+    assert caplog.messages == []
+    request.error("Failed to compile regex grammar: a, self.rid='of a live one'")
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(("pattern", "allowed"), [("a*", {0}), ("a", {_STOP})])

@@ -1,0 +1,47 @@
+"""What `BatchEngine.batch_generate` takes is checked as rows of a file are, whatever form it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from batchllm.engine import _Inputs, _make_requests
+from batchllm.request import SamplingParams
+
+
+def faults(field: str, value: Any, sampling: Any) -> list[tuple[str, str | None]]:
+    """Codes and parameters of one prompt's faults, beside a good one's."""
+    good: dict[str, Any] = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    inputs = _Inputs(
+        field=field, values=[value, good[field]], sampling=[sampling, {}], expected=[None, None], tasks=["", ""]
+    )
+    requests, rejected = _make_requests(inputs)
+    assert [request.index for request in requests] == [index for index in (0, 1) if index not in dict(rejected)]
+    return [(error.code, error.param) for _, error in rejected]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("prompt", "bad \ud83d half", "prompt"),
+        ("messages", [{"role": "user", "content": "\ud83d"}], "messages[0].content"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}],
+            "messages[0].content[0].text",
+        ),
+    ],
+)
+def test_half_a_character_fails_its_prompt_only(field: str, value: Any, param: str) -> None:
+    assert faults(field, value, {}) == [("lone_surrogate", param)]
+
+
+@pytest.mark.parametrize("make", [dict, SamplingParams])
+def test_sampling_is_checked_in_either_form(make: Any) -> None:
+    assert faults("prompt", "a", make(stop=("\ud83d",))) == [("lone_surrogate", "stop")]
+    assert faults("prompt", "a", make(regex="\ud83d")) == [("lone_surrogate", "regex")]
+    assert faults("prompt", "a", make(json_schema='{"type":"integer","multipleOf":2}')) == [
+        ("unsupported_schema", "json_schema")
+    ]
+    assert faults("prompt", "a", make(max_new_tokens=3, stop=("x",), stop_token_ids=(1,), logprobs=True)) == []
