@@ -111,7 +111,7 @@ def test_bytes_of_the_tokens_are_the_text(name: str, text: str) -> None:
     assert hf.decode(ids, skip_special_tokens=True) == text
 
 
-@settings(max_examples=sized(40, 1000))
+@settings(max_examples=sized(40, 1000), deadline=None)
 @given(name=st.sampled_from(sorted(MADE)), text=st.text(max_size=20))
 def test_bytes_of_the_tokens_of_any_text_are_as_the_tokenizer_decodes_it(name: str, text: str) -> None:
     hf, texts = made(name)

@@ -15,6 +15,7 @@ import numpy as np
 
 from batchllm.cli.outcome import say
 from batchllm.dataset import BadRow, ColumnMap, Input, Row, open_input, parse_sampling, read_rows
+from batchllm.dataset.field_checks import any_json_schema_text, json_schema_text
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.ingest import Ingest
@@ -79,7 +80,12 @@ def sampling_defaults(args: argparse.Namespace) -> SamplingParams:
     if args.sampling is None:
         return SamplingParams()
     try:
-        return parse_sampling(json.loads(args.sampling), defaults=SamplingParams())
+        mapping = json.loads(args.sampling)
+        return parse_sampling(
+            mapping,
+            defaults=SamplingParams(),
+            json_schema=any_json_schema_text if checks_schemas(args) else json_schema_text,
+        )
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--sampling: is not JSON: {error}") from error
     except RowError as error:
@@ -90,7 +96,14 @@ def rows_of(args: argparse.Namespace, source: Input) -> Iterator[Row | BadRow]:
     """The rows of an input, as the flags say they are to be read."""
     defaults = sampling_defaults(args)
     chosen = () if args.sampling is None else json.loads(args.sampling)
-    return read_rows(source, defaults=defaults, chosen=chosen, columns=column_map(args))
+    return read_rows(
+        source, defaults=defaults, chosen=chosen, checks_schemas=checks_schemas(args), columns=column_map(args)
+    )
+
+
+def checks_schemas(args: argparse.Namespace) -> bool:
+    """Answers are checked against the schemas that the grammar does not keep."""
+    return getattr(args, "schema", None) == "check"
 
 
 class _PromptTokenizer:

@@ -93,6 +93,12 @@ def _add_run(commands: Any) -> None:
         help="what the job needs to go on after a stop (default: OUT.job; for URLs and - a temporary folder)",
     )
     parser.add_argument("--restart", action="store_true", help="forget what an earlier run of the job has done")
+    parser.add_argument(
+        "--schema",
+        choices=("refuse", "check"),
+        help="a JSON schema that the grammar does not keep fails its row (default), or answers are checked against "
+        "their schema afterwards, and one that breaks it has a schema_error",
+    )
     parser.add_argument("--dedupe", action="store_true", help="run rows that must have the same answer once")
     parser.add_argument(
         "--token-memory",

@@ -46,7 +46,7 @@ _ENGINE_FLAGS_OF_ANSWERS = (
     *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "random-seed"),
 )
 """Engine flags that change answers. The others change how fast they come, and may change from run to run."""
-_COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "carry", "input_format")
+_COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "carry", "input_format", "schema")
 _PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "model", "job_dir")
 _FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port", "verbose")
 DEMO_MODEL = "no {flag} MODEL: the answers are a random model's, for trying out (--demo-model: say nothing)"
@@ -282,7 +282,7 @@ def _command(args: argparse.Namespace, server_flags: list[str], source: Input) -
 
 def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Input) -> Fingerprint:
     """What the job's answers depend on."""
-    columns = {name: getattr(args, name) for name in _COLUMN_FLAGS}
+    columns = {name: getattr(args, name, None) for name in _COLUMN_FLAGS}
     parts = {
         "input": source.content_hash(),
         "model": model_identity(_model_path(args, server_flags)),
@@ -329,7 +329,7 @@ def _start_engine(args: argparse.Namespace, server_flags: list[str], journal: Jo
     )
     if seed is None:
         journal.note("random_seed", str(runtime.info.random_seed))
-        if runtime.model_path == default_model_path() and args.model is None and not args.demo_model:
+        if runtime.model_path == default_model_path() and args.model is None and not getattr(args, "demo_model", False):
             say(DEMO_MODEL.format(flag="-m"))
     return runtime
 

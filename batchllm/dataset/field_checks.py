@@ -128,6 +128,15 @@ def stop_ids(name: str, value: object) -> tuple[int, ...]:
 
 
 def json_schema_text(name: str, value: object) -> str:
+    """Checks for a JSON schema that the grammar keeps, as an object or as its JSON text; returns the text."""
+    text = any_json_schema_text(name, value)
+    problem = schema_problem(text)
+    if problem is not None:
+        raise RowError(f"{name}: {problem}", code="unsupported_schema", param=name)
+    return grammar_schema(text)
+
+
+def any_json_schema_text(name: str, value: object) -> str:
     """Checks for a JSON schema, as an object or as its JSON text; returns the text.
 
     Key order is kept: grammar backends emit properties in the order of the schema.
@@ -139,20 +148,13 @@ def json_schema_text(name: str, value: object) -> str:
             raise _bad_schema(name, f"is not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(parsed, dict):
             raise _bad_schema(name, f"must hold a JSON object, not {show(parsed)}")
-        return _kept_schema(name, value)
+        return value
     if not isinstance(value, dict):
         raise _bad_schema(name, f"must be a JSON object or its text, not {show(value)}")
     try:
-        return _kept_schema(name, orjson.dumps(value).decode())
+        return orjson.dumps(value).decode()
     except orjson.JSONEncodeError as error:
         raise _bad_schema(name, f"cannot be written as JSON: {error}") from None
-
-
-def _kept_schema(name: str, text: str) -> str:
-    problem = schema_problem(text)
-    if problem is not None:
-        raise RowError(f"{name}: {problem}", code="unsupported_schema", param=name)
-    return grammar_schema(text)
 
 
 def regex_text(name: str, value: object) -> str:

@@ -137,7 +137,12 @@ def asks_nothing(name: str, value: object) -> bool:
 
 
 def read_body(
-    body: Mapping[str, Any], kind: RowKind, *, defaults: SamplingParams, chosen: Collection[str]
+    body: Mapping[str, Any],
+    kind: RowKind,
+    *,
+    defaults: SamplingParams,
+    chosen: Collection[str],
+    json_schema: checks.Check,
 ) -> BodySettings:
     """Reads what a body asks for beside its prompt.
 
@@ -145,17 +150,18 @@ def read_body(
         body: As from `settings_part`.
         defaults: The job's; its ``max_new_tokens`` holds for chat rows that set no limit.
         chosen: Fields of ``defaults`` that the job's user has set.
+        json_schema: How a JSON schema is checked.
 
     Raises:
         RowError: A name is unknown or not supported, a value is wrong, or two contradict.
     """
-    fields = _FIELDS[kind]
+    fields = {**_FIELDS[kind], "json_schema": SamplingField("json_schema", json_schema)}
     named: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in body.items():
         if name == "response_format":
-            _read_format(value, settings)
+            _read_format(value, settings, json_schema)
         elif name == "logprobs" and kind == "completions":
             if value is not None and value is not False:
                 settings |= {"logprobs": True, "top_logprobs": NUM_ALTERNATIVES(name, value)}
@@ -204,7 +210,7 @@ def _chat_options(options: dict[str, Any], settings: Mapping[str, Any], unset: t
     return ChatOptions(fields=options, unset=unset)
 
 
-def _read_format(value: object, settings: dict[str, Any]) -> None:
+def _read_format(value: object, settings: dict[str, Any], json_schema: checks.Check) -> None:
     """Reads ``response_format``."""
     if asks_nothing("response_format", value):
         return
@@ -224,7 +230,7 @@ def _read_format(value: object, settings: dict[str, Any]) -> None:
         schema = wrapper.get("schema") if isinstance(wrapper, dict) else value.get("schema")
         if schema is None:
             raise _bad_format("response_format.json_schema", 'must be {"name": ..., "schema": {...}}')
-        text = checks.json_schema_text("response_format.json_schema.schema", schema)
+        text = json_schema("response_format.json_schema.schema", schema)
         put_setting(settings, "json_schema", text, name="response_format")
     else:
         wanted = "text, json_object, json_schema or structural_tag"

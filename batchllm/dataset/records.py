@@ -58,6 +58,7 @@ class RowHead(NamedTuple):
         num_prompts: Prompts that the row gives, each with as many of the samples.
         echo: Its prompts, where the answer repeats them: texts, or token ids.
         chat: What a chat asks for beside its messages, and its history of tool calls; None where that is nothing.
+        schema: JSON schema, as text, that its answers are to be checked against; None where they are not.
     """
 
     position: int
@@ -72,6 +73,7 @@ class RowHead(NamedTuple):
     num_prompts: int = 1
     echo: list[Any] | None = None
     chat: dict[str, Any] | None = None
+    schema: str | None = None
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -84,6 +86,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         model: The model its body names, if it does.
         carried: Columns of the input to be repeated in the output, JSON values; None where none were asked for.
         echoes: The answer repeats the prompt.
+        checks_schema: The answer is to be checked against the schema that it is sampled by.
     """
 
     request: Request
@@ -93,6 +96,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     model: str | None = None
     carried: dict[str, Any] | None = None
     echoes: bool = False
+    checks_schema: bool = False
 
     @property
     def index(self) -> int:
@@ -118,6 +122,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             num_prompts,
             self._echo() if self.echoes else None,
             None if request.chat is None or not request.chat.fields else self._chat(),
+            sampling.json_schema if self.checks_schema else None,
         )
 
     def _echo(self) -> list[Any]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from batchllm.dataset.logprobs import Decode, chat_logprobs, completion_logprobs, plain_logprobs
 from batchllm.dataset.records import BadRow, RowHead, reject
+from batchllm.dataset.schema_answers import schema_error
 from batchllm.errors import RowError
 from batchllm.request import Completion
 
@@ -130,7 +131,7 @@ def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
         answer["note"] = sample.note
     if head.wants_logprobs and sample.logprobs is not None:
         answer["logprobs"] = plain_logprobs(sample.logprobs)
-    return answer
+    return answer | _schema_error(head, sample)
 
 
 def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: str) -> dict[str, Any]:
@@ -155,7 +156,13 @@ def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: st
         "finish_reason": sample.finish_reason,
         "logprobs": logprobs,
         **({} if sample.note is None else {"note": sample.note}),
+        **_schema_error(head, sample),
     }
+
+
+def _schema_error(head: RowHead, sample: Completion) -> dict[str, Any]:
+    error = None if head.schema is None else schema_error(head.schema, sample.text)
+    return {} if error is None else {"schema_error": error}
 
 
 def _with_call_ids(sample: Completion, digest: str) -> dict[str, Any]:

@@ -15,17 +15,18 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, BinaryIO
 
+import msgspec
 import orjson
 
 from batchllm.dataset.column_map import ColumnMap
-from batchllm.dataset.field_checks import show
+from batchllm.dataset.field_checks import any_json_schema_text, json_schema_text, show
 from batchllm.dataset.jsonl import parse_lines
 from batchllm.dataset.openai_body import BodySettings, read_body
 from batchllm.dataset.openai_rows import KIND_OF_URL, parse_openai
 from batchllm.dataset.openai_rows import ROW_FIELDS as OPENAI_FIELDS
 from batchllm.dataset.plain_rows import parse_plain
 from batchllm.dataset.records import BadRow, BrokenRecord, Row, RowKind
-from batchllm.dataset.sampling import SGLANG_FIELDS, apply_settings, read_settings
+from batchllm.dataset.sampling import apply_settings, read_settings, sglang_fields
 from batchllm.dataset.sources import Input, open_input
 from batchllm.dataset.tables import open_table
 from batchllm.errors import RowError, WorkloadError
@@ -41,6 +42,7 @@ def read_rows(
     defaults: SamplingParams,
     default_max_new_tokens: int | None = None,
     chosen: Collection[str] = (),
+    checks_schemas: bool = False,
     flag: str = "-i",
     columns: ColumnMap | None = None,
 ) -> Iterator[Row | BadRow]:
@@ -56,6 +58,7 @@ def read_rows(
         default_max_new_tokens: Output limit of chat rows that set none, which in OpenAI's format
             means "whatever the context leaves"; None takes ``defaults.max_new_tokens``.
         chosen: Fields of ``defaults`` that the user has set; in others a chat row takes what the model recommends.
+        checks_schemas: JSON schemas that the grammar does not keep are taken, and answers are checked against theirs.
         flag: The command line flag that gave the path, for messages.
         columns: Where the id and the prompt are, and what to carry to the output. With None, a line may have no
             other fields than a row's, and of a table's columns those with the names of a row's fields are taken.
@@ -67,9 +70,10 @@ def read_rows(
     if default_max_new_tokens is None:
         default_max_new_tokens = defaults.max_new_tokens
     chat_defaults = dataclasses.replace(defaults, max_new_tokens=default_max_new_tokens)
+    settings = (defaults, chat_defaults, frozenset(chosen), checks_schemas)
     if not isinstance(source, (Input, str, os.PathLike)):
         name = str(getattr(source, "name", "the input stream"))
-        return _Reader(defaults, chat_defaults, frozenset(chosen), columns).read(parse_lines(source), name)
+        return _Reader(*settings, columns).read(parse_lines(source), name)
     if not isinstance(source, Input):
         source = open_input(os.fspath(source), spool_folder=None, flag=flag)
     records: Iterator[tuple[int, _Record]]
@@ -78,7 +82,7 @@ def read_rows(
     else:
         columns = ColumnMap() if columns is None else columns
         records = enumerate(open_table(source, columns), start=1)
-    return _Reader(defaults, chat_defaults, frozenset(chosen), columns).read(records, source.name)
+    return _Reader(*settings, columns).read(records, source.name)
 
 
 def _parse_file(source: Input) -> Iterator[tuple[int, _Record]]:
@@ -89,16 +93,22 @@ def _parse_file(source: Input) -> Iterator[tuple[int, _Record]]:
 class _Reader:
     """The state of one pass over one input."""
 
-    __slots__ = ("_chat_defaults", "_chosen", "_columns", "_defaults", "_kind", "_settings")
+    __slots__ = (
+        *("_chat_defaults", "_checks_schemas", "_chosen", "_columns", "_defaults"),
+        *("_json_schema", "_kind", "_settings"),
+    )
 
     def __init__(
         self,
         defaults: SamplingParams,
         chat_defaults: SamplingParams,
         chosen: frozenset[str],
+        checks_schemas: bool,
         columns: ColumnMap | None,
     ) -> None:
         self._chosen = chosen
+        self._checks_schemas = checks_schemas
+        self._json_schema = any_json_schema_text if checks_schemas else json_schema_text
         self._defaults = defaults
         self._chat_defaults = chat_defaults
         self._columns = columns
@@ -109,7 +119,10 @@ class _Reader:
         index = 0
         try:
             for line, record in records:
-                yield self._read_record(record, index, line)
+                row = self._read_record(record, index, line)
+                if self._checks_schemas and isinstance(row, Row) and row.request.sampling.json_schema is not None:
+                    row = msgspec.structs.replace(row, checks_schema=True)
+                yield row
                 index += 1
         except OSError as error:
             raise WorkloadError(f"{name}: reading stopped after {index} rows: {error}") from error
@@ -182,10 +195,10 @@ class _Reader:
 
     def _read(self, kind: RowKind, mapping: Any) -> BodySettings:
         if kind == "plain":
-            settings = read_settings(mapping, SGLANG_FIELDS)
+            settings = read_settings(mapping, sglang_fields(self._json_schema))
             return BodySettings(apply_settings(settings, self._defaults), "max_new_tokens" in settings)
         defaults = self._chat_defaults if kind == "chat" else self._defaults
-        return read_body(mapping, kind, defaults=defaults, chosen=self._chosen)
+        return read_body(mapping, kind, defaults=defaults, chosen=self._chosen, json_schema=self._json_schema)
 
 
 def _looks_openai(record: _Record) -> bool:

@@ -84,17 +84,25 @@ def expected_len(value: object) -> int | None:
     return cast("int | None", value)
 
 
-def parse_sampling(mapping: Mapping[str, Any], *, defaults: SamplingParams) -> SamplingParams:
+def sglang_fields(json_schema: checks.Check) -> Mapping[str, SamplingField]:
+    """The table of SGLang's names, with this check of JSON schemas."""
+    return {**SGLANG_FIELDS, "json_schema": SamplingField("json_schema", json_schema)}
+
+
+def parse_sampling(
+    mapping: Mapping[str, Any], *, defaults: SamplingParams, json_schema: checks.Check = checks.json_schema_text
+) -> SamplingParams:
     """Reads sampling parameters under SGLang's names.
 
     Args:
         mapping: Names and values; None means "not given".
         defaults: What holds for every name not given.
+        json_schema: How a JSON schema is checked.
 
     Raises:
         RowError: A name is unknown, a value has the wrong type or range, or two contradict.
     """
-    return apply_settings(read_settings(mapping, SGLANG_FIELDS), defaults)
+    return apply_settings(read_settings(mapping, sglang_fields(json_schema)), defaults)
 
 
 def read_settings(mapping: object, fields: Mapping[str, SamplingField]) -> dict[str, Any]:

@@ -366,3 +366,49 @@ def test_tool_calls_have_ids_that_are_the_same_each_time_and_differ() -> None:
     assert len(set(ids)) == 5 and ids.count("functions.f:2") == 2
     assert {choice.finish_reason for choice in parsed.choices} == {"tool_calls"}
     assert first["choices"][0]["message"]["reasoning_content"] == "hm"
+
+
+SCHEMA = '{"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 3}}, "required": ["n"]}'
+
+
+def checked(record: dict[str, Any]) -> Row:
+    (row,) = read_rows(io.BytesIO(json.dumps(record).encode()), defaults=SamplingParams(), checks_schemas=True)
+    assert isinstance(row, Row), row
+    return row
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('{"n": 6}', None),
+        ('{"n": 7}', "$.n: 7 is not a multiple of 3"),
+        ("{}", "$: 'n' is a required property"),
+        ('{"n": 6', "the answer is not JSON"),
+    ],
+)
+def test_an_answer_that_breaks_its_schema_says_so_where_answers_are_checked(text: str, error: str | None) -> None:
+    """In both formats; the row has its answer all the same."""
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads(SCHEMA)}}
+    chat = checked({"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": body})
+    plain = checked({"id": 7, "prompt": "hi", "sampling_params": {"json_schema": SCHEMA}})
+    (choice,) = render(chat, sample(text=text))["response"]["body"]["choices"]
+    answer = render(plain, sample(text=text))
+    assert (choice["message"]["content"], answer["text"]) == (text, text)
+    for marked in (choice, answer):
+        assert ("schema_error" in marked) == (error is not None)
+        assert error is None or marked["schema_error"].startswith(error)
+
+
+def test_without_the_check_such_a_schema_fails_its_row_and_other_answers_are_not_checked() -> None:
+    record = {"id": 7, "prompt": "hi", "sampling_params": {"json_schema": SCHEMA}}
+    (row,) = read_rows(io.BytesIO(json.dumps(record).encode()), defaults=SamplingParams())
+    assert isinstance(row, BadRow) and row.code == "unsupported_schema" and "multipleOf" in row.message
+    kept = read_one({"id": 7, "prompt": "hi", "sampling_params": {"json_schema": '{"type": "object"}'}})
+    assert "schema_error" not in render(kept, sample(text="no JSON"))
+
+
+def test_a_schema_that_refers_elsewhere_is_not_fetched() -> None:
+    schema = '{"type": "object", "properties": {"n": {"$ref": "http://127.0.0.1:9/x.json"}}}'
+    row = checked({"id": 7, "prompt": "hi", "sampling_params": {"json_schema": schema}})
+    assert "cannot be checked" in render(row, sample(text='{"n": 1}'))["schema_error"]
