@@ -12,9 +12,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import msgspec
-import numpy as np
 
-from batchllm.dataset.field_checks import task_name, token_ids
+from batchllm.dataset.field_checks import as_list, task_name, token_ids
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.default_model import default_model_path
@@ -262,9 +261,8 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
 
 
 def _check_ids(name: str, value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    return token_ids(name, list(value))
+    value = as_list(value)
+    return token_ids(name, value if isinstance(value, list) else list(value))
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {

@@ -13,6 +13,7 @@ import math
 import reprlib
 from array import array
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import orjson
 
@@ -54,10 +55,25 @@ def out_of_range(name: str, wanted: str, value: object) -> RowError:
     return RowError(f"{name} must be {wanted}, not {show(value)}", code="parameter_out_of_range", param=name)
 
 
+def unboxed(value: Any) -> Any:
+    """What a scalar of numpy is in Python; any other value as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    return value
+
+
+def whole(value: Any) -> Any:
+    """JSON knows no integers: 8.0 is 8, also where a column of integers became one of doubles. Other values stay."""
+    value = unboxed(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def integer(low: int, high: int = MAX_INT32) -> Check:
-    """A check for an integer in ``[low, high]``; a bool is not one."""
+    """A check for an integer in ``[low, high]``, written in any way; a bool is not one."""
 
     def check(name: str, value: object) -> int:
+        if type(value) is not int:
+            value = whole(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise wrong_type(name, "an integer", value)
         if not low <= value <= high:
@@ -74,6 +90,7 @@ def number(low: float, high: float = math.inf, *, low_open: bool = False) -> Che
         wanted += f" and at most {high:g}"
 
     def check(name: str, value: object) -> float:
+        value = unboxed(value)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise wrong_type(name, "a number", value)
         try:
@@ -92,24 +109,35 @@ _any_number = number(-math.inf)
 _MAX_ID_DIGITS = 10
 
 
+def as_list(value: Any) -> Any:
+    """What an array of numpy is as a list; any other value as it is."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return value
+
+
 def boolean(name: str, value: object) -> bool:
     """Checks for true or false; 0 and 1 are not."""
+    value = unboxed(value)
     if not isinstance(value, bool):
         raise wrong_type(name, "true or false", value)
     return value
 
 
 def top_k(name: str, value: object) -> int:
-    """Checks for -1 (the whole vocabulary) or a positive integer."""
+    """Checks for a positive integer, or -1 or 0 (the whole vocabulary); returns -1 for both."""
+    value = whole(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise wrong_type(name, "an integer", value)
-    if value != -1 and not 1 <= value <= MAX_INT32:
+    if not -1 <= value <= MAX_INT32:
         raise out_of_range(name, "-1 (the whole vocabulary) or at least 1", value)
-    return value
+    return value or -1
 
 
 def stop_strings(name: str, value: object) -> tuple[str, ...]:
-    """Checks for one non-empty string, or a list of them."""
+    """Checks for one string, or a list of non-empty ones; an empty string alone says nothing."""
+    if value == "":
+        return ()
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, (list, tuple)) or not all(isinstance(s, str) for s in listed):
         raise wrong_type(name, "a string or a list of strings", value)
@@ -120,7 +148,11 @@ def stop_strings(name: str, value: object) -> tuple[str, ...]:
 
 def stop_ids(name: str, value: object) -> tuple[int, ...]:
     """Checks for a list of token ids; it may be empty."""
-    if not isinstance(value, (list, tuple)) or not all(type(i) is int for i in value):
+    value = as_list(value)
+    if not isinstance(value, (list, tuple)):
+        raise wrong_type(name, "a list of token ids", value)
+    value = [whole(item) for item in value]
+    if not all(type(i) is int for i in value):
         raise wrong_type(name, "a list of token ids", value)
     if value and not 0 <= min(value) <= max(value) <= MAX_INT32:
         raise out_of_range(name, f"made of token ids from 0 to {MAX_INT32}", value)
@@ -276,6 +308,7 @@ def token_ids(name: str, value: object) -> array[int]:
     Returns:
         A flat int32 array: a ninth of a list's memory, and numpy reads it without a copy.
     """
+    value = as_list(value)
     if not isinstance(value, list):
         raise _bad_ids(name, f"{name} must be a list of token ids, not {show(value)}")
     if not value:
@@ -286,6 +319,7 @@ def token_ids(name: str, value: object) -> array[int]:
             return ids
     except (TypeError, OverflowError):
         pass  # what follows says which item it is
+    value = [whole(item) for item in value]
     if set(map(type, value)) != {int}:  # exact type: a bool is an int to isinstance
         at, item = next((i, v) for i, v in enumerate(value) if type(v) is not int)
         raise _bad_ids(name, f"{name}[{at}] must be a token id, not {show(item)}")

@@ -19,7 +19,7 @@ import msgspec
 import orjson
 
 from batchllm.dataset.column_map import ColumnMap
-from batchllm.dataset.field_checks import any_json_schema_text, json_schema_text, show
+from batchllm.dataset.field_checks import any_json_schema_text, json_schema_text, show, whole
 from batchllm.dataset.jsonl import parse_lines
 from batchllm.dataset.openai_body import BodySettings, read_body
 from batchllm.dataset.openai_rows import KIND_OF_URL, parse_openai
@@ -33,6 +33,8 @@ from batchllm.errors import RowError, WorkloadError
 from batchllm.request import SamplingParams
 
 MAX_CACHED_SETTINGS = 1024
+MAX_EXACT = 1 << 53
+"""Up to here a double holds every whole number."""
 _Record = dict[str, Any] | BrokenRecord
 
 
@@ -215,6 +217,8 @@ def _kind_of(record: dict[str, Any], columns: ColumnMap | None) -> RowKind:
 
 def _checked_id(record: dict[str, Any], name: str, absent: str | None) -> str | int:
     given = record.get(name)
+    if type(given) is float and abs(given) <= MAX_EXACT:
+        given = whole(given)
     if given is None:
         if absent is None:
             raise RowError(

@@ -41,7 +41,7 @@ SHARED_FIELDS: Mapping[str, SamplingField] = {
         "presence_penalty": checks.number(-2.0, 2.0),
         "repetition_penalty": checks.number(0.0, 2.0, low_open=True),
         "n": checks.integer(1, MAX_NUM_SAMPLES),
-        "seed": checks.integer(0, checks.MAX_INT64),
+        "seed": checks.integer(-checks.MAX_INT64, checks.MAX_INT64),
         "stop": checks.stop_strings,
         "stop_token_ids": checks.stop_ids,
         "ignore_eos": checks.boolean,
@@ -79,9 +79,7 @@ def expected_len(value: object) -> int | None:
     Raises:
         RowError: It is not an integer from 1.
     """
-    if value is not None:
-        LIMIT("expected_new_tokens", value)
-    return cast("int | None", value)
+    return None if value is None else cast("int", LIMIT("expected_new_tokens", value))
 
 
 def sglang_fields(json_schema: checks.Check) -> Mapping[str, SamplingField]:

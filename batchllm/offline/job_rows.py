@@ -38,7 +38,7 @@ from batchllm.tokens import TokenTable
 ENCODE_SLICE = 1024
 """Requests that are best added at once: enough for the tokenizer to work in bulk, few enough to hold."""
 
-NO_SEED = -1
+NO_SEED = -(1 << 63)
 Int64Array = npt.NDArray[np.int64]
 
 UNLIMITED = RuntimeInfo(

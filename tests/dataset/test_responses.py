@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion
@@ -200,6 +200,7 @@ def test_note_of_an_answer_stands_in_every_format() -> None:
     assert "note" not in render(read_one({"prompt": "a"}), sample())
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=5), pieces=st.lists(st.text(max_size=3) | st.binary(max_size=3), max_size=6))
 def test_text_offset_never_goes_back_or_beyond_the_text(text: str, pieces: list[bytes | str]) -> None:
     tokens = [TokenLogprob(token_id=i, logprob=-1.0) for i in range(len(pieces))]

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from batchllm.dataset import parse_sampling
@@ -107,7 +108,6 @@ OUT_OF_RANGE = [
     ("top_p", 0),
     ("top_p", 1.01),
     ("top_p", math.nan),
-    ("top_k", 0),
     ("top_k", -2),
     ("min_p", -0.1),
     ("min_p", 1.1),
@@ -119,9 +119,9 @@ OUT_OF_RANGE = [
     ("n", 129),
     ("top_logprobs", 21),
     ("top_logprobs", -1),
-    ("seed", -1),
+    ("seed", -(2**63)),
     ("seed", 2**63),
-    ("stop", ""),
+    ("max_new_tokens", 1e20),
     ("stop", ["a", ""]),
     ("stop_token_ids", [-1]),
     ("stop_token_ids", [2**31]),
@@ -137,15 +137,14 @@ def test_out_of_range_names_the_field_and_the_range(name: str, value: object) ->
 
 WRONG_TYPE = [
     ("max_new_tokens", True),
-    ("max_new_tokens", 1.0),
+    ("max_new_tokens", 1.5),
     ("max_new_tokens", "16"),
-    ("max_new_tokens", 1e20),
     ("temperature", True),
     ("temperature", "0"),
     ("top_k", True),
     ("top_k", 1.5),
     ("n", [1]),
-    ("seed", 1.0),
+    ("seed", 1.5),
     ("stop", 3),
     ("stop", ["a", 3]),
     ("stop_token_ids", 3),
@@ -265,3 +264,57 @@ def test_top_logprobs_without_logprobs_is_refused() -> None:
 def test_messages_stay_short_however_long_the_value() -> None:
     assert len(refused({"max_new_tokens": "x" * 100_000}).message) < 300
     assert len(refused({"stop": [1] * 100_000}).message) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "read"),
+    [
+        ("max_new_tokens", 8.0, 8),
+        ("max_new_tokens", np.int64(8), 8),
+        ("max_new_tokens", np.float32(8), 8),
+        ("n", 2.0, 2),
+        ("seed", 5.0, 5),
+        ("seed", -1, -1),
+        ("seed", -(2**63) + 1, -(2**63) + 1),
+        ("top_k", 20.0, 20),
+        ("top_k", 0, -1),
+        ("top_k", -1.0, -1),
+        ("temperature", np.float64(0.5), 0.5),
+        ("temperature", np.int32(1), 1.0),
+        ("ignore_eos", np.bool_(True), True),
+        ("stop", "", ()),
+        ("stop", [], ()),
+        ("stop", np.str_("x"), ("x",)),
+        ("stop_token_ids", [3.0, np.int64(4)], (3, 4)),
+        ("stop_token_ids", np.array([3, 4]), (3, 4)),
+    ],
+)
+def test_a_number_is_what_it_is_worth_however_it_is_written(name: str, given: object, read: object) -> None:
+    """As JSON has it: a column of integers with one that is missing is one of doubles. And scalars of numpy."""
+    value = getattr(parse_sampling({name: given}, defaults=SamplingParams()), name)
+    assert (type(value), value) == (type(read), read)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("max_new_tokens", 8.5),
+        ("max_new_tokens", float("inf")),
+        ("max_new_tokens", float("nan")),
+        ("max_new_tokens", 1e300),
+        ("max_new_tokens", np.float64("nan")),
+        ("max_new_tokens", np.bool_(True)),
+        ("max_new_tokens", np.array([8])),
+        ("seed", -(2**63)),
+        ("top_k", 0.5),
+        ("top_k", -2),
+        ("ignore_eos", np.int64(1)),
+        ("stop", ["a", ""]),
+        ("stop_token_ids", [3.5]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", np.array([[3]])),
+        ("temperature", np.float32("nan")),
+    ],
+)
+def test_a_number_that_is_none_of_these_is_refused(name: str, given: object) -> None:
+    assert refused({name: given}).param == name

@@ -254,7 +254,7 @@ schemas = st.recursive(
 )
 
 
-@settings(max_examples=sized(60, 2000))
+@settings(max_examples=sized(60, 2000), deadline=None)
 @given(schema=schemas, rng=st.randoms(use_true_random=False))
 def test_whatever_passes_is_kept(schema: Any, rng: random.Random) -> None:
     """A schema that the checker passes either does not compile, or texts drawn from its grammar are valid."""
