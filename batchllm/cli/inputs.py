@@ -27,7 +27,7 @@ from batchllm.request import ChatPrompt, SamplingParams
 from batchllm.srt import host_imports
 from batchllm.tokenizer import Tokenizer
 
-INPUT_FORMATS = ("jsonl", "parquet", "hf")
+INPUT_FORMATS = ("jsonl", "parquet", "hf", "csv")
 
 
 def add_input_flags(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
@@ -38,7 +38,8 @@ def add_input_flags(parser: argparse.ArgumentParser, *, is_required: bool = True
             "--input",
             required=True,
             metavar="IN",
-            help="JSON lines (.gz, .zst), Parquet, a Hugging Face dataset directory, a URL, or - for standard input: "
+            help="JSON lines or a JSON array (also gzip, zstd, bz2, xz, lz4; UTF-8, -16 or -32), Parquet, Arrow, "
+            "Feather, CSV, a Hugging Face dataset directory, a URL, or - for standard input: "
             "OpenAI batch rows, rows with id and prompt, input_ids or messages, or any columns with --template",
         )
     parser.add_argument("-m", "--model", help="Hugging Face model, a directory or a hub name (default: embedded)")

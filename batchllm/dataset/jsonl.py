@@ -1,12 +1,16 @@
-"""JSON lines: the record of every line of a stream, or what is wrong with the line.
+"""JSON lines, or one JSON array: every record of a stream, or what is wrong with it.
 
-Knows bytes, encodings and JSON; not what a record means.
+Knows bytes and JSON; not what a record means.
 
-INVARIANT: every non-blank line yields one record or one error, with its number; memory is one line.
+INVARIANT: every non-blank line, or item of the array, yields one record or one error, with its number; memory is one of
+them.
 """
 
 from __future__ import annotations
 
+import codecs
+import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, BinaryIO
@@ -21,10 +25,18 @@ MAX_LINE_LEN = 256 << 20
 """Bytes of the longest line that is read: what decompresses without end must not fill the memory."""
 
 _BOM = b"\xef\xbb\xbf"
+_ARRAY = re.compile(rb"\s*\[\s*([{\]]|$)")
+"""How an array of objects begins on its first line. A line that is an array of other things is a bad row."""
+_BLOCK_LEN = 1 << 20
+_DECODER = json.JSONDecoder()
 
 
 def parse_lines(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BrokenRecord]]:
-    """The record of every non-blank line, with its number."""
+    """The record of every non-blank line, with its number; of an array, of every item.
+
+    Raises:
+        OSError: While iterating, where the stream cannot be read, or the array is not JSON.
+    """
     for line, raw in enumerate(iter(partial(stream.readline, MAX_LINE_LEN + 1), b""), start=1):
         if len(raw) > MAX_LINE_LEN and not raw.endswith(b"\n"):
             while raw and not raw.endswith(b"\n"):
@@ -34,12 +46,73 @@ def parse_lines(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | Broken
         data = raw.removeprefix(_BOM) if line == 1 else raw
         if data.isspace() or not data:
             continue
+        if line == 1 and _ARRAY.match(data):
+            yield from _parse_array(data, stream)
+            return
         record: dict[str, Any] | BrokenRecord
         try:
             record = _parse_object(data)
         except RowError as error:
             record = BrokenRecord(error, looks_openai=b'"custom_id"' in data)
         yield line, record
+
+
+def _parse_array(head: bytes, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BrokenRecord]]:
+    """The record of every item of an array.
+
+    Args:
+        head: What was read of it already.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, at, is_end, item = _decoded(decoder, head), 0, False, 0
+    at = text.index("[") + 1
+    while True:
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr] # it matches nothing, if need be
+        if at < len(text) and text[at] == "]":
+            if not _SPACE.fullmatch(text, at + 1):
+                raise OSError("something stands behind the array")
+            if is_end:
+                return
+        elif at < len(text):
+            start = at
+            if item and text[at] == ",":
+                start = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+            try:
+                value, end = _DECODER.raw_decode(text, start)
+                # More of a number, or of what stands behind the array, may come.
+                if (is_end or end < len(text)) and (not item or text[at] == ","):
+                    item += 1
+                    yield item, _as_record(value, text[start:end])
+                    at = end
+                    continue
+            except (json.JSONDecodeError, RecursionError) as error:
+                if is_end or isinstance(error, RecursionError) or len(text) - start > MAX_LINE_LEN:
+                    raise OSError(f"item {item + 1} of the array cannot be read: {error}") from error
+        if is_end:
+            raise OSError(f"the array ends in the midst of item {item + 1}")
+        block = stream.read(_BLOCK_LEN)
+        is_end = not block
+        text, at = text[at:] + _decoded(decoder, block, is_end), 0
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, is_end: bool = False) -> str:
+    try:
+        return decoder.decode(block, is_end)
+    except UnicodeDecodeError as error:
+        raise OSError(f"the array is not UTF-8: {error}") from error
+
+
+def _as_record(value: object, text: str) -> dict[str, Any] | BrokenRecord:
+    """An item read again by the rules of lines, which are stricter than Python's."""
+    try:
+        return _parse_object(text.encode())
+    except RowError as error:
+        return BrokenRecord(error, looks_openai='"custom_id"' in text)
+    except UnicodeEncodeError:
+        return BrokenRecord(RowError("a character is half a surrogate pair", code="lone_surrogate"))
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _parse_object(data: bytes) -> dict[str, Any]:

@@ -9,30 +9,31 @@ INVARIANT: a copy under its own name is whole: it is written under another name,
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import orjson
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
+from batchllm.dataset.decompress import NotJsonError, open_unwrapped
+from batchllm.dataset.formats import HEAD_LEN, tell_format
 from batchllm.errors import ConfigError
 
-InputFormat = Literal["jsonl", "parquet", "hf"]
+InputFormat = Literal["jsonl", "parquet", "hf", "csv"]
+"""``hf``: Arrow's own, of which Hugging Face's saved datasets are made, and Feather files."""
 
 STDIN = "-"
 
 _BLOCK_LEN = 1 << 20
-_PARQUET = b"PAR1"
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-"""First bytes of compressed files; no JSON line starts with them."""
+_SUFFIXES: Mapping[str, InputFormat] = {".parquet": "parquet", ".arrow": "hf", ".csv": "csv", ".tsv": "csv"}
+"""Of files whose first bytes say nothing else."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
 _HF_STATE, _HF_SPLITS = "state.json", "dataset_dict.json"
 _COPIED_SUFFIXES = (".parquet", ".arrow", ".json")
@@ -47,7 +48,6 @@ class Input:
         flag: The command line flag that gave it, for messages.
         local_paths: Its files, in the order in which they are read.
         spool_path: Where it was copied to; None where it is used in its own place.
-        compression: ``gzip`` or ``zstd``, of JSON lines only; None where there is none.
     """
 
     name: str
@@ -55,7 +55,6 @@ class Input:
     format: InputFormat
     local_paths: tuple[Path, ...]
     spool_path: Path | None = None
-    compression: str | None = None
 
     def states(self) -> list[tuple[int, int]]:
         """Size and time of the last change of each file: other ones later mean that it was changed meanwhile.
@@ -90,15 +89,9 @@ class Input:
         return digest.hexdigest()
 
     def open_stream(self) -> BinaryIO:
-        """Opens JSON lines, decompressed; reading raises OSError where the file is corrupt or ends too early."""
+        """Opens JSON, decompressed and as UTF-8; reading raises OSError where the file is corrupt or ends too early."""
         (path,) = self.local_paths
-        if self.compression is None:
-            return open(path, "rb", buffering=_BLOCK_LEN)
-        import pyarrow
-
-        # Not `zstandard`, whose reader takes a file that was cut off for a whole one.
-        raw = pyarrow.CompressedInputStream(pyarrow.OSFile(os.fspath(path)), self.compression)
-        return io.BufferedReader(raw, _BLOCK_LEN)
+        return open_unwrapped(path)
 
 
 def open_input(
@@ -215,13 +208,15 @@ def _remove(path: Path) -> None:
 
 
 def _tell_format(path: Path, given: str, flag: str, wanted: InputFormat | None, spool_path: Path | None) -> Input:
-    compression: str | None = None
     try:
         if path.is_dir():
             found, paths = _files_of(path, given, flag)
         else:
-            found, compression = _format_of_file(path)
-            paths = [path]
+            found, paths = wanted or _format_of_file(path, given, flag), [path]
+            if found == "jsonl":
+                open_unwrapped(path).close()
+    except NotJsonError as error:
+        raise ConfigError(f"{flag} {given}: is {error}, which is not read; give JSON lines or a table") from error
     except OSError as error:
         raise _unreadable(flag, given, error) from error
     if wanted is not None and wanted != found:
@@ -234,22 +229,24 @@ def _tell_format(path: Path, given: str, flag: str, wanted: InputFormat | None, 
         format=found,
         local_paths=tuple(paths),
         spool_path=spool_path,
-        compression=compression if found == "jsonl" else None,
     )
 
 
-def _format_of_file(path: Path) -> tuple[InputFormat, str | None]:
-    """The format of a file and how it is compressed."""
+def _format_of_file(path: Path, given: str, flag: str) -> InputFormat:
+    """The format of a file: by its first bytes, whatever its name; by its name where they say nothing.
+
+    Raises:
+        ConfigError: It is something that is not read.
+    """
     with open(path, "rb") as file:
-        start = file.read(4)
-    if start == _PARQUET or path.suffix == ".parquet":
-        return "parquet", None
-    if path.suffix == ".arrow":
-        return "hf", None
-    for magic, compression in _COMPRESSIONS.items():
-        if start.startswith(magic):
-            return "jsonl", compression
-    return "jsonl", None
+        found = tell_format(file.read(HEAD_LEN))
+    if found.kind == "other":
+        raise ConfigError(f"{flag} {given}: is {found.name}, which is not read; give JSON lines or a table")
+    if found.kind == "table":
+        return cast(InputFormat, found.name)
+    if found.kind == "csv" and path.suffix not in _SUFFIXES:
+        raise ConfigError(f"{flag} {given}: looks like CSV, and a name does not say so; give --input-format csv")
+    return _SUFFIXES.get(path.suffix, "jsonl") if found.kind in ("lines", "csv") else "jsonl"
 
 
 def _files_of(folder: Path, given: str, flag: str) -> tuple[InputFormat, list[Path]]:

@@ -1,4 +1,4 @@
-"""Tables in: Parquet files and saved Hugging Face datasets become records of JSON values.
+"""Tables in: Parquet and Arrow files, saved Hugging Face datasets and CSV become records of JSON values.
 
 Knows Arrow, its types and its errors; not what a row is. `pyarrow` is imported when a table is opened.
 
@@ -14,7 +14,7 @@ import decimal
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from batchllm.errors import ConfigError, RowError, WorkloadError
 BATCH_LEN = 1024
 """Rows in memory at a time, as far as the file's own blocks allow."""
 
+_ARROW_FILE = b"ARROW1"
+_CSV_BLOCK = 1 << 26
+"""Bytes of a CSV file in memory; a row must fit in."""
 _END_OF_STREAM = b"\xff\xff\xff\xff" + bytes(4)
 _TEXT_OF: dict[type, Callable[[Any], Any]] = {
     bytes: lambda value: base64.b64encode(value).decode(),
@@ -53,7 +56,7 @@ def open_table(source: Input, columns: ColumnMap) -> Iterator[_Record]:
     """
     import pyarrow
 
-    schema_of = _parquet_schema if source.format == "parquet" else _arrow_schema
+    schema_of, _ = _READERS[source.format]
     for path in source.local_paths:
         try:
             names = schema_of(path).names
@@ -69,7 +72,7 @@ def _records(source: Input, wanted: frozenset[str]) -> Iterator[_Record]:
     import pyarrow
 
     num_rows = 0
-    batches_of = _parquet_batches if source.format == "parquet" else _arrow_batches
+    _, batches_of = _READERS[source.format]
     for path in source.local_paths:
         try:
             for batch in batches_of(path, wanted):
@@ -95,10 +98,46 @@ def _parquet_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
         yield from file.iter_batches(batch_size=BATCH_LEN, columns=names)
 
 
+def _csv_schema(path: Path) -> Any:
+    with _open_csv(path) as reader:
+        return reader.schema
+
+
+def _csv_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
+    with _open_csv(path) as reader:
+        for batch in reader:
+            yield from _slices(batch, wanted)
+
+
+def _open_csv(path: Path) -> Any:
+    """Every cell is text: a prompt may look like a number. An empty one is missing."""
+    import pyarrow
+    from pyarrow import csv
+
+    with open(path, "rb") as file:
+        first = file.readline(_CSV_BLOCK).decode("utf-8-sig", "replace").rstrip("\r\n")
+    delimiter = "\t" if "\t" in first else ","
+    names = [name.strip('"') for name in first.split(delimiter)]
+    return csv.open_csv(
+        os.fspath(path),
+        read_options=csv.ReadOptions(block_size=_CSV_BLOCK),
+        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=csv.ConvertOptions(
+            column_types={name: pyarrow.string() for name in names},
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
+
+
 def _arrow_schema(path: Path) -> Any:
     """The schema of a file that was written to its end: one cut between two batches would read like a whole one."""
     import pyarrow
 
+    if _is_arrow_file(path):
+        with pyarrow.OSFile(os.fspath(path)) as file:
+            return pyarrow.ipc.open_file(file).schema
     with open(path, "rb") as file:
         file.seek(-min(len(_END_OF_STREAM), file.seek(0, os.SEEK_END)), os.SEEK_END)
         if file.read() != _END_OF_STREAM:
@@ -107,19 +146,42 @@ def _arrow_schema(path: Path) -> Any:
         return stream.schema
 
 
+def _is_arrow_file(path: Path) -> bool:
+    """Arrow's format for files, and Feather's, not its format for streams."""
+    with open(path, "rb") as file:
+        return file.read(len(_ARROW_FILE)) == _ARROW_FILE
+
+
 def _arrow_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
     import pyarrow
 
-    with pyarrow.OSFile(os.fspath(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-        names = [name for name in stream.schema.names if name in wanted]
-        for batch in stream:
-            # The library trusts the offsets in a file; wrong ones would read what is not ours.
-            batch.validate(full=True)
-            chosen = batch.select(names)
-            for start in range(0, chosen.num_rows, BATCH_LEN):
-                yield chosen.slice(start, BATCH_LEN)
+    with pyarrow.OSFile(os.fspath(path)) as file:
+        if _is_arrow_file(path):
+            reader = pyarrow.ipc.open_file(file)
+            for i in range(reader.num_record_batches):
+                yield from _slices(reader.get_batch(i), wanted)
+            return
+        with pyarrow.ipc.open_stream(file) as stream:
+            for batch in stream:
+                yield from _slices(batch, wanted)
         if file.tell() != file.size():
             raise ValueError("it ends before its file does")
+
+
+def _slices(batch: Any, wanted: frozenset[str]) -> Iterator[Any]:
+    # The library trusts the offsets in a file; wrong ones would read what is not ours.
+    batch.validate(full=True)
+    chosen = batch.select([name for name in batch.schema.names if name in wanted])
+    for start in range(0, chosen.num_rows, BATCH_LEN):
+        yield chosen.slice(start, BATCH_LEN)
+
+
+_READERS: Mapping[str, tuple[Callable[[Path], Any], Callable[[Path, frozenset[str]], Iterator[Any]]]] = {
+    "parquet": (_parquet_schema, _parquet_batches),
+    "hf": (_arrow_schema, _arrow_batches),
+    "csv": (_csv_schema, _csv_batches),
+}
+"""Of each format how the schema of a file is read, and the batches of the columns that are wanted."""
 
 
 def _batch_records(batch: Any, wanted: frozenset[str]) -> Iterator[_Record]:

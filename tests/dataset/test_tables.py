@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import feather
 
 from batchllm.dataset import BadRow, ColumnMap, Row, open_input, read_rows, render_error
 from batchllm.errors import ConfigError, WorkloadError
@@ -368,3 +369,47 @@ def test_a_forced_format_that_is_not_the_file_s_is_a_config_error(tmp_path: Path
         source = open_input(str(path), spool_folder=None, input_format=forced)
         with pytest.raises(ConfigError, match=r"in\.jsonl cannot be read as a table"):
             read_rows(source, defaults=SamplingParams())
+
+
+TEXTS = pa.table({"id": ["a", "b"], "prompt": ["x, y", "42"], "note": [None, "n"]})
+
+
+@pytest.mark.parametrize("compression", ["uncompressed", "lz4", "zstd"])
+@pytest.mark.parametrize("name", ["rows.feather", "rows.arrow", "rows"])
+def test_feather_and_arrow_files_are_tables_whatever_their_names(tmp_path: Path, name: str, compression: str) -> None:
+    feather.write_feather(TEXTS, tmp_path / name, compression=compression, chunksize=1)
+    assert prompts_of(tmp_path / name) == [("a", "x, y"), ("b", "42")]
+    (tmp_path / "cut").write_bytes((tmp_path / name).read_bytes()[:-10])
+    with pytest.raises(ConfigError, match="cut: cut cannot be read as a table"):
+        prompts_of(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'id,prompt\na,"x, y"\nb,42\n',
+        b'\xef\xbb\xbfid,prompt\r\na,"x, y"\r\nb,42',
+        b'prompt,other,id\n"x, y",1,a\n42,,b\n',
+    ],
+)
+def test_cells_of_a_csv_file_are_texts(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(data)
+    assert prompts_of(tmp_path / "rows.csv") == [("a", "x, y"), ("b", "42")]
+
+
+def test_cells_of_a_csv_file_may_have_several_lines_or_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_bytes(b'id\tprompt\na\t"one\n\ntwo"\nb\t\n')
+    first, second = read_rows(tmp_path / "rows.tsv", defaults=SamplingParams())
+    assert isinstance(first, Row) and first.request.prompt == "one\n\ntwo"
+    assert isinstance(second, BadRow) and second.code == "missing_prompt"
+
+
+def test_a_csv_row_with_too_many_cells_stops_the_reading_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"id,prompt\na,b\nc,d,e\n")
+    with pytest.raises((ConfigError, WorkloadError), match=r"rows.csv.*Expected 2 columns, got 3"):
+        prompts_of(tmp_path / "rows.csv")
+
+
+def prompts_of(path: Path) -> list[tuple[Any, Any]]:
+    rows = list(read_rows(path, defaults=SamplingParams()))
+    return [(row.given_id, row.request.prompt) if isinstance(row, Row) else (row.given_id, row.message) for row in rows]
