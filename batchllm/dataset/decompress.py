@@ -45,7 +45,7 @@ def open_unwrapped(path: Path) -> io.BufferedReader:
     except BaseException:
         stream.close()
         raise
-    if found.kind == "lines" or (found.kind == "csv" and not around):
+    if found.kind == "lines":
         reader: io.BufferedReader = stream
         return reader
     stream.close()

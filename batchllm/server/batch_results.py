@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from batchllm.dataset.decompress import open_unwrapped
 from batchllm.dataset.jsonl import parse_lines
 from batchllm.dataset.records import BrokenRecord
 from batchllm.offline.journal import Journal
@@ -35,7 +36,7 @@ def record_missing(journal: Journal, input_path: Path, num_rows: int, *, code: s
     if has_result.all():
         return
     error = {"code": code, "message": message}
-    with input_path.open("rb", buffering=1 << 20) as stream:
+    with open_unwrapped(input_path) as stream:
         for index, (_, record) in enumerate(parse_lines(stream)):
             if has_result[index]:
                 continue

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchllm.dataset import BadRow, Row, read_rows
+from batchllm.dataset.decompress import open_unwrapped
 from batchllm.errors import BatchLLMError, ConfigError, EngineError, JournalError, WorkloadError
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.job import JobMaker
@@ -231,7 +232,7 @@ class BatchRun:
         return None
 
     def _rows(self, batch: BatchRecord, context_len: int) -> Iterator[Row | BadRow]:
-        with self._context.files.path(batch.input_file_id).open("rb", buffering=1 << 20) as stream:
+        with open_unwrapped(self._context.files.path(batch.input_file_id)) as stream:
             # A chat row without a limit may use what the context leaves, as with OpenAI.
             for row in read_rows(stream, defaults=SamplingParams(), default_max_new_tokens=context_len):
                 if self._stop.is_set:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm.dataset import RowIds
+from batchllm.dataset.decompress import NotJsonError, open_unwrapped
 from batchllm.dataset.field_checks import show
 from batchllm.dataset.jsonl import parse_lines
 from batchllm.dataset.openai_rows import check_envelope
@@ -63,24 +64,33 @@ def validate(path: Path, *, endpoint: str, max_rows: int, keep_on: Callable[[], 
     """
     verdict = Verdict()
     ids, lines = RowIds(), array("q")
-    # Raw bytes: a compressed file, or a table, is no JSON lines and is told so.
-    with path.open("rb", buffering=1 << 20) as stream:
-        for line, record in parse_lines(stream):
-            if not keep_on():
-                return None
-            verdict.num_rows += 1
-            if verdict.num_rows > max_rows:
-                message = f"the file has more than {max_rows} rows; split it"
-                verdict.add(RowError(message, code="too_many_rows"), line)
-                break
-            given_id: str | None = None
-            try:
-                given_id = _check_line(record, endpoint)
-            except RowError as error:
-                verdict.add(error, line)
-            ids.append(given_id)
-            lines.append(line)
-    if verdict.num_rows == 0:
+    try:
+        with open_unwrapped(path) as stream:
+            for line, record in parse_lines(stream):
+                if not keep_on():
+                    return None
+                verdict.num_rows += 1
+                if verdict.num_rows > max_rows:
+                    message = f"the file has more than {max_rows} rows; split it"
+                    verdict.add(RowError(message, code="too_many_rows"), line)
+                    break
+                given_id: str | None = None
+                try:
+                    given_id = _check_line(record, endpoint)
+                except RowError as error:
+                    verdict.add(error, line)
+                ids.append(given_id)
+                lines.append(line)
+    except NotJsonError as error:
+        verdict.add(RowError(f"the file is {error}; upload JSON lines", code="unsupported_format"), None)
+        return verdict
+    except OSError as error:
+        if error.errno is not None:  # the disk's fault, not the file's
+            raise
+        verdict.add(
+            RowError(f"the file cannot be read after {verdict.num_rows} rows: {error}", code="invalid_file"), None
+        )
+    if verdict.num_rows == 0 and not verdict.errors:
         verdict.add(RowError("the file has no rows", code="empty_file"), None)
     _add_duplicates(verdict, ids, lines)
     return verdict

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 OPTIONS = [
     {"max_tokens": 6, "stop": "e"},
-    {"max_tokens": 6, "min_tokens": 4, "stop": ["a", "e"]},
+    {"max_tokens": 6, "stop": ["a", "e"]},
     {"max_tokens": 9, "stop_regex": "[a-z]{3}"},
     {"max_tokens": 9, "regex": "(yes|no) [0-9]{2}"},
     {
@@ -81,6 +81,12 @@ def test_log_probabilities_are_those_that_were_asked_for(engine: BatchEngine) ->
     meta = state.get_meta_info("answer")
     assert len(meta["output_token_logprobs"]) == len(meta["output_top_logprobs"]) == 5
     assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
+
+
+def test_min_tokens_holds_beside_stop_strings_where_stock_stops_earlier(engine: BatchEngine) -> None:
+    options = {"max_tokens": 6, "min_tokens": 4, "stop": ["a", "e"]}
+    state = complete.run(text="What is it?", options=options, backend=BatchBackend(engine), temperature=0)
+    assert 4 <= state.get_meta_info("answer")["completion_tokens"] <= 6
 
 
 def test_a_prompt_that_cannot_run_is_its_program_s_error_alone(engine: BatchEngine) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +107,31 @@ def test_it_stops_when_it_is_told_to(path: Path) -> None:
     answers = iter([True] * 3 + [False])
     assert validate(path, endpoint=COMPLETIONS, max_rows=10, keep_on=lambda: next(answers)) is None
     assert next(answers, None) is None
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bz2", "xz"])
+def test_a_compressed_file_is_looked_at_line_by_line(path: Path, compress: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(compress(jsonl([row(0), "{", row(1)])))
+    verdict = validate(path, endpoint=COMPLETIONS, max_rows=1000, keep_on=lambda: True)
+    assert verdict is not None and verdict.num_rows == 3
+    assert [error["line"] for error in verdict.errors] == [2]
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "word"),
+    [
+        (b"PK\x03\x04" + bytes(30), "unsupported_format", "ZIP"),
+        (b"PAR1" + bytes(30), "unsupported_format", "parquet table"),
+        (gzip.compress(b"PAR1" + bytes(30)), "unsupported_format", "inside gzip"),
+        (b"id,prompt\na,b\nc,d\n", "unsupported_format", "CSV"),
+        (gzip.compress(b"{}\n" * 9)[:-6], "invalid_file", "cannot be read"),
+        (b"", "empty_file", "no rows"),
+    ],
+    ids=["zip", "parquet", "parquet in gzip", "csv", "cut off", "empty"],
+)
+def test_a_file_that_is_no_json_is_named_once(path: Path, data: bytes, code: str, word: str) -> None:
+    path.write_bytes(data)
+    verdict = validate(path, endpoint=COMPLETIONS, max_rows=1000, keep_on=lambda: True)
+    assert verdict is not None
+    (error,) = [error for error in verdict.errors if error["code"] == code]
+    assert word in error["message"] and error["line"] is None
