@@ -51,19 +51,20 @@ class Fault:
         return self.find(model)
 
 
-def check(config: Any, *, model_path: str, is_on_cpu: bool) -> None:
+def check(config: Any, *, model_path: str, is_on_cpu: bool, has_our_operators: bool) -> None:
     """Refuse a model that the table names.
 
     Args:
         config: SGLang's ``ModelConfig`` of it.
         model_path: As the user gave it.
         is_on_cpu: It is to run on a CPU.
+        has_our_operators: By our attention and operators, not SGLang's own.
 
     Raises:
         ConfigError: One line with the model, the value at fault, why, and what to do.
     """
     architectures = config.hf_config.architectures
-    model = Model(config, architectures[0], _is_native(config), is_on_cpu)
+    model = Model(config, architectures[0], _is_native(config), is_on_cpu, has_our_operators)
     for fault in FAULTS:
         value = fault.applies(model)
         if value is not None:
@@ -167,6 +168,19 @@ FAULTS: tuple[Fault, ...] = (
         "SGLang gives every other layer a window, whatever layer_types says",
         _SHORTER,
         "models/gemma2.py::Gemma2Attention.__init__",
+        _names("Gemma2ForCausalLM"),
+    ),
+    Fault(
+        traits.needs_our_operators,
+        "SGLang's own attention on a CPU leaves the cap out, or ends in the first step",
+        "drop --attention-backend",
+        "layers/attention/torch_native_backend.py; layers/logits_processor.py::LogitsProcessor._get_logits",
+    ),
+    Fault(
+        traits.lacks_hidden_act,
+        "SGLang reads it, and ends without it",
+        '--json-model-override-args \'{{"hidden_act": "gelu_pytorch_tanh"}}\' gives it',
+        "models/gemma2.py::Gemma2DecoderLayer.__init__",
         _names("Gemma2ForCausalLM"),
     ),
     Fault(

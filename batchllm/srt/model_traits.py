@@ -24,12 +24,14 @@ class Model:
         architecture: The first one that the model's configuration names.
         is_native: SGLang's own code runs it, not its adapter for transformers' code.
         is_on_cpu: It is to run on a CPU.
+        has_our_operators: By our attention and operators, not SGLang's own.
     """
 
     config: Any
     architecture: str
     is_native: bool
     is_on_cpu: bool
+    has_our_operators: bool
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the configuration of the language model."""
@@ -98,6 +100,14 @@ def score_cap(model: Model) -> str | None:
 def score_cap_of_adapter(model: Model) -> str | None:
     """A cap of attention scores, in a model that SGLang has no code of its own for."""
     return None if model.is_native else score_cap(model)
+
+
+def needs_our_operators(model: Model) -> str | None:
+    """What SGLang's own attention, or kernels that a CPU has not, would be needed for."""
+    if not model.is_on_cpu or model.has_our_operators:
+        return None
+    cap = model.get("final_logit_softcapping")
+    return score_cap(model) or (f"final_logit_softcapping {cap}" if cap else None)
 
 
 def chunked_attention(model: Model) -> str | None:
@@ -173,6 +183,11 @@ def alibi(model: Model) -> str | None:
         hidden_size = model.get("hidden_size")
         return f"hidden_size {hidden_size}, which has ALiBi" if hidden_size != 4096 else None
     return "alibi true" if not model.is_native and model.get("alibi") else None
+
+
+def lacks_hidden_act(model: Model) -> str | None:
+    """A name of the activation that is not there."""
+    return None if model.get("hidden_act") else "no hidden_act in its config.json"
 
 
 def layer_types_of_gemma2(model: Model) -> str | None:

@@ -146,7 +146,8 @@ def _model_config(model_path: str, server_args: dict[str, Any]) -> ModelConfig:
 
 def _check_model(config: ModelConfig, model_path: str, server_args: dict[str, Any]) -> None:
     is_on_cpu = server_args.get("device") == "cpu" or not _has_accelerator()
-    model_support.check(config, model_path=model_path, is_on_cpu=is_on_cpu)
+    is_ours = server_args.get("attention_backend", ATTENTION_BACKEND) == ATTENTION_BACKEND
+    model_support.check(config, model_path=model_path, is_on_cpu=is_on_cpu, has_our_operators=is_ours)
 
 
 def _one_line(error: Exception) -> str:
