@@ -2,8 +2,8 @@
 
 (Upstream: ``srt/model_loader/loader.py``.)
 
-Before the checkpoint is read, parameters are filled with a number that no checkpoint has, a NaN of a certain bit pattern.
-What still holds it afterwards was never written, in whatever way parts of parameters are loaded.
+Before the checkpoint is read, parameters are filled with a number that no checkpoint has, a NaN of a certain bit
+pattern. What still holds it afterwards was never written, in whatever way parts of parameters are loaded.
 
 Invariant: nothing is refused that cannot be told: of quantised models, whose parameters are made otherwise, and where a
 model is loaded in another way than by reading its checkpoint, nothing is checked.

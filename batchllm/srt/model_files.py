@@ -43,6 +43,15 @@ def is_folder(model_path: str) -> bool:
     return os.path.isdir(model_path)
 
 
+def architecture(model_path: str) -> str:
+    """The first that the configuration in a folder names; empty if none."""
+    try:
+        names = json.loads(Path(model_path, "config.json").read_bytes())["architectures"]
+        return str(names[0])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
 def check(model_path: str, server_args: dict[str, Any]) -> None:
     """Refuse a folder that cannot be a model.
 
@@ -71,7 +80,7 @@ def _is_meant_as_path(model_path: str) -> bool:
     """Names on the Hub are ``name`` or ``owner/name``; those of other stores have a scheme."""
     if "://" in model_path:
         return False
-    return model_path.startswith((".", "/", "~")) or model_path.count("/") != 1
+    return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
 
 
 def _check_config(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 (Upstream: ``srt/configs/model_config.py`` and ``srt/models``; each entry of `FAULTS` names its place there.)
 
-Knows: a model's configuration, as SGLang has read it, and the device. Must not know: its weights (`batchllm.srt.model_files`,
-`batchllm.srt.filled_parameters`).
+Knows: a model's configuration, as SGLang has read it, and the device. Must not know: its files
+(`batchllm.srt.model_files`), its weights (`batchllm.srt.filled_parameters`).
 Invariant: an entry speaks of models whose answers were found to differ from those of Hugging Face's own code, or whose
 engine was found to die, when the upstream code that it names was read.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from sglang.srt.configs.model_config import ModelImpl
 
 from batchllm.errors import ConfigError
+from batchllm.srt import model_files
 from batchllm.srt import model_traits as traits
 from batchllm.srt.compat import SGLANG_VERSION
 from batchllm.srt.model_registry import find_architectures
@@ -70,6 +71,18 @@ def check(config: Any, *, model_path: str, is_on_cpu: bool, has_our_operators: b
         if value is not None:
             remedy = fault.remedy.format(window=model.window_len, max_len=model.get("max_position_embeddings"))
             raise ConfigError(f"-m {model_path}: {model.architecture} with {value}: {fault.reason}; {remedy}")
+
+
+def no_config(model_path: str) -> str:
+    """Why SGLang could not read the configuration in a folder, as far as its architecture says.
+
+    Args:
+        model_path: The folder.
+    """
+    architecture = model_files.architecture(model_path)
+    if architecture in find_architectures():
+        return f"SGLang cannot read the config.json of this {architecture}"
+    return f"{architecture}: sglang {SGLANG_VERSION} has no such model, and transformers cannot read its config.json"
 
 
 def _is_native(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the table of `batchllm.srt.model_support` asks of a model: a value of its configuration that is at fault, or None.
+"""What the table of `batchllm.srt.model_support` asks of a model: the value of its configuration that is at fault.
 
 Knows: SGLang's ``ModelConfig``, the device. Must not know: weights, what is told to the user.
 Invariant: the text that a function returns names the key and the value, as a user finds them in ``config.json``.

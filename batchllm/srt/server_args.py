@@ -109,6 +109,9 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
         given = server_args | {"model_path": model_path, "orders_live": "schedule_policy" not in server_args}
         args = BatchServerArgs(**_attention(_defaults(model_path) | given))
     except (OSError, ValueError, AssertionError, TypeError) as error:
+        if isinstance(error, OSError) and not os.path.exists(model_path):
+            reason = "there is no such folder, and the Hub gives no model of this name"
+            raise ConfigError(f"-m {model_path}: {reason}: {_one_line(error)}") from error
         raise ConfigError(f"-m {model_path}: {error}") from error
     if not is_folder:
         _check_model(args.get_model_config(), model_path, server_args)
@@ -141,7 +144,7 @@ def _model_config(model_path: str, server_args: dict[str, Any]) -> ModelConfig:
     try:
         return ModelConfig(model_path, **{"trust_remote_code": False} | given)
     except Exception as error:  # whatever it is: the model's own file is what was read
-        raise ConfigError(f"-m {model_path}: SGLang cannot read its config.json: {_one_line(error)}") from error
+        raise ConfigError(f"-m {model_path}: {model_support.no_config(model_path)}: {_one_line(error)}") from error
 
 
 def _check_model(config: ModelConfig, model_path: str, server_args: dict[str, Any]) -> None:
