@@ -25,6 +25,7 @@ from batchllm.srt.model_registry import find_architectures
 from batchllm.srt.model_traits import Model
 
 ELSEWHERE = "run it with Hugging Face transformers"
+_ADAPTER = "give --model-impl transformers, or " + ELSEWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,14 +252,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         traits.is_not("mlp_bias", False),
         "SGLang leaves the bias out",
-        ELSEWHERE,
+        _ADAPTER,
         "models/llama.py::LlamaMLP.__init__: bias=False",
         _names("ArceeForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM"),
     ),
     Fault(
         traits.is_not("attention_bias", False),
         "SGLang leaves the bias out",
-        ELSEWHERE,
+        _ADAPTER,
         "models/granite.py::GraniteAttention.__init__: bias=False",
         _names(
             "Cohere2ForCausalLM",
@@ -270,11 +271,23 @@ FAULTS: tuple[Fault, ...] = (
         ),
     ),
     Fault(
-        traits.always("a bias of lm_head"),
+        traits.output_bias,
         "SGLang leaves the bias out",
         ELSEWHERE,
         "layers/logits_processor.py::LogitsProcessor._get_logits: without an embedding_bias, no bias",
-        _names("GPTJForCausalLM", "PhiForCausalLM"),
+    ),
+    Fault(
+        traits.other_output_name,
+        "SGLang has no such model, and its adapter for transformers' code ends on that name",
+        ELSEWHERE,
+        "models/transformers.py::TransformersBase.load_weights",
+    ),
+    Fault(
+        traits.lacks_rope,
+        "SGLang's own class for this configuration reads rope_theta and rope_scaling only, and ends without",
+        "write them into config.json as the model's publisher does",
+        "models/olmo2.py::Olmo2Attention.__init__; configs/olmo3.py",
+        _names("Olmo2ForCausalLM"),
     ),
     Fault(
         traits.is_not("lm_head_bias", False),

@@ -14,6 +14,17 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.model_loader.utils import resolve_transformers_arch
 
+_OTHER_HEADS = (
+    "Embedding",
+    "ForClassification",
+    "ForMaskedLM",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "RewardModel",
+)
+"""In the names of architectures that generate no text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -122,11 +133,24 @@ def always(what: str) -> Callable[[Model], str | None]:
     return lambda model: what
 
 
+def output_bias(model: Model) -> str | None:
+    """A bias of the output embeddings that every model of an architecture has, in whoever's code."""
+    return "a bias of lm_head" if model.architecture in ("GPTJForCausalLM", "PhiForCausalLM") else None
+
+
+def other_output_name(model: Model) -> str | None:
+    """Output embeddings under a name of their own, in a model that SGLang has no code of its own for."""
+    return "output embeddings called embed_out" if model.architecture == "GPTNeoXForCausalLM" else None
+
+
+def lacks_rope(model: Model) -> str | None:
+    """Nothing about the rotary embedding where SGLang's own class of a configuration looks."""
+    return "no rope_scaling in its config.json" if model.get("rope_parameters") is None else None
+
+
 def no_text(model: Model) -> str | None:
     """A model for something else than generating text."""
-    words = ("ForSequenceClassification", "ForTokenClassification", "ForClassification", "RewardModel", "Embedding")
-    words += ("ForMaskedLM", "ForQuestionAnswering")
-    is_other = not model.config.is_generation or any(word in model.architecture for word in words)
+    is_other = not model.config.is_generation or any(word in model.architecture for word in _OTHER_HEADS)
     return "no language model's head" if is_other else None
 
 

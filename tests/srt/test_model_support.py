@@ -81,6 +81,8 @@ REFUSED = [
     ("GPT2LMHeadModel", "gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings false"),
     ("GPT2LMHeadModel", "gpt2", {"activation_function": "relu"}, "activation_function relu"),
     ("GPT2LMHeadModel", "gpt2", {"scale_attn_weights": False}, "scale_attn_weights false"),
+    ("GPTNeoXForCausalLM", "gpt_neox", {}, "embed_out"),
+    ("Olmo3ForCausalLM", "olmo3", {}, "no rope_scaling"),
     ("MixtralForCausalLM", "mixtral", {"hidden_act": "gelu"}, "hidden_act gelu: SGLang computes silu"),
     ("StableLmForCausalLM", "stablelm", {"use_parallel_residual": True}, "use_parallel_residual true"),
     ("StableLmForCausalLM", "stablelm", {"qk_layernorm": True}, "qk_layernorm true"),
@@ -115,7 +117,8 @@ def test_what_is_refused(
     with pytest.raises(ConfigError) as refused:
         _ask(tmp_path, architecture, model_type, changes)
     message = str(refused.value)
-    assert message.startswith(f"-m {tmp_path}: {architecture} with ")
+    # SGLang calls OLMo 3 by the name of OLMo 2.
+    assert message.startswith(f"-m {tmp_path}: {architecture.replace('Olmo3', 'Olmo2')} with ")
     assert said in message and "\n" not in message and "; " in message
 
 
@@ -125,6 +128,7 @@ def test_what_is_refused(
         ("LlamaForCausalLM", "llama", {"mlp_bias": False, "attention_bias": True}, {}),
         ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}, {}),
         ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {}),
+        ("LlamaForCausalLM", "llama", {"mlp_bias": True}, {"model_impl": "transformers"}),
         ("MistralForCausalLM", "mistral", {"sliding_window": None}, {}),
         ("MistralForCausalLM", "mistral", {"sliding_window": 512}, {}),
         ("MistralForCausalLM", "mistral", _WINDOW, {"context_length": 64}),
@@ -159,6 +163,11 @@ def test_the_remedy_for_dynamic_rope_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give --context-length 512"):
         _ask(tmp_path, "LlamaForCausalLM", "llama", rope)
     _ask(tmp_path, "LlamaForCausalLM", "llama", rope, context_length=512, json_model_override_args=plain)
+
+
+def test_a_bias_that_the_adapter_has_no_place_for_either_is_refused_there_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PhiForCausalLM with a bias of lm_head"):
+        _ask(tmp_path, "PhiForCausalLM", "phi", {}, model_impl="transformers")
 
 
 def test_caps_are_not_left_to_sglangs_own_attention(tmp_path: Path) -> None:
