@@ -27,6 +27,8 @@ class StepAttention(Protocol):
         value_cache: torch.Tensor,
         output: torch.Tensor,
         scale: float,
+        logit_cap: float = 0.0,
+        window: int = 0,
     ) -> None:
         """Attention of one layer; KV of the step's own tokens must be in the caches already.
 
@@ -36,4 +38,6 @@ class StepAttention(Protocol):
             value_cache: As ``key_cache``.
             output: As ``query``; rows beyond the layout's query tokens are left as they are.
             scale: What query-key products are multiplied with.
+            logit_cap: ``cap * tanh(score / cap)`` of each scaled score; 0: none.
+            window: Tokens that a token sees, itself included; 0: all before it.
         """

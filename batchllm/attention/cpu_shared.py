@@ -59,6 +59,8 @@ class CompiledSharedAttention:
         value_cache: torch.Tensor,
         output: torch.Tensor,
         scale: float,
+        logit_cap: float = 0.0,
+        window: int = 0,
     ) -> None:
         """Attention of one layer; see `StepAttention`.
 
@@ -78,7 +80,7 @@ class CompiledSharedAttention:
                     f"a tensor of {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}: must be "
                     f"{query.dtype} [..., {heads[0]}, {heads[1]}] on the CPU with the heads of a token side by side"
                 )
-        self._kernels.attention(self._step, query, key_cache, value_cache, output, scale)
+        self._kernels.attention(self._step, query, key_cache, value_cache, output, scale, logit_cap, window)
 
 
 def make_cpu_attention(

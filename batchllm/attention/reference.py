@@ -39,6 +39,8 @@ def attention(
     table: torch.Tensor,
     layout: AttentionLayout,
     scale: float,
+    logit_cap: float = 0.0,
+    window: int = 0,
 ) -> torch.Tensor:
     """Causal attention, each sequence for itself; of the layout only lengths and table rows are read.
 
@@ -50,6 +52,8 @@ def attention(
         table: int32[rows, positions] KV slots.
         layout: Of the step.
         scale: What query-key products are multiplied with.
+        logit_cap: ``cap * tanh(score / cap)`` of each scaled score; 0: none.
+        window: Tokens that a token sees, itself included; 0: all before it.
 
     Returns:
         float64[num_query_tokens, num_heads, head_dim].
@@ -58,8 +62,8 @@ def attention(
     for s, (row, kv_len) in enumerate(zip(layout.table_rows.tolist(), layout.kv_len.tolist(), strict=True)):
         first, last = layout.qo_indptr[s : s + 2].tolist()
         slots = table[row, :kv_len].long()
-        seen = _causal_mask(last - first, kv_len, 0, kv_len).to(q.device)
-        out[first:last], _ = _attend(q[first:last], k_cache[slots], v_cache[slots], seen, scale)
+        seen = _causal_mask(_positions_of(layout, s), 0, kv_len, window).to(q.device)
+        out[first:last], _ = _attend(q[first:last], k_cache[slots], v_cache[slots], seen, scale, logit_cap)
     return out
 
 
@@ -70,6 +74,8 @@ def attention_parts(
     table: torch.Tensor,
     layout: AttentionLayout,
     scale: float,
+    logit_cap: float = 0.0,
+    window: int = 0,
 ) -> list[PartialAttention]:
     """Attention over each segment for all its readers, in the layout's order, then over each private part.
 
@@ -87,13 +93,16 @@ def attention_parts(
         tokens = torch.cat([_tokens_of(layout, s) for s in readers]).to(q.device)
         slots = table[row, start:end].long()
         # All of a segment was in the cache before the step: every query token of its readers comes later.
-        seen = torch.ones(len(tokens), end - start, dtype=torch.bool, device=q.device)
-        parts.append(PartialAttention(tokens, *_attend(q[tokens], k_cache[slots], v_cache[slots], seen, scale)))
+        own = torch.cat([_positions_of(layout, s) for s in readers])
+        seen = _causal_mask(own, start, end, window).to(q.device)
+        part = _attend(q[tokens], k_cache[slots], v_cache[slots], seen, scale, logit_cap)
+        parts.append(PartialAttention(tokens, *part))
     for s, (row, kv_len) in enumerate(zip(layout.table_rows.tolist(), layout.kv_len.tolist(), strict=True)):
         tokens, start = _tokens_of(layout, s).to(q.device), int(layout.private_start[s])
         slots = table[row, start:kv_len].long()
-        seen = _causal_mask(len(tokens), kv_len, start, kv_len).to(q.device)
-        parts.append(PartialAttention(tokens, *_attend(q[tokens], k_cache[slots], v_cache[slots], seen, scale)))
+        seen = _causal_mask(_positions_of(layout, s), start, kv_len, window).to(q.device)
+        part = _attend(q[tokens], k_cache[slots], v_cache[slots], seen, scale, logit_cap)
+        parts.append(PartialAttention(tokens, *part))
     return parts
 
 
@@ -104,6 +113,8 @@ def shared_attention(
     table: torch.Tensor,
     layout: AttentionLayout,
     scale: float,
+    logit_cap: float = 0.0,
+    window: int = 0,
 ) -> torch.Tensor:
     """Causal attention from `attention_parts`, merged by log-sum-exp.
 
@@ -114,7 +125,7 @@ def shared_attention(
     """
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
-    for part in attention_parts(q, k_cache, v_cache, table, layout, scale):
+    for part in attention_parts(q, k_cache, v_cache, table, layout, scale, logit_cap, window):
         outs = torch.stack([out[part.tokens], part.out])
         lses = torch.stack([lse[part.tokens], part.lse])
         out[part.tokens], lse[part.tokens] = merge_states(outs, lses)
@@ -125,14 +136,21 @@ def _tokens_of(layout: AttentionLayout, sequence: int) -> torch.Tensor:
     return torch.arange(int(layout.qo_indptr[sequence]), int(layout.qo_indptr[sequence + 1]))
 
 
-def _causal_mask(num_tokens: int, kv_len: int, start: int, end: int) -> torch.Tensor:
-    """bool[num_tokens, end - start]: which of the positions the last tokens of a sequence of ``kv_len`` see."""
-    own = torch.arange(kv_len - num_tokens, kv_len)
-    return torch.arange(start, end)[None, :] <= own[:, None]
+def _positions_of(layout: AttentionLayout, sequence: int) -> torch.Tensor:
+    """Of the query tokens of a sequence, in it."""
+    kv_len = int(layout.kv_len[sequence])
+    return torch.arange(kv_len - len(_tokens_of(layout, sequence)), kv_len)
+
+
+def _causal_mask(own: torch.Tensor, start: int, end: int, window: int) -> torch.Tensor:
+    """bool[len(own), end - start]: which of the positions the tokens at ``own`` see."""
+    distance = own[:, None] - torch.arange(start, end)[None, :]
+    seen = distance >= 0
+    return seen & (distance < window) if window else seen
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, logit_cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over one set of positions, in float64.
 
@@ -142,6 +160,7 @@ def _attend(
         v: [m, num_kv_heads, head_dim].
         seen: bool[n, m].
         scale: What query-key products are multiplied with.
+        logit_cap: As of `attention`.
 
     Returns:
         Output [n, num_heads, head_dim] and log-sum-exp [n, num_heads].
@@ -150,6 +169,8 @@ def _attend(
     keys = k.double().repeat_interleave(group, dim=1)
     values = v.double().repeat_interleave(group, dim=1)
     scores = torch.einsum("nhd,mhd->nhm", q.double(), keys) * scale
+    if logit_cap:
+        scores = logit_cap * torch.tanh(scores / logit_cap)
     scores = scores.masked_fill(~seen[:, None, :], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])

@@ -62,14 +62,18 @@ class _Batch:
         tokens: int64[B * n] query token of each row.
         slots: int64[B, m].
         cache_rows: int64[B * num_kv_heads * m] keys of one head, numbered as in a contiguous cache.
-        num_visible: int64[B, n] positions that a row sees, from the first on; None where all see all m.
+        own: int64[B, n] position of a row's own token, counted from the first.
+        num_visible: int64[B, n] positions that a row sees, from the first on, without a window.
+        sees_all: Whether all of them see all m.
         is_first: Whether no row was in a batch before.
     """
 
     tokens: torch.Tensor
     slots: torch.Tensor
     cache_rows: torch.Tensor
-    num_visible: torch.Tensor | None
+    own: torch.Tensor
+    num_visible: torch.Tensor
+    sees_all: bool
     is_first: bool
 
 
@@ -113,7 +117,8 @@ class TorchSharedAttention:
         num_positions = int(length.max())
         rows = pieces.first_row[:, None] + np.minimum(np.arange(num_rows), pieces.num_rows[:, None] - 1)
         columns = pieces.start[:, None] + np.minimum(np.arange(num_positions), length[:, None] - 1)
-        num_visible = np.minimum(positions[rows] + 1, pieces.end[:, None]) - pieces.start[:, None]
+        own = positions[rows] - pieces.start[:, None]
+        num_visible = np.minimum(own + 1, length[:, None])
 
         device = table.device
         table_rows = torch.from_numpy(pieces.table_row).to(device)
@@ -123,7 +128,9 @@ class TorchSharedAttention:
             tokens=torch.from_numpy(tokens[rows].reshape(-1)).to(device),
             slots=slots,
             cache_rows=(slots[:, None] * self._num_kv_heads + heads).reshape(-1),
-            num_visible=None if (num_visible == num_positions).all() else torch.from_numpy(num_visible).to(device),
+            own=torch.from_numpy(own).to(device),
+            num_visible=torch.from_numpy(num_visible).to(device),
+            sees_all=bool((num_visible == num_positions).all()),
             is_first=bool(pieces.wave[0] == 0),
         )
 
@@ -134,6 +141,8 @@ class TorchSharedAttention:
         value_cache: torch.Tensor,
         output: torch.Tensor,
         scale: float,
+        logit_cap: float = 0.0,
+        window: int = 0,
     ) -> None:
         """Attention of one layer; as of `StepAttention`."""
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -141,7 +150,7 @@ class TorchSharedAttention:
         out = torch.empty_like(scaled, memory_format=torch.contiguous_format)
         lse = out.new_empty(out.shape[:2])
         for batch in self._batches:
-            part = self._attend(scaled, key_cache, value_cache, batch)
+            part = self._attend(scaled, key_cache, value_cache, batch, logit_cap, window)
             if not batch.is_first:
                 outs = torch.stack([out.index_select(0, batch.tokens), part[0]])
                 part = merge_states(outs, torch.stack([lse.index_select(0, batch.tokens), part[1]]))
@@ -149,7 +158,13 @@ class TorchSharedAttention:
         output[: self._num_tokens] = out
 
     def _attend(
-        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: _Batch
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: _Batch,
+        logit_cap: float,
+        window: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B * n, num_heads, head_dim] and log-sum-exp [B * n, num_heads] over the positions of a batch."""
         num_pieces, num_positions = batch.slots.shape
@@ -158,9 +173,14 @@ class TorchSharedAttention:
         rows = query.index_select(0, batch.tokens).view(num_pieces, num_rows, heads, group, self._head_dim)
         rows = rows.transpose(1, 2).reshape(num_pieces, heads, num_rows * group, self._head_dim)
         scores = rows @ self._gather(key_cache, batch, query.dtype).transpose(-1, -2)
-        if batch.num_visible is not None:
+        if logit_cap:
+            scores = torch.tanh(scores / logit_cap) * logit_cap
+        if window or not batch.sees_all:
             # Made for every layer: kept, the masks of a step would be as large as its scores of one head.
-            is_hidden = torch.arange(num_positions, device=query.device) >= batch.num_visible[..., None]
+            position = torch.arange(num_positions, device=query.device)
+            is_hidden = position >= batch.num_visible[..., None]
+            if window:
+                is_hidden |= position <= batch.own[..., None] - window
             by_row = scores.view(num_pieces, heads, num_rows, group, num_positions)
             # Not -inf: a row may see nothing of a range of a long prompt; its result is to weigh nothing, not be NaN.
             by_row.masked_fill_(is_hidden[:, None, :, None], torch.finfo(scores.dtype).min)

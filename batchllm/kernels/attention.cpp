@@ -51,6 +51,8 @@ struct BatchllmAttentionLayer {
     int32_t num_kv_heads;
     int32_t head_dim;
     float scale;
+    float logit_cap;  // a score s becomes cap * tanh(s / cap); 0: no cap
+    int32_t window;   // tokens that a row sees, its own included; 0: all before it
 };
 }
 
@@ -232,6 +234,7 @@ class BlockAttention {
     void attend(int row, int row_end, int32_t table_row, int start, int end) {
         const int32_t* slots = step_.table + table_row * step_.table_stride;
         const bool is_packed = (row_end - row) * group_ >= kMinPackedVectors;
+        if (layer_.window > 0) start = std::max(start, first_in_window(row, row_end));
         for (int position = start; position < end; position += kTileTokens) {
             // The first rows of a prompt see nothing of its last tiles.
             while (step_.row_visible_end[row] <= position) ++row;
@@ -242,6 +245,12 @@ class BlockAttention {
             else
                 attend_plainly(tile);
         }
+    }
+
+    // Before this position none of the rows sees anything.
+    int first_in_window(int row, int row_end) const {
+        const int32_t* end = step_.row_visible_end;
+        return *std::min_element(end + row, end + row_end) - layer_.window;
     }
 
     // KV tokens, and the rows that read them.
@@ -274,6 +283,7 @@ class BlockAttention {
             pack_keys(head, tile);
             multiply<false>(num_vectors, query(head, vector), kHeadDim, work_.key, kTileTokens, work_.score, kTileTokens,
                             kHeadDim, (tile.num_tokens + kLanes - 1) / kLanes);
+            cap(num_vectors, work_.score);
             hide(tile, work_.score);
             for (int v = 0; v < num_vectors; ++v) weigh(head, vector + v, work_.score + v * kTileTokens);
             pack_values(head, tile);
@@ -287,6 +297,7 @@ class BlockAttention {
         for (int head = first_head_; head < last_head_; ++head) {
             for (int t = 0; t < tile.num_tokens; ++t)
                 score_token(head, vector, num_vectors, tile.slots[t], work_.score + t);
+            cap(num_vectors, work_.score);
             hide(tile, work_.score);
             for (int v = 0; v < num_vectors; ++v) weigh(head, vector + v, work_.score + v * kTileTokens);
             add_values(head, vector, num_vectors, tile);
@@ -345,13 +356,27 @@ class BlockAttention {
         }
     }
 
+    void cap(int num_vectors, float* score) {
+        if (layer_.logit_cap <= 0) return;
+        const Vec high = broadcast(layer_.logit_cap), inverse = broadcast(1.0f / layer_.logit_cap);
+        for (int t = 0; t < num_vectors * kTileTokens; t += kLanes) {
+            const Vec s = load(score + t) * inverse, size = max(s, -s);
+            const Vec e = exp_negative(-2.0f * size);
+            const Vec capped = high * (1.0f - e) / (1.0f + e);
+            store(score + t, s < Vec{} ? -capped : capped);
+        }
+    }
+
     // Scores of the positions that a row does not see, and of those beyond the tile's end.
     void hide(const Tile& tile, float* score) {
         for (int row = tile.row; row < tile.row_end; ++row) {
-            const int visible = std::min(step_.row_visible_end[row] - tile.position, tile.num_tokens);
-            if (visible == kTileTokens) break;  // later rows see more
-            for (int h = 0; h < group_; ++h, score += kTileTokens)
+            const int end = step_.row_visible_end[row] - tile.position, visible = std::min(end, tile.num_tokens);
+            const int first = layer_.window > 0 ? std::clamp(end - layer_.window, 0, kTileTokens) : 0;
+            if (visible == kTileTokens && layer_.window <= 0) break;  // later rows see more
+            for (int h = 0; h < group_; ++h, score += kTileTokens) {
+                std::fill(score, score + first, kMinusInfinity);
                 std::fill(score + visible, score + kTileTokens, kMinusInfinity);
+            }
         }
     }
 
@@ -362,6 +387,10 @@ class BlockAttention {
         float& before = work_.maximum[at(head, vector)];
         float& weight = work_.weight[at(head, vector)];
         const float maximum = std::max(before, highest(high));
+        if (maximum == kMinusInfinity) {  // the row's window begins behind this tile
+            std::fill_n(score, kTileTokens, 0.0f);
+            return;
+        }
         if (maximum > before) {
             const float shrink = std::exp(before - maximum);
             before = maximum;

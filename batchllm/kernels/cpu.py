@@ -59,6 +59,8 @@ class _Layer(ctypes.Structure):
         ("num_kv_heads", _I32),
         ("head_dim", _I32),
         ("scale", _F32),
+        ("logit_cap", _F32),
+        ("window", _I32),
     ]
 
 
@@ -120,6 +122,8 @@ class CpuKernels:
         value_cache: torch.Tensor,
         output: torch.Tensor,
         scale: float,
+        logit_cap: float = 0.0,
+        window: int = 0,
     ) -> None:
         """Attention of one layer, shared segments read once for their readers.
 
@@ -130,6 +134,8 @@ class CpuKernels:
             value_cache: The same shape.
             output: The shape of ``query``; is overwritten.
             scale: Of the scores.
+            logit_cap: ``cap * tanh(score / cap)`` of each scaled score; 0: none.
+            window: Tokens that a token sees, itself included; 0: all before it.
 
         Raises:
             ValueError: The heads have a shape, or the tensors a dtype, that `supports_heads` denies.
@@ -152,6 +158,8 @@ class CpuKernels:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             scale=scale,
+            logit_cap=logit_cap,
+            window=window,
         )
         if function(step.struct, layer):
             raise ValueError(f"{num_heads} heads over {num_kv_heads} of {head_dim} elements are not supported")

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from batchllm.attention.base import StepAttention
 from batchllm.attention.cpu_shared import make_cpu_attention
 from batchllm.attention.layout import AttentionLayout
+from batchllm.errors import EngineError
 from batchllm.kernels.cpu import CpuKernels
 from batchllm.kernels.cpu import load as load_kernels
 from batchllm.srt.step_layout import SharesPrefixes, StepPlanner, why_unsupported
@@ -104,7 +105,9 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
             attention = self._attention_of_last_rows(layer, q)
         output = torch.empty(q.shape, dtype=q.dtype)
         heads = (-1, layer.tp_q_head_num, layer.head_dim)
-        attention.run(q.view(heads), keys, values, output.view(heads), layer.scaling)
+        # SGLang counts a token's window without the token itself.
+        cap, window = layer.logit_cap or 0.0, layer.sliding_window_size + 1
+        attention.run(q.view(heads), keys, values, output.view(heads), layer.scaling, cap, window)
         return WANTED.put_back(output) if is_narrowed else output
 
     def _attention_of_last_rows(self, layer: Any, q: torch.Tensor) -> StepAttention:
@@ -137,8 +140,10 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
 
     def _choose(self, layer: Any, q: torch.Tensor) -> StepAttention | None:
         reason = why_unsupported(layer, q, self.token_to_kv_pool.get_key_buffer(layer.layer_id))
-        if reason is None and layer.logit_cap:
-            reason = f"scores capped at {layer.logit_cap}"
+        if reason is not None and layer.logit_cap:
+            raise EngineError(
+                f"layer {layer.layer_id}: {reason}, and scores capped at {layer.logit_cap}: nobody computes it"
+            )
         if reason is not None:
             logger.warning("layer %d: %s; SGLang's torch_native computes it", layer.layer_id, reason)
             return None

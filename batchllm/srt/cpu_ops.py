@@ -1,5 +1,5 @@
 """What lies between the attention layers on a CPU: linear layers through oneDNN's packed weights, and compiled
-norms, activations and rotary embeddings.
+norms, activations and rotary embeddings; torch for two operators that SGLang has as Triton kernels only.
 
 (Upstream: ``srt/layers/utils/multi_platform.py``, ``layernorm.py``, ``activation.py``, ``rotary_embedding/base.py``,
 ``quantization/unquant.py``.)
@@ -8,10 +8,13 @@ norms, activations and rotary embeddings.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.kernels.ops.elementwise import elementwise
+from sglang.srt.layers import logits_processor
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor, should_apply_lm_head_quant_method
@@ -27,6 +30,7 @@ _DISPATCH_KEY = CpuPlatform().get_dispatch_key_name()
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_ADD_GATED = "fused_gate_sigmoid_mul_add"
 # SGLang's own, for whatever ours does not take.
 _stock_linear = UnquantizedLinearMethod.apply
 _stock_lm_head = LogitsProcessor._compute_lm_head
@@ -36,6 +40,11 @@ def install() -> None:
     """Register our operators with SGLang in this process."""
     UnquantizedLinearMethod.apply = _linear
     LogitsProcessor._compute_lm_head = _compute_lm_head
+    logits_processor.fused_softcap = _cap_logits
+    elementwise.fused_gate_sigmoid_mul_add = _add_gated
+    for module in sys.modules.values():  # those that have imported it by name
+        if getattr(module, "__name__", "").startswith("sglang.srt.models.") and hasattr(module, _ADD_GATED):
+            setattr(module, _ADD_GATED, _add_gated)
     kernels = load()
     if isinstance(kernels, str):
         logger.warning("%s; torch's own operators run meanwhile, several times slower", kernels)
@@ -47,6 +56,25 @@ def install() -> None:
         # They differ in their tables of cosines; those that turn in another way have a forward of their own.
         if variant.forward_native is RotaryEmbedding.forward_native:
             MultiPlatformOp.register_oot_forward(variant, rotary, _DISPATCH_KEY)
+
+
+def _cap_logits(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """In place."""
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
+def _add_gated(
+    hidden_states: torch.Tensor, gate_weight: torch.Tensor, shared_output: torch.Tensor, output: torch.Tensor
+) -> None:
+    """Add what a gate lets through of the shared expert's output, in place.
+
+    Args:
+        hidden_states: [num_tokens, hidden_size], as all but the gate.
+        gate_weight: [hidden_size].
+        shared_output: Of the shared expert.
+        output: Of the other experts.
+    """
+    output.add_(torch.sigmoid(hidden_states @ gate_weight)[:, None] * shared_output)
 
 
 def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -346,6 +346,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         reason = why_unsupported(layer, q, key_buffer)
         if reason is not None:
             return reason
+        if layer.sliding_window_size > -1:
+            return f"a sliding window of {layer.sliding_window_size} tokens"
         if layer.k_scale is not None or layer.v_scale is not None:
             return "scaled KV"
         if layer.logit_cap and layer.logit_capping_method != "tanh":

@@ -6,6 +6,7 @@ from the text of the modules, and a module is imported when its model is asked f
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -55,6 +56,7 @@ def make_lazy() -> None:
     registry.ModelRegistry.models = LazyModels(modules)
 
 
+@functools.cache
 def find_architectures(disabled: str = "") -> dict[str, str]:
     """The module that defines each architecture, by the text of SGLang's modules.
 

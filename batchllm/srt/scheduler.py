@@ -24,7 +24,7 @@ from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.turns import Turns
 from batchllm.scheduler.window import RequestWindow
-from batchllm.srt import attention_backend, child_process, compat, cpu_ops, radix_cache, sampling
+from batchllm.srt import attention_backend, child_process, compat, cpu_ops, filled_parameters, radix_cache, sampling
 from batchllm.srt.grammars import quiet_row_faults
 from batchllm.srt.io_struct import (
     PlannedAbortReqInput,
@@ -371,6 +371,7 @@ def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchSched
         from batchllm.srt import gpu_attention_backend  # Triton's kernels, which a CPU has no use for
 
         gpu_attention_backend.register()
+    filled_parameters.install()
     radix_cache.register()
     sampling.install()
     upstream.Scheduler = scheduler_class

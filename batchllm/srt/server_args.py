@@ -15,10 +15,11 @@ from typing import Any, Literal, Optional
 
 import torch
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs, add_attention_backend_choices
 
 from batchllm.errors import ConfigError
-from batchllm.srt import radix_cache
+from batchllm.srt import model_files, model_support, radix_cache
 
 ATTENTION_BACKEND = "batchllm"
 _CPU_KV_TOKENS = 131_072
@@ -102,12 +103,62 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     _check_page_size(server_args.get("page_size"))
     _check_batching(server_args)
     _check_environment()
+    model_files.check(model_path, server_args)
+    is_folder = model_files.is_folder(model_path)
+    if is_folder:  # first, since SGLang's arguments fail of some models without saying that it is the model
+        _check_model(_model_config(model_path, server_args), model_path, server_args)
     radix_cache.register()
     try:
         given = server_args | {"model_path": model_path, "orders_live": "schedule_policy" not in server_args}
-        return BatchServerArgs(**_attention(_defaults(model_path) | given))
+        args = BatchServerArgs(**_attention(_defaults(model_path) | given))
     except (OSError, ValueError, AssertionError, TypeError) as error:
+        if isinstance(error, OSError) and not os.path.exists(model_path):
+            reason = "there is no such folder, and the Hub gives no model of this name"
+            raise ConfigError(f"-m {model_path}: {reason}: {_one_line(error)}") from error
         raise ConfigError(f"-m {model_path}: {error}") from error
+    if not is_folder:
+        _check_model(args.get_model_config(), model_path, server_args)
+    return args
+
+
+_MAX_ERROR_LEN = 300
+_CONFIG_ARGUMENTS = {
+    "context_length": "context_length",
+    "decrypted_config_file": "override_config_file",
+    "disable_hybrid_swa_memory": "disable_hybrid_swa_memory",
+    "dtype": "dtype",
+    "enable_multimodal": "enable_multimodal",
+    "json_model_override_args": "model_override_args",
+    "model_config_parser": "model_config_parser",
+    "model_impl": "model_impl",
+    "quantization": "quantization",
+    "trust_remote_code": "trust_remote_code",
+}
+"""Server arguments that SGLang reads a model's configuration with, and what `ModelConfig` calls them."""
+
+
+def _model_config(model_path: str, server_args: dict[str, Any]) -> ModelConfig:
+    """What SGLang's scheduler will know of a model.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    given = {theirs: server_args[ours] for ours, theirs in _CONFIG_ARGUMENTS.items() if ours in server_args}
+    try:
+        return ModelConfig(model_path, **{"trust_remote_code": False} | given)
+    except Exception as error:  # whatever it is: the model's own file is what was read
+        raise ConfigError(f"-m {model_path}: {model_support.no_config(model_path)}: {_one_line(error)}") from error
+
+
+def _check_model(config: ModelConfig, model_path: str, server_args: dict[str, Any]) -> None:
+    is_on_cpu = server_args.get("device") == "cpu" or not _has_accelerator()
+    is_ours = server_args.get("attention_backend", ATTENTION_BACKEND) == ATTENTION_BACKEND
+    model_support.check(config, model_path=model_path, is_on_cpu=is_on_cpu, has_our_operators=is_ours)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _MAX_ERROR_LEN else f"{text[:_MAX_ERROR_LEN]}..."
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:

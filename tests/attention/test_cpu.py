@@ -35,15 +35,15 @@ def _make(implementation: str, case: Case) -> StepAttention:
     return CompiledSharedAttention(kernels_of(implementation), num_heads, num_kv_heads, head_dim)
 
 
-def _run(attend: StepAttention, case: Case) -> torch.Tensor:
+def _run(attend: StepAttention, case: Case, **scores: Any) -> torch.Tensor:
     output = torch.full_like(case.q, torch.nan)
     attend.plan(case.layout, case.table)
-    attend.run(case.q, case.k_cache, case.v_cache, output, case.scale)
+    attend.run(case.q, case.k_cache, case.v_cache, output, case.scale, **scores)
     return output
 
 
-def _expected(case: Case) -> torch.Tensor:
-    return attention(*(getattr(case, field.name) for field in dataclasses.fields(case)))
+def _expected(case: Case, **scores: Any) -> torch.Tensor:
+    return attention(*(getattr(case, field.name) for field in dataclasses.fields(case)), **scores)
 
 
 @functools.cache
@@ -113,6 +113,25 @@ def test_plain_torch_is_the_specification_with_two_threads(name: str, dtype: tor
 def test_plain_torch_computes_float64_as_such(name: str) -> None:
     case = make_case(2, dtype=torch.float64, **CASES[name])
     check_close(_run(_make("torch", case), case), _expected(case), "reference")
+
+
+@pytest.mark.parametrize(
+    "scores", [{"logit_cap": 0.5}, {"window": 1}, {"window": 70}, {"logit_cap": 2.0, "window": 20}]
+)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_caps_and_windows(implementation: str, name: str, scores: dict[str, Any]) -> None:
+    """Windows that end in a private part, in a segment, in the middle of a tile, and beyond a prompt."""
+    case, _ = _named_case(name, torch.float32)
+    check_close(_run(_make(implementation, case), case, **scores), _expected(case, **scores), "cpu")
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_windows_over_many_rows(implementation: str, window: int) -> None:
+    """More rows than a block, of sequences of different lengths; rows whose window begins behind a whole tile."""
+    case, _ = _many_rows(torch.float32)
+    check_close(_run(_make(implementation, case), case, window=window), _expected(case, window=window), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -253,6 +272,8 @@ def test_plain_torch_cut_into_small_pieces(monkeypatch: pytest.MonkeyPatch, name
     monkeypatch.setattr(torch_shared, "_MAX_BATCH_SIZE", 15000)
     case, expected = _named_case(name, torch.float32)
     check_close(_run(_make("torch", case), case), expected, "cpu")
+    # Most rows see nothing of their first pieces.
+    check_close(_run(_make("torch", case), case, window=9), _expected(case, window=9), "cpu")
 
 
 def test_plain_torch_multiplies_little_that_is_not_read() -> None:

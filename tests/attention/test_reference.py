@@ -43,6 +43,28 @@ def test_the_specification_is_torchs_attention(name: str) -> None:
     check_close(_by_torch(case), attention(*_fields(case)), "reference")
 
 
+@pytest.mark.parametrize(("logit_cap", "window"), [(0.5, 0), (0.0, 1), (0.0, 20), (2.0, 33)])
+@pytest.mark.parametrize("name", CASES)
+def test_caps_and_windows_are_the_same_segment_by_segment(name: str, logit_cap: float, window: int) -> None:
+    case = make_case(3, head_dim=16, dtype=torch.float64, **CASES[name])
+    alone = attention(*_fields(case), logit_cap=logit_cap, window=window)
+    check_close(shared_attention(*_fields(case), logit_cap=logit_cap, window=window), alone, "reference")
+    assert not torch.equal(alone, attention(*_fields(case)))
+
+
+def test_what_caps_and_windows_are() -> None:
+    """As Hugging Face's Gemma 2 has them: a token sees ``window`` tokens with itself, a score is capped when scaled."""
+    case = make_case(4, num_heads=1, num_kv_heads=1, dtype=torch.float64, mode="mixed", num_levels=2)
+    out = attention(*_fields(case), logit_cap=0.3, window=7)
+    for s, row in enumerate(case.layout.table_rows.tolist()):
+        first, last = case.layout.qo_indptr[s : s + 2].tolist()
+        for token in range(first, last):
+            own = int(case.layout.kv_len[s]) - (last - token)
+            slots = case.table[row, max(0, own - 6) : own + 1].long()
+            scores = 0.3 * torch.tanh(case.k_cache[slots, 0] @ case.q[token, 0] * case.scale / 0.3)
+            check_close(out[token, 0], scores.softmax(0) @ case.v_cache[slots, 0], "reference")
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("mode", ["decode", "mixed"])
 def test_query_heads_share_kv_heads(num_kv_heads: int, mode: str) -> None:

@@ -210,7 +210,6 @@ def test_released_prefixes_are_dropped_and_their_ids_given_out_again() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"sliding_window_size": 128}, "sliding window of 128"),
         ({"v_head_dim": 32}, "values of 32"),
         ({"is_cross_attention": True}, "not causal"),
     ],
@@ -221,7 +220,6 @@ def test_a_layer_that_is_not_ours_says_why(change: dict[str, Any], reason: str) 
     layer = SimpleNamespace(
         is_cross_attention=False,
         attn_type=AttentionType.DECODER,
-        sliding_window_size=-1,
         qk_head_dim=64,
         v_head_dim=64,
     )

@@ -1,0 +1,218 @@
+"""Models that SGLang would answer wrongly, or die on, are refused by name before anything is started."""
+
+from __future__ import annotations
+
+import json
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.configs.model_config import is_hybrid_swa_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from batchllm.errors import ConfigError
+from batchllm.srt import model_support
+from batchllm.srt.model_registry import find_architectures
+from batchllm.srt.server_args import make_server_args
+
+_TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+_WINDOW = {"sliding_window": 64}
+_AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}
+_FP8 = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}}
+
+
+def _ask(folder: Path, architecture: str, model_type: str, changes: dict[str, Any], **server_args: Any) -> None:
+    """Make the arguments of an engine for a model of which there is only a configuration."""
+    config = {"architectures": [architecture], "model_type": model_type, **_TINY, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    make_server_args(str(folder), skip_tokenizer_init=True, load_format="dummy", **server_args)
+
+
+REFUSED = [
+    ("MistralForCausalLM", "mistral", _WINDOW, "sliding_window 64: SGLang ignores"),
+    ("Ministral3ForCausalLM", "ministral3", _WINDOW, "sliding_window 64: SGLang ignores"),
+    ("MixtralForCausalLM", "mixtral", _WINDOW, "sliding_window 64: SGLang ignores"),
+    ("Phi3ForCausalLM", "phi3", _WINDOW, "sliding_window 64: SGLang ignores"),
+    ("Starcoder2ForCausalLM", "starcoder2", _WINDOW, "sliding_window 64: SGLang ignores"),
+    (
+        "Qwen2ForCausalLM",
+        "qwen2",
+        _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+        "sliding_window 64: SGLang ignores",
+    ),
+    (
+        "Qwen3ForCausalLM",
+        "qwen3",
+        _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+        "sliding_window 64: SGLang ignores",
+    ),
+    (
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        _WINDOW | {"use_sliding_window": True},
+        "sliding_window 64: SGLang ignores",
+    ),
+    ("Cohere2ForCausalLM", "cohere2", _WINDOW, "sliding_window 64: SGLang makes the window a token longer"),
+    (
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        _WINDOW | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+        "sliding_window 64: SGLang has no such model",
+    ),
+    ("LlamaForCausalLM", "llama", {"mlp_bias": True}, "mlp_bias true: SGLang leaves the bias out"),
+    ("GraniteForCausalLM", "granite", {"attention_bias": True}, "attention_bias true"),
+    ("CohereForCausalLM", "cohere", {"attention_bias": True}, "attention_bias true"),
+    ("PhiForCausalLM", "phi", {}, "a bias of lm_head"),
+    ("GPTJForCausalLM", "gptj", {}, "a bias of lm_head"),
+    ("GemmaForCausalLM", "gemma", {"tie_word_embeddings": False}, "tie_word_embeddings false"),
+    ("GPT2LMHeadModel", "gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings false"),
+    ("GPT2LMHeadModel", "gpt2", {"activation_function": "relu"}, "activation_function relu"),
+    ("GPT2LMHeadModel", "gpt2", {"scale_attn_weights": False}, "scale_attn_weights false"),
+    ("GPTNeoXForCausalLM", "gpt_neox", {}, "embed_out"),
+    ("Olmo3ForCausalLM", "olmo3", {}, "no rope_scaling"),
+    ("MixtralForCausalLM", "mixtral", {"hidden_act": "gelu"}, "hidden_act gelu: SGLang computes silu"),
+    ("StableLmForCausalLM", "stablelm", {"use_parallel_residual": True}, "use_parallel_residual true"),
+    ("StableLmForCausalLM", "stablelm", {"qk_layernorm": True}, "qk_layernorm true"),
+    ("OlmoeForCausalLM", "olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+    ("OlmoeForCausalLM", "olmoe", {"norm_topk_prob": True}, "norm_topk_prob true"),
+    ("LlamaForCausalLM", "llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+    ("MixtralForCausalLM", "mixtral", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type linear"),
+    ("Gemma3ForCausalLM", "gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0"),
+    ("Gemma2ForCausalLM", "gemma2", {}, "no hidden_act"),
+    ("LlamaForCausalLM", "llama", _AWQ, "quantization awq"),
+    ("LlamaForCausalLM", "llama", _FP8, "quantization fp8"),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {}, "kv_lora_rank 512: multi-head latent attention"),
+    ("FalconH1ForCausalLM", "falcon_h1", {}, "state-space or linear-attention layers"),
+    ("Qwen3NextForCausalLM", "qwen3_next", {}, "state-space or linear-attention layers"),
+    ("Lfm2ForCausalLM", "lfm2", {}, "state-space or linear-attention layers"),
+    ("GptOssForCausalLM", "gpt_oss", {}, "a KV cache of two sizes"),
+    ("Llama4ForCausalLM", "llama4_text", {"attention_chunk_size": 64}, "attention_chunk_size 64"),
+    ("MambaForCausalLM", "mamba", {}, "sglang 0.5.17 has no such model"),
+    ("NoSuchForCausalLM", "llama", {}, "NoSuchForCausalLM with model_type llama: sglang 0.5.17 has no such model"),
+    ("T5ForConditionalGeneration", "t5", {}, "an encoder before its decoder"),
+    ("BertModel", "bert", {}, "generate no text"),
+    ("LlamaForSequenceClassification", "llama", {}, "generate no text"),
+    ("Qwen2ForRewardModel", "qwen2", {}, "generate no text"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "model_type", "changes", "said"), REFUSED)
+def test_what_is_refused(
+    architecture: str, model_type: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """In one line that names the folder, the architecture, the value, the reason and what to do."""
+    with pytest.raises(ConfigError) as refused:
+        _ask(tmp_path, architecture, model_type, changes)
+    message = str(refused.value)
+    # SGLang calls OLMo 3 by the name of OLMo 2.
+    assert message.startswith(f"-m {tmp_path}: {architecture.replace('Olmo3', 'Olmo2')} with ")
+    assert said in message and "\n" not in message and "; " in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "changes", "server_args"),
+    [
+        ("LlamaForCausalLM", "llama", {"mlp_bias": False, "attention_bias": True}, {}),
+        ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}, {}),
+        ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {}),
+        ("LlamaForCausalLM", "llama", {"mlp_bias": True}, {"model_impl": "transformers"}),
+        ("MistralForCausalLM", "mistral", {"sliding_window": None}, {}),
+        ("MistralForCausalLM", "mistral", {"sliding_window": 512}, {}),
+        ("MistralForCausalLM", "mistral", _WINDOW, {"context_length": 64}),
+        ("Qwen2ForCausalLM", "qwen2", _WINDOW, {}),
+        ("Qwen2ForCausalLM", "qwen2", _WINDOW | {"use_sliding_window": True, "max_window_layers": 2}, {}),
+        ("Qwen2MoeForCausalLM", "qwen2_moe", {}, {}),
+        ("Cohere2ForCausalLM", "cohere2", _WINDOW, {"context_length": 64}),
+        ("Gemma2ForCausalLM", "gemma2", _WINDOW | {"hidden_act": "gelu_pytorch_tanh"}, {}),
+        ("Gemma2ForCausalLM", "gemma2", {}, {"json_model_override_args": '{"hidden_act": "gelu_pytorch_tanh"}'}),
+        ("Gemma3ForCausalLM", "gemma3_text", _WINDOW, {}),
+        ("GPT2LMHeadModel", "gpt2", {}, {}),
+        ("SmolLM3ForCausalLM", "smollm3", {}, {}),
+        ("LlamaForCausalLM", "llama", _WINDOW, {}),
+    ],
+)
+def test_what_is_not_refused(
+    architecture: str, model_type: str, changes: dict[str, Any], server_args: dict[str, Any], tmp_path: Path
+) -> None:
+    """Values that are harmless, that SGLang does obey, or that the remedies have made so."""
+    _ask(tmp_path, architecture, model_type, changes, **server_args)
+
+
+def test_the_remedy_for_a_window_is_accepted_and_a_token_more_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give --context-length 64"):
+        _ask(tmp_path, "MistralForCausalLM", "mistral", _WINDOW, context_length=65)
+    _ask(tmp_path, "MistralForCausalLM", "mistral", _WINDOW, context_length=64)
+
+
+def test_the_remedy_for_dynamic_rope_is_accepted(tmp_path: Path) -> None:
+    rope = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    plain = '{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}'
+    with pytest.raises(ConfigError, match="give --context-length 512"):
+        _ask(tmp_path, "LlamaForCausalLM", "llama", rope)
+    _ask(tmp_path, "LlamaForCausalLM", "llama", rope, context_length=512, json_model_override_args=plain)
+
+
+def test_a_bias_that_the_adapter_has_no_place_for_either_is_refused_there_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PhiForCausalLM with a bias of lm_head"):
+        _ask(tmp_path, "PhiForCausalLM", "phi", {}, model_impl="transformers")
+
+
+def test_caps_are_not_left_to_sglangs_own_attention(tmp_path: Path) -> None:
+    """It ignores them on a CPU."""
+    changes = {"hidden_act": "gelu_pytorch_tanh"}
+    with pytest.raises(ConfigError, match=r"attn_logit_softcapping 50.0: .*drop --attention-backend"):
+        _ask(tmp_path, "Gemma2ForCausalLM", "gemma2", changes, attention_backend="torch_native")
+
+
+def test_the_unknown_is_named(tmp_path: Path) -> None:
+    """Also where SGLang cannot read the configuration."""
+    with pytest.raises(ConfigError, match=r"FooForCausalLM: sglang 0.5.17 has no such model, .*nosuch") as refused:
+        _ask(tmp_path, "FooForCausalLM", "nosuch", {})
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_quantisation_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="LlamaForCausalLM: Unknown quantization method: nosuch"):
+        _ask(tmp_path, "LlamaForCausalLM", "llama", {"quantization_config": {"quant_method": "nosuch"}})
+
+
+def test_every_entry_says_where_upstream_does_it() -> None:
+    folder = Path(str(util.find_spec("sglang.srt").submodule_search_locations[0]))  # type: ignore[union-attr, index]
+    for fault in model_support.FAULTS:
+        file = fault.source.partition("::")[0].partition(",")[0].partition(";")[0].partition(":")[0].split()[0]
+        assert (folder / file).is_file(), fault.source
+        assert fault.architectures is None or fault.architectures <= find_architectures().keys(), fault.source
+
+
+def test_every_window_that_hugging_face_applies_is_applied_or_refused() -> None:
+    """By the text of both: whose mask slides there, and whose attention is given no window here."""
+    transformers = Path(str(util.find_spec("transformers").submodule_search_locations[0])) / "models"  # type: ignore[union-attr, index]
+    native = find_architectures()
+    slides = set()
+    for model_type, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        file = transformers / model_type / f"modeling_{model_type}.py"
+        if architecture in native and file.is_file() and "create_sliding_window_causal_mask" in file.read_text():
+            slides.add(architecture)
+    obeys = {name for name in slides if "sliding_window_size" in _text(native[name]) or is_hybrid_swa_model([name])}
+    listed = model_support.IGNORE_WINDOWS | model_support.MISREAD_WINDOWS
+    assert len(slides) > 10 and slides - obeys <= listed
+    assert all("sliding_window_size=" not in _text(native[name]) for name in model_support.IGNORE_WINDOWS)
+
+
+def _text(module: str) -> str:
+    spec = util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text()
