@@ -134,16 +134,16 @@ def top_k(name: str, value: object) -> int:
     return value or -1
 
 
-def stop_strings(name: str, value: object) -> tuple[str, ...]:
-    """Checks for one string, or a list of non-empty ones; an empty string alone says nothing."""
-    if value == "":
-        return ()
-    listed = [value] if isinstance(value, str) else value
+def stop_strings(name: str, value: object) -> tuple[str, ...] | None:
+    """Checks for one string, or a list of non-empty ones; None for an empty string or list, which says nothing."""
+    listed = [value] if isinstance(value, str) else as_list(value)
+    if listed in ([], (), [""]):
+        return None
     if not isinstance(listed, (list, tuple)) or not all(isinstance(s, str) for s in listed):
         raise wrong_type(name, "a string or a list of strings", value)
     if "" in listed:
         raise out_of_range(name, "made of non-empty strings", value)
-    return tuple(whole_characters(name, string) for string in listed)
+    return tuple(str(whole_characters(name, string)) for string in listed)
 
 
 def stop_ids(name: str, value: object) -> tuple[int, ...]:

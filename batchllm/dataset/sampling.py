@@ -116,8 +116,9 @@ def read_settings(mapping: object, fields: Mapping[str, SamplingField]) -> dict[
                 code="unknown_parameter",
                 param=str(name),
             )
-        if value is not None:
-            put_setting(settings, field.target, field.check(name, value), name=name)
+        checked = None if value is None else field.check(name, value)
+        if checked is not None:
+            put_setting(settings, field.target, checked, name=name)
     return settings
 
 

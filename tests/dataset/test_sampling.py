@@ -282,8 +282,6 @@ def test_messages_stay_short_however_long_the_value() -> None:
         ("temperature", np.float64(0.5), 0.5),
         ("temperature", np.int32(1), 1.0),
         ("ignore_eos", np.bool_(True), True),
-        ("stop", "", ()),
-        ("stop", [], ()),
         ("stop", np.str_("x"), ("x",)),
         ("stop_token_ids", [3.0, np.int64(4)], (3, 4)),
         ("stop_token_ids", np.array([3, 4]), (3, 4)),
@@ -318,3 +316,8 @@ def test_a_number_is_what_it_is_worth_however_it_is_written(name: str, given: ob
 )
 def test_a_number_that_is_none_of_these_is_refused(name: str, given: object) -> None:
     assert refused({name: given}).param == name
+
+
+@pytest.mark.parametrize("value", ["", [], (), [""]])
+def test_a_stop_that_is_empty_leaves_the_default(value: object) -> None:
+    assert parse_sampling({"stop": value}, defaults=SamplingParams(stop=("x",))).stop == ("x",)
