@@ -240,6 +240,17 @@ def test_a_chat_becomes_this_text(make: Callable[..., Model], kind: str, fields:
     assert model.of_batch(fields) == model.batch.hf.encode(text, add_special_tokens=False) == model.of_live(fields)
 
 
+def test_a_named_template_of_sglang_s_holds_in_batches_with_its_stop_strings(tmp_path: Path) -> None:
+    """``--chat-template chatml``."""
+    model = Model(TEMPLATES["string"], tmp_path, {})
+    templates = model.batch.serving.template_manager
+    templates.load_chat_template(model.batch.serving.tokenizer_manager.manager, "chatml", str(tmp_path))
+    body = {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}], "stop": "x"}
+    assert model.of_batch(body) == model.of_live(body) == model.of_stock(body)
+    (prompt,) = model.batch.encode_chats([(body["messages"], None)])
+    assert isinstance(prompt, ChatPrompt) and "<|im_end|>" in dict(prompt.settings)["stop"]
+
+
 def test_default_arguments_of_the_template_hold_in_batches(make: Callable[..., Model]) -> None:
     model = make("thinking switch", default_chat_template_kwargs={"enable_thinking": False})
     body = {"messages": [{"role": "user", "content": "1"}]}
