@@ -283,6 +283,7 @@ def _command(args: argparse.Namespace, server_flags: list[str], source: Input) -
 def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Input) -> Fingerprint:
     """What the job's answers depend on."""
     columns = {name: getattr(args, name, None) for name in _COLUMN_FLAGS}
+    server_flags = _with_config(server_flags)
     parts = {
         "input": source.content_hash(),
         "model": model_identity(_model_path(args, server_flags)),
@@ -293,6 +294,21 @@ def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Inpu
     }
     # What a shell hands over need not be text.
     return Fingerprint({name: part.encode(errors="backslashreplace").decode() for name, part in parts.items()})
+
+
+def _with_config(server_flags: list[str]) -> list[str]:
+    """The flags, those of the file of ``--config`` before the others. What is wrong with it, the engine says."""
+    path = _flag_value(server_flags, "config")
+    if not path:
+        return server_flags
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return server_flags
+    items = found.items() if isinstance(found, dict) else ()
+    return [f"--{str(name).replace('_', '-')}={value}" for name, value in items] + server_flags
 
 
 def _model_path(args: argparse.Namespace, server_flags: list[str]) -> str:

@@ -193,6 +193,18 @@ def test_what_would_change_answers_is_refused_by_name(
     command("run", "-i", source, "-o", out).check(0)
 
 
+@pytest.mark.parametrize(("line", "part"), [("model-path: another", "model"), ("dtype: bfloat16", "engine")])
+def test_what_a_file_of_flags_changes_of_the_answers_is_refused_by_name(
+    command: Command, source: Path, out: Path, tmp_path: Path, line: str, part: str
+) -> None:
+    stop_job(command, source, out)
+    config = tmp_path / "flags.yaml"
+    config.write_text(line)
+    assert f"{part} was " in command("run", "-i", source, "-o", out, "--config", config).check(2).stderr
+    config.write_text("max-total-tokens: 4096")
+    command("run", "-i", source, "-o", out, "--config", config).check(0)
+
+
 def test_what_only_changes_speed_may_change_between_runs(command: Command, source: Path, out: Path) -> None:
     stop_job(command, source, out)
     command("run", "-i", source, "-o", out, "--max-total-tokens", "4096", "--token-memory", "1", "--retry", "1").check(
