@@ -16,7 +16,7 @@ Codes of a `BadRow`; they are part of the output format and never change meaning
                   parameter_out_of_range, conflicting_parameters, invalid_json_schema,
                   unsupported_schema, invalid_regex, invalid_response_format
     its text      lone_surrogate
-    the engine    prompt_too_long, token_id_out_of_range, tokenizer_needed, never_fits_kv_pool,
+    the engine    prompt_too_long, token_id_out_of_range, tokenizer_needed, never_fits_kv_pool, never_fits_kv_limit,
                   invalid_grammar, aborted
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from batchllm.dataset.prompts import check_text
 from batchllm.dataset.sampling import parse_sampling
-from batchllm.errors import BatchLLMError, ConfigError, EngineError, RowError
+from batchllm.errors import EngineError, RowError
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
 from batchllm.offline.runtime import Runtime
@@ -101,25 +101,13 @@ class PlannedWaves:
             self.num_computed_prompt_tokens += job.stats.num_computed_prompt_tokens
             self.num_optimal_prompt_tokens += job.stats.num_optimal_prompt_tokens
 
-    def _make_rows(self, requests: Sequence[Request]) -> tuple[JobRows, list[BatchLLMError | None]]:
+    def _make_rows(self, requests: Sequence[Request]) -> tuple[JobRows, list[RowError | None]]:
         """Rows of those that can run; and of each request why it cannot, or None."""
-        errors: list[BatchLLMError | None] = []
-        rows = self._empty_rows()
-        try:
-            for first in range(0, len(requests), ENCODE_SLICE):
-                errors += rows.add(requests[first : first + ENCODE_SLICE])
-        except ConfigError:  # a prompt above --kv-limit ends a job; here it must not take the others along
-            rows.store.close()
-            rows, errors = self._empty_rows(), []
-            for request in requests:
-                try:
-                    errors += rows.add([request])
-                except ConfigError as error:
-                    errors.append(error)
+        errors: list[RowError | None] = []
+        rows = JobRows(self._runtime.info, self._runtime.tokenizer, TokenStore(None, _IN_MEMORY))
+        for first in range(0, len(requests), ENCODE_SLICE):
+            errors += rows.add(requests[first : first + ENCODE_SLICE])
         return rows, errors
-
-    def _empty_rows(self) -> JobRows:
-        return JobRows(self._runtime.info, self._runtime.tokenizer, TokenStore(None, _IN_MEMORY))
 
     def _request(self, index: int, body: dict[str, Any]) -> Request:
         names = body["sampling_params"].items()

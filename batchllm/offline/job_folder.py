@@ -94,6 +94,8 @@ class FolderLock:
         ConfigError: Another process has it, or the folder cannot be written.
     """
 
+    NAME = _LOCK_NAME
+
     def __init__(self, folder: Path) -> None:
         self._path = folder / _LOCK_NAME
         deadline = time.monotonic() + _LOCK_WAIT_S

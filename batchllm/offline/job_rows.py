@@ -27,7 +27,7 @@ from batchllm.dataset.limits import (
     check_token_ids,
     fit_max_new_tokens,
 )
-from batchllm.errors import ConfigError, RowError
+from batchllm.errors import RowError
 from batchllm.offline.encode import Encoded, encode_requests
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
@@ -202,7 +202,7 @@ class JobRows:
             Of each request why it cannot run, or None where it was taken in.
 
         Raises:
-            ConfigError: A request gives text and there is no tokenizer, or it fits the KV pool but not the KV limit.
+            ConfigError: A request gives text and there is no tokenizer.
         """
         errors: list[RowError | None] = []
         kept: list[array[int]] = []
@@ -305,10 +305,12 @@ class JobRows:
         check_prompt_len(prompt_len, sampling, context_len=info.context_len, kv_capacity=pool_room)
         needed = prompt_len + sampling.max_new_tokens
         if needed > limit_room:
-            raise ConfigError(
-                f"--kv-limit {info.kv_limit_tokens}: request {request.index} needs up to {needed} tokens "
-                f"({prompt_len} prompt + {sampling.max_new_tokens} new); raise it to at least "
-                f"{info.kv_limit_tokens + needed - limit_room}"
+            raise RowError(
+                f"the row needs up to {needed} tokens of KV ({prompt_len} prompt + {sampling.max_new_tokens} new), and "
+                f"--kv-limit is {info.kv_limit_tokens}; raise it to at least "
+                f"{info.kv_limit_tokens + needed - limit_room}, lower max_new_tokens or shorten the prompt",
+                code="never_fits_kv_limit",
+                param="max_new_tokens",
             )
         return sampling.max_new_tokens
 

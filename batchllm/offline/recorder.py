@@ -32,13 +32,17 @@ class Recorder:
         outputs: The user's files.
         progress: Told of rows that are safe.
         max_failures: More failed rows than this, those of earlier runs included, stop the job; None: never.
+        job_seed: Goes into the ids of responses: the same row of another job has others.
 
     Attributes:
         num_failed: Rows of the job without an answer.
         first_failed: The first few of them in this run.
     """
 
-    def __init__(self, journal: Journal, outputs: Outputs, progress: Progress, max_failures: int | None) -> None:
+    def __init__(
+        self, journal: Journal, outputs: Outputs, progress: Progress, max_failures: int | None, *, job_seed: int = 0
+    ) -> None:
+        self._job_seed = job_seed
         self._journal = journal
         self._outputs = outputs
         self._progress = progress
@@ -62,7 +66,13 @@ class Recorder:
         """All samples of a row have finished, none aborted."""
         samples = sorted(completions, key=lambda completion: completion.sample)
         record = render_success(
-            head, samples, model=model, created=self._created, decode=decode, decode_prompt=decode_prompt
+            head,
+            samples,
+            model=model,
+            created=self._created,
+            decode=decode,
+            decode_prompt=decode_prompt,
+            job_seed=self._job_seed,
         )
         num_prompt_tokens, _, num_output_tokens = count_tokens(head, samples)
         self._journal.append(
@@ -83,7 +93,7 @@ class Recorder:
         self.num_failed += 1
         if len(self.first_failed) < NUM_SHOWN:
             self.first_failed.append(bad)
-        line = self._keep(orjson.dumps(render_error(bad)), is_failed=True)
+        line = self._keep(orjson.dumps(render_error(bad, job_seed=self._job_seed)), is_failed=True)
         self._journal.append(bad.index, line, is_failed=True, code=bad.code)
         self.commit_if_due()
         if self._max_failures is not None and self.num_failed > self._max_failures:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -328,7 +329,13 @@ class Runner:
         for number in self._with_followers(row):
             head = self._spool.read(number)
             self._is_done[number] = True
-            self._recorder.fail(replace(bad, given_id=head.given_id, index=head.position, line=head.line))
+            own: dict[str, Any] = {
+                "kind": head.kind,
+                "given_id": head.given_id,
+                "line": head.line,
+                "carried": head.carried,
+            }
+            self._recorder.fail(replace(bad, index=head.position, **own))
 
     def _with_followers(self, row: int) -> list[int]:
         return [row] if self._identical is None else [row, *self._identical.followers(row)]

@@ -24,7 +24,9 @@ _NUM_ROWS_PER_COMMIT = 4096
 """More at once than of answers: what is lost is soon made again."""
 
 
-def record_missing(journal: Journal, input_path: Path, num_rows: int, *, code: str, message: str) -> None:
+def record_missing(
+    journal: Journal, input_path: Path, num_rows: int, *, code: str, message: str, job_seed: int
+) -> None:
     """Every row of the input without a result gets an error.
 
     Raises:
@@ -37,14 +39,16 @@ def record_missing(journal: Journal, input_path: Path, num_rows: int, *, code: s
         return
     error = {"code": code, "message": message}
     with open_unwrapped(input_path) as stream:
+        num_appended = 0
         for index, (_, record) in enumerate(parse_lines(stream)):
             if has_result[index]:
                 continue
             custom_id = None if isinstance(record, BrokenRecord) else record.get("custom_id")
-            digest = blake2b(f"{index}\0{custom_id}".encode(), digest_size=12).hexdigest()
+            digest = blake2b(f"{job_seed}\0{index}\0{custom_id}".encode(), digest_size=12).hexdigest()
             line = {"id": f"batch_req_{digest}", "custom_id": custom_id, "response": None, "error": error}
             journal.append(index, orjson.dumps(line), is_failed=True, code=code)
-            if index % _NUM_ROWS_PER_COMMIT == 0:
+            num_appended += 1
+            if num_appended % _NUM_ROWS_PER_COMMIT == 0:
                 journal.commit()
     journal.commit()
 

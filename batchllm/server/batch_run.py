@@ -8,6 +8,7 @@ results appear together with the status that names them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sqlite3
@@ -125,7 +126,10 @@ class BatchRun:
             logger.error("%s: %s", self._id, error)
             self.has_trouble = True
         except (BatchLLMError, OSError, sqlite3.Error) as error:
-            self._give_up(error)
+            if is_disk_full(error):
+                self._wait_for_room(error)
+            else:
+                self._give_up(error)
         except Exception:  # a mistake of ours must not end the thread unheard; it counts as a fruitless attempt
             logger.exception("%s: cannot be run", self._id)
             self.has_trouble = True
@@ -216,7 +220,7 @@ class BatchRun:
             runner = Runner(
                 _once(runtime),
                 journal=journal,
-                recorder=Recorder(journal, outputs, progress, None),
+                recorder=Recorder(journal, outputs, progress, None, job_seed=_seed_of(batch.id)),
                 progress=progress,
                 stop=self._stop,
                 folder=folder,
@@ -247,8 +251,8 @@ class BatchRun:
 
     # The end
 
-    def _finish(self, end: End, journal: Journal) -> None:
-        """Make the files of results, and let them appear with the status."""
+    def _finish(self, end: End, journal: Journal, errors: list[dict[str, Any]] | None = None) -> None:
+        """Make the files of results, and let them appear with the status, and with these errors of the batch."""
         context = self._context
         batch = context.batches.need(self._id)
         if batch.status == "cancelling":  # meanwhile
@@ -256,7 +260,9 @@ class BatchRun:
         if end != "completed":
             code, message = _WHY_MISSING[end]
             input_path = context.files.path(batch.input_file_id)
-            record_missing(journal, input_path, batch.num_rows, code=code, message=message)
+            if input_path.exists():  # else nobody knows the ids of the rows that are missing
+                seed = _seed_of(batch.id)
+                record_missing(journal, input_path, batch.num_rows, code=code, message=message, job_seed=seed)
         answers, failures = context.files.new_path(), context.files.new_path()
         placed: list[str] = []
         try:
@@ -265,7 +271,7 @@ class BatchRun:
             for path in (answers, failures):
                 ids.append(context.files.place(path) if path.stat().st_size else None)
                 placed += [file_id for file_id in ids[-1:] if file_id is not None]
-            self._commit(end, batch, ids, usage, num_failed=len(journal.failed()))
+            self._commit(end, batch, ids, usage, num_failed=len(journal.failed()), errors=errors)
             placed = []
         finally:
             answers.unlink(missing_ok=True)
@@ -284,7 +290,14 @@ class BatchRun:
             raise _StoppedError("rows are missing again") from error
 
     def _commit(
-        self, end: End, batch: BatchRecord, ids: list[str | None], usage: dict[str, int], *, num_failed: int
+        self,
+        end: End,
+        batch: BatchRecord,
+        ids: list[str | None],
+        usage: dict[str, int],
+        *,
+        num_failed: int,
+        errors: list[dict[str, Any]] | None,
     ) -> None:
         context = self._context
         with context.database.transaction():
@@ -305,25 +318,49 @@ class BatchRun:
                 usage=usage,
                 num_answered=batch.num_rows - num_failed,
                 num_failed=num_failed,
-                errors=[_error("crash_loop", _CRASH_LOOP)] if end == "failed" else None,
+                errors=errors or ([_error("crash_loop", _CRASH_LOOP)] if end == "failed" else None),
             )
             if not is_moved:  # cancelled in this very moment
                 raise _StoppedError("the batch has another status now")
+
+    def _wait_for_room(self, error: Exception) -> None:
+        """The disk is full: what is recorded stays, and the batch goes on when there is room, until it expires."""
+        logger.error("%s: the disk is full; it goes on when there is room: %s", self._id, error)
+        self.has_trouble = True
+        with contextlib.suppress(sqlite3.Error):  # that it is to blame for nothing need not fit on the disk either
+            self._context.batches.update(self._id, num_attempts=0)
+
+    def _hand_out(self, told: dict[str, Any]) -> bool:
+        """End the batch as failed, with files of the results that it has; False where that does not work."""
+        try:
+            if not Journal.exists(self._context.folder(self._id)):
+                return False
+            with self._open_journal() as journal:
+                self._finish("failed", journal, [told])
+            return True
+        except (BatchLLMError, OSError, sqlite3.Error) as fault:
+            logger.error("%s: its results cannot be handed out: %s", self._id, fault)
+            return False
 
     def _give_up(self, error: Exception) -> None:
         """The storage refuses, or the input is gone: no trying again would help this batch."""
         logger.error("%s: fails: %s", self._id, error, exc_info=error)
         if isinstance(error, ConfigError):
             told = _error("server_error", f"the server is not set up for this batch: {error}")
-        elif is_disk_full(error):
-            told = _error("storage_full", "the server's disk is full; create the batch again when there is room")
         else:
             told = _error("storage_unavailable", "the server could not keep or read what the batch needs on its disk")
+        if self._hand_out(told):
+            return
         try:
             self._context.batches.move(self._id, ACTIVE_STATUSES, "failed", errors=[told])
         except sqlite3.Error as fault:
             logger.error("%s: not even that can be written, it is tried again later: %s", self._id, fault)
             self.has_trouble = True
+
+
+def _seed_of(batch_id: str) -> int:
+    """A number that is the batch's own."""
+    return int(batch_id.rpartition("_")[2], 16)
 
 
 def _once(runtime: Runtime) -> Callable[[], Runtime]:

@@ -21,7 +21,7 @@ from batchllm.server.database import Database
 from batchllm.server.file_store import UnknownCursorError
 from batchllm.server.objects import ACTIVE_STATUSES, BatchCreate, BatchStatus, seconds_of
 
-_ID = re.compile(r"batch_[0-9a-f]{32}")
+BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 _JSON_COLUMNS = frozenset({"metadata", "errors", "usage"})
 _TIME_OF: Mapping[BatchStatus, str] = {
     status: f"{status}_at"
@@ -109,7 +109,7 @@ class BatchStore:
 
     def get(self, batch_id: str) -> BatchRecord | None:
         """The record of a batch; None where there is none."""
-        if not _ID.fullmatch(batch_id):
+        if not BATCH_ID.fullmatch(batch_id):
             return None
         found = self._database.query(f"{_SELECT} WHERE id = ?", (batch_id,))
         return _record(found[0]) if found else None

@@ -9,6 +9,7 @@ time has the storage.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,21 @@ COMMIT;
 """
 
 
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder that holds something and is not a server's: what is in it would be taken for leftovers.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if (folder / NAME).exists():
+        return
+    found = sorted(name for name in os.listdir(folder) if name != FolderLock.NAME)
+    if found:
+        raise ConfigError(
+            f"{FLAG} {folder}: holds {found[0]} and no {NAME}, so that it is not a server's; give an empty folder"
+        )
+
+
 class Database:
     """The database of a storage, which is made if need be; threads take turns.
 
@@ -63,6 +79,7 @@ class Database:
         self._turn = threading.RLock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _check_ours(folder)
             self._lock = FolderLock(folder)
         except OSError as error:
             raise ConfigError(f"{FLAG} {folder}: cannot be made: {error.strerror}") from error
@@ -83,6 +100,8 @@ class Database:
                 db.execute("PRAGMA synchronous = FULL")
                 (found,) = db.execute("PRAGMA user_version").fetchone()
                 if found == 0:
+                    if db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                        raise ConfigError(f"{FLAG}: {path} is a database of something else; give another folder")
                     db.executescript(_SCHEMA)
                 elif found != _FORMAT:
                     raise ConfigError(

@@ -19,7 +19,8 @@ from typing import get_args
 
 from batchllm.offline.stop import StopSignal
 from batchllm.server.batch_run import CRASH, SHUTDOWN, BatchContext, BatchRun
-from batchllm.server.batch_store import BatchRecord
+from batchllm.server.batch_store import BATCH_ID, BatchRecord
+from batchllm.server.file_store import set_aside
 from batchllm.server.objects import BatchStatus
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class Dispatcher:
                 self._look()
             except (OSError, sqlite3.Error) as error:  # the disk; it may come back
                 logger.error("the batch storage refuses: %r", error)
+            except Exception:  # a mistake of ours must not end the thread unheard, with every batch to come
+                logger.exception("batches could not be looked at; it is tried again")
             self._wake.wait(_LOOK_EVERY_S)
             self._wake.clear()
         for step in self._steps.values():
@@ -138,12 +141,20 @@ class Dispatcher:
         thread.start()
 
     def _sweep_folders(self) -> None:
-        """Folders of batches that a killed server has ended; those of failed ones may have the only copy of results."""
-        folder = self._context.options.storage / "jobs"
+        """Folders of batches that a killed server has ended; those of failed ones may have the only copy of results.
+
+        A name that is not a batch's is left alone.
+        """
+        storage = self._context.options.storage
+        folder = storage / "jobs"
         try:
             for path in folder.iterdir():
+                if not BATCH_ID.fullmatch(path.name):
+                    continue
                 batch = self._context.batches.get(path.name)
-                if batch is None or batch.status in ("completed", "cancelled", "expired"):
+                if batch is None:
+                    set_aside(path, storage)
+                elif batch.status in ("completed", "cancelled", "expired"):
                     shutil.rmtree(path, ignore_errors=True)
         except (OSError, sqlite3.Error) as error:
             logger.warning("%s cannot be tidied up: %r", folder, error)

@@ -2,8 +2,9 @@
 
 Knows records, folders and lifetimes; not HTTP, and not what is in a file.
 
-INVARIANT: a file that has a record has all its bytes on disk; bytes without a record are gone after the next start.
-What a user calls a file is never part of a path.
+INVARIANT: a file that has a record has all its bytes on disk. Bytes of ours without a record are out of the way after
+the next start, and are deleted a week later; a name that is not ours is left alone. What a user calls a file is never
+part of a path.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -26,8 +28,33 @@ logger = logging.getLogger(__name__)
 
 Order = Literal["asc", "desc"]
 _ID = re.compile(r"file-[0-9a-f]{32}")
+_UNFINISHED = "unfinished-"
+_NAMES_OF_OURS = re.compile(r"(file-|batch_)[0-9a-f]{32}")
+UNKNOWN = "unknown"
+"""Folder in the storage for what has a name of ours and no record, in case the records are what is missing."""
+_KEEP_UNKNOWN_S = 7 * 24 * 3600
 _NEEDED = f"SELECT input_file_id FROM batch WHERE status IN {ACTIVE_STATUSES}"
 _COLUMNS = "id, num_bytes, created_at, expires_at, filename, purpose"
+
+
+def set_aside(path: Path, storage: Path) -> None:
+    """Move what is not known out of the way of what is."""
+    folder = storage / UNKNOWN
+    folder.mkdir(exist_ok=True)
+    os.replace(path, folder / path.name)
+    os.utime(folder / path.name)  # its week begins now
+    logger.warning("%s has no record; it is kept for a week in %s", path.name, folder)
+
+
+def _delete_old(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if _NAMES_OF_OURS.fullmatch(path.name) and path.stat().st_mtime < time.time() - _KEEP_UNKNOWN_S:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 class FileInUseError(Exception):
@@ -63,6 +90,7 @@ class FileStore:
 
     def __init__(self, database: Database, storage: Path) -> None:
         self._database = database
+        self._storage = storage
         self._folder = storage / "files"
         self._incoming = storage / "incoming"
         self._folder.mkdir(exist_ok=True)
@@ -72,15 +100,17 @@ class FileStore:
     def _sweep_leftovers(self) -> None:
         """What a server that was killed has left behind."""
         for path in self._incoming.iterdir():
-            path.unlink()
+            if path.name.startswith(_UNFINISHED):
+                path.unlink()
         known = {row["id"] for row in self._database.query("SELECT id FROM file")}
         for path in self._folder.iterdir():
-            if path.name not in known:
-                path.unlink()
+            if _ID.fullmatch(path.name) and path.name not in known:
+                set_aside(path, self._storage)
+        _delete_old(self._storage / UNKNOWN)
 
     def open_incoming(self) -> tuple[BinaryIO, Path]:
         """A new file, to be written and then given to `place`, or deleted."""
-        fd, name = tempfile.mkstemp(dir=self._incoming)
+        fd, name = tempfile.mkstemp(dir=self._incoming, prefix=_UNFINISHED)
         return cast(BinaryIO, os.fdopen(fd, "wb", buffering=0)), Path(name)
 
     def place(self, incoming: Path) -> str:
@@ -92,7 +122,7 @@ class FileStore:
 
     def new_path(self) -> Path:
         """Where a file may be written that becomes `place`d."""
-        return self._incoming / secrets.token_hex(16)
+        return self._incoming / f"{_UNFINISHED}{secrets.token_hex(16)}"
 
     def add(self, file_id: str, *, filename: str, purpose: str, lifetime_s: int | None) -> FileRecord:
         """Record a file that has its place."""

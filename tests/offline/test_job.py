@@ -331,12 +331,13 @@ def test_a_hint_that_no_answer_can_come_true_to_is_rejected(expected: int, code:
     assert _code_of(msgspec.structs.replace(_request(0, [1, 2, 3]), expected_new_tokens=expected)) == code
 
 
-def test_a_kv_limit_that_cannot_hold_a_request_is_an_error_that_says_how_much_is_needed() -> None:
-    """Before the run: the pool could hold it."""
+def test_a_row_above_the_kv_limit_fails_alone_and_says_how_much_it_needs() -> None:
+    """The pool could hold it."""
     runtime = ShufflingRuntime(info=replace(INFO, kv_limit_tokens=20))
-    _run(runtime, [_request(0, [1] * 12)])
-    with pytest.raises(ConfigError, match=r"--kv-limit 20: request 1 needs up to 21 .*raise it to at least 21"):
-        _run(runtime, [_request(0, [1] * 12), _request(1, [1] * 13)])
+    job, completions = _run(runtime, [_request(0, [1] * 12), _request(1, [1] * 13)])
+    ((rejected, error),) = job.rejected
+    assert (rejected.index, error.code, [c.index for c in completions]) == (1, "never_fits_kv_limit", [0])
+    assert "up to 21 tokens" in error.message and "raise it to at least 21" in error.message
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -524,6 +525,16 @@ def test_doubles_are_run_once_and_answered_all(tmp_path: Path) -> None:
 def test_doubles_of_a_row_that_fails_fail_by_their_own_names(tmp_path: Path) -> None:
     ran = _run([_row(i, [ABORTED], temperature=0.0) for i in range(3)], tmp_path, shares_answers=True)
     assert [(line["id"], line["error"]["line"]) for line in ran.lines] == [("r0", 1), ("r1", 2), ("r2", 3)]
+
+
+def test_doubles_of_a_row_that_fails_fail_in_their_own_formats_with_their_own_columns(tmp_path: Path) -> None:
+    rows = [
+        msgspec.structs.replace(_row(i, [ABORTED], kind=kind, temperature=0.0), carried={"n": i})
+        for i, kind in enumerate(("plain", "completions", "plain"))
+    ]
+    first, second, third = _run(rows, tmp_path, shares_answers=True).lines
+    assert (first["carried"], third["carried"]) == ({"n": 0}, {"n": 2})
+    assert (second["custom_id"], second["response"]["body"]["error"]["code"]) == ("r1", "aborted")
 
 
 # Jobs larger than memory

@@ -71,10 +71,17 @@ def test_a_file_without_rows_fails(api: Api, data: bytes) -> None:
     assert _errors_of(api, data) == [("empty_file", None)]
 
 
-@pytest.mark.parametrize("data", [b"\x1f\x8b\x08\x00rubbish", b"PAR1rubbish", b"\xff\xfe", b"[" * 100_000])
-def test_a_file_that_is_no_json_lines_fails(api: Api, data: bytes) -> None:
-    ((_, line),) = _errors_of(api, data)
-    assert line == 1
+@pytest.mark.parametrize(
+    ("data", "code", "line"),
+    [
+        (b"\x1f\x8b\x08\x00rubbish", "invalid_file", None),
+        (b"PAR1rubbish", "unsupported_format", None),
+        (b"\xff\xfe", "empty_file", None),
+        (b"[" * 100_000, "nested_too_deep", 1),
+    ],
+)
+def test_a_file_that_is_no_json_lines_fails_with_one_error(api: Api, data: bytes, code: str, line: int | None) -> None:
+    assert _errors_of(api, data) == [(code, line)]
 
 
 def test_a_file_with_too_many_rows_fails(serve: Serve) -> None:

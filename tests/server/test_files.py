@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -279,14 +280,60 @@ def test_what_a_killed_server_has_left_behind_is_swept_away(serve: Serve) -> Non
     api = serve()
     kept = upload(api.client, [row(0)])
     api.stop()
-    (api.storage / "files" / ("file-" + "1" * 32)).write_bytes(b"renamed, not committed")
-    (api.storage / "incoming" / "tmpx").write_bytes(b"half")
-    (api.storage / "jobs" / ("batch_" + "1" * 32)).mkdir()
+    names = ["file-" + "1" * 32, "batch_" + "1" * 32]
+    (api.storage / "files" / names[0]).write_bytes(b"renamed, not committed")
+    (api.storage / "incoming" / "unfinished-x").write_bytes(b"half")
+    (api.storage / "jobs" / names[1]).mkdir()
     api = serve()
     assert api.client.files.content(kept).content == jsonl([row(0)])
     assert not _leftovers(api)
     wait_for(api.client, begin(api.client, [row(0)]).id)
-    assert not (api.storage / "jobs" / ("batch_" + "1" * 32)).exists()
+    assert not (api.storage / "jobs" / names[1]).exists()
+    # The records may be what is missing: an older copy of the database, say.
+    assert sorted(os.listdir(api.storage / "unknown")) == sorted(names)
+    api.stop()
+    old = time.time() - 8 * 24 * 3600
+    for name in names:
+        os.utime(api.storage / "unknown" / name, (old, old))
+    (api.storage / "unknown" / "mine").write_bytes(b"somebody's")
+    os.utime(api.storage / "unknown" / "mine", (old, old))
+    serve()
+    assert os.listdir(api.storage / "unknown") == ["mine"]
+
+
+def test_what_is_not_a_server_s_is_neither_deleted_nor_moved(serve: Serve) -> None:
+    """Whatever folder of the storage it is in."""
+    api = serve()
+    api.stop()
+    paths = [api.storage / folder / "thesis.txt" for folder in ("files", "incoming", "jobs")]
+    for path in paths:
+        path.write_bytes(b"mine")
+    (api.storage / "jobs" / "train-run-7").mkdir()
+    (api.storage / "jobs" / "train-run-7" / "weights").write_bytes(b"mine")
+    api = serve()
+    wait_for(api.client, begin(api.client, [row(0)]).id)
+    assert [path.read_bytes() for path in paths] == [b"mine"] * 3
+    assert (api.storage / "jobs" / "train-run-7" / "weights").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "files/thesis.txt", "jobs/train-run-7/weights", ".hidden"])
+def test_a_folder_that_holds_something_else_is_no_storage(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "s" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=f"--batch-storage .*: holds {name.partition('/')[0]} and no batches.db"):
+        BatchService(BatchOptions(storage=tmp_path / "s"))
+    assert sorted(p for p in (tmp_path / "s").rglob("*") if p.is_file()) == [path]
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_database_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "batches.db")) as db:
+        db.execute("CREATE TABLE mine (x)")
+    with pytest.raises(ConfigError, match="is a database of something else"):
+        BatchService(BatchOptions(storage=tmp_path))
+    with closing(sqlite3.connect(tmp_path / "batches.db")) as db:
+        assert db.execute("SELECT name FROM sqlite_master").fetchall() == [("mine",)]
 
 
 def test_a_storage_has_one_server_at_a_time(tmp_path: Path) -> None:

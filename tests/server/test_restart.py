@@ -82,7 +82,7 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 def test_a_server_that_is_killed_again_and_again_asks_for_no_recorded_row_twice(processes: Processes) -> None:
     log = SubmissionLog(processes.base / "log.txt")
-    engine: dict[str, Any] = {"batch": 10, "delay_s": 0.02, "log": str(log.path)}
+    engine: dict[str, Any] = {"batch": 10, "delay_s": 0.05, "log": str(log.path)}
     server = processes.start(**engine)
     batch_id = begin(server.client, rows_of(600)).id
     folder = processes.base / "storage" / "jobs" / batch_id
