@@ -150,7 +150,7 @@ def _causal_mask(own: torch.Tensor, start: int, end: int, window: int) -> torch.
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, logit_cap: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, logit_cap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over one set of positions, in float64.
 

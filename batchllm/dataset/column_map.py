@@ -21,7 +21,7 @@ from batchllm.dataset.openai_rows import ROW_FIELDS as OPENAI_FIELDS
 from batchllm.dataset.plain_rows import PROMPT_FIELDS, ROW_FIELDS
 from batchllm.errors import ConfigError, RowError
 
-_JSON_FIELDS = ("messages", "sampling_params", "body")
+_JSON_FIELDS = ("input_ids", "messages", "sampling_params", "expected_new_tokens", "body")
 """Fields that may be JSON text: a column of structs gives every row the keys of all."""
 _OTHER_FIELDS = ROW_FIELDS.difference(PROMPT_FIELDS)
 _MAX_NAMES_SHOWN = 20
@@ -120,6 +120,8 @@ class ColumnMap:
             value = made.get(name)
             if isinstance(value, str):
                 made[name] = _from_text(name, value)
+        if isinstance(made.get("messages"), dict):
+            made["messages"] = _by_message(made["messages"])
         return made
 
     def carried(self, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -216,6 +218,17 @@ def _from_text(name: str, text: str) -> Any:
         raise RowError(
             f"{name} is text, and not JSON: {error.msg} at column {error.colno}", code="invalid_column", param=name
         ) from None
+
+
+def _by_message(columns: dict[str, Any]) -> Any:
+    """The list of messages that a struct of equally long lists is: so `datasets` writes a ``Sequence`` of a dict."""
+    lens = {len(values) if isinstance(values, list) else None for values in columns.values()}
+    if len(lens) != 1 or None in lens:
+        return columns
+    return [
+        {name: value for name, value in zip(columns, values, strict=True) if value is not None}
+        for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def _listed(names: Iterable[str]) -> str:

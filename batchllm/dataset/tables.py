@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm.dataset.column_map import ColumnMap
-from batchllm.dataset.field_checks import show
+from batchllm.dataset.field_checks import MAX_INT64, show
 from batchllm.dataset.records import BrokenRecord
 from batchllm.dataset.sources import Input
 from batchllm.errors import ConfigError, RowError, WorkloadError
@@ -36,7 +36,7 @@ _TEXT_OF: dict[type, Callable[[Any], Any]] = {
     datetime.date: lambda value: value.isoformat(),  # a datetime is one too
     datetime.time: lambda value: value.isoformat(),
     datetime.timedelta: lambda value: value.total_seconds(),
-    decimal.Decimal: str,
+    decimal.Decimal: lambda value: _decimal(value),
     uuid.UUID: str,
 }
 """How values that JSON does not have are written."""
@@ -250,6 +250,12 @@ def _json_value(value: Any) -> Any:
         if isinstance(value, python_type):
             return convert(value)
     raise TypeError(f"JSON has no {type(value).__name__}")
+
+
+def _decimal(value: decimal.Decimal) -> str | int:
+    """Databases write integers as decimals without places; any other one is text, which loses nothing of it."""
+    is_integer = value.is_finite() and value.as_tuple().exponent == 0 and abs(value) <= MAX_INT64
+    return int(value) if is_integer else str(value)
 
 
 def _not_json(name: str, why: str) -> RowError:

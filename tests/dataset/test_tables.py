@@ -413,3 +413,25 @@ def test_a_csv_row_with_too_many_cells_stops_the_reading_with_its_place(tmp_path
 def prompts_of(path: Path) -> list[tuple[Any, Any]]:
     rows = list(read_rows(path, defaults=SamplingParams()))
     return [(row.given_id, row.request.prompt) if isinstance(row, Row) else (row.given_id, row.message) for row in rows]
+
+
+def test_messages_as_a_struct_of_lists_are_messages(tmp_path: Path) -> None:
+    """So `datasets` writes a sequence of a dict."""
+    columns = {"role": ["system", "user"], "content": ["Be short.", "Hi"], "name": [None, "me"]}
+    pq.write_table(pa.table({"id": ["a"], "messages": [columns]}), tmp_path / "t.parquet")
+    (row,) = read_rows(tmp_path / "t.parquet", defaults=SamplingParams())
+    assert isinstance(row, Row)
+    assert row.request.messages == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hi", "name": "me"},
+    ]
+
+
+def test_cells_of_a_csv_file_that_are_json_are_read_as_json(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(
+        'id,input_ids,sampling_params,expected_new_tokens\na,"[5, 6]","{""temperature"": 0}",3\n'
+    )
+    (row,) = read_rows(tmp_path / "rows.csv", defaults=SamplingParams())
+    assert isinstance(row, Row), row
+    assert (list(row.request.input_ids or ()), row.request.sampling.temperature) == ([5, 6], 0)
+    assert row.request.expected_new_tokens == 3
