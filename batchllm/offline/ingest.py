@@ -13,12 +13,15 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from batchllm.dataset import BadRow, Row, RowIds, duplicate_error, reject
+from batchllm.errors import RowError
+from batchllm.offline.encode import Encoded
 from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
 from batchllm.offline.row_spool import RowSpool
 
@@ -83,18 +86,32 @@ class Ingest:
             Rows that were taken in and have failed all the same: their id is another row's. Shape ``[num_rows]``.
         """
         pending = iter(pending)
-        while rows := self._read(pending):
-            errors = job_rows.add([row.request for row in rows])
-            for row, error in zip(rows, errors, strict=True):
-                if error is None:
-                    self._spool.append(row.head)
-                else:
-                    self._fail(reject(row.head, error))
-            on_slice()
+        # The tokenizer works in another process, or without Python's lock: meanwhile the next rows are read.
+        with ThreadPoolExecutor(1, thread_name_prefix="batchllm-encode") as encoder:
+            rows: list[Row] = []
+            encoded: Future[list[Encoded | RowError]] | None = None
+            while True:
+                next_rows = self._read(pending)
+                waits_for, encoded = encoded, None
+                if next_rows:
+                    encoded = encoder.submit(job_rows.encode, [row.request for row in next_rows])
+                if waits_for is not None:
+                    self._take_in(rows, job_rows.take_in(waits_for.result()))
+                    on_slice()
+                if encoded is None:
+                    break
+                rows = next_rows
         self._spool.flush()
         is_refused = self._refuse_duplicates(job_rows)
         self._ids, self._lines = RowIds(), array("q")  # a job of millions of rows has better use for the memory
         return is_refused
+
+    def _take_in(self, rows: list[Row], errors: list[RowError | None]) -> None:
+        for row, error in zip(rows, errors, strict=True):
+            if error is None:
+                self._spool.append(row.head)
+            else:
+                self._fail(reject(row.head, error))
 
     def _read(self, pending: Iterator[Row]) -> list[Row]:
         started = time.perf_counter()

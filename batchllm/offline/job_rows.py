@@ -204,10 +204,17 @@ class JobRows:
         Raises:
             ConfigError: A request gives text and there is no tokenizer.
         """
+        return self.take_in(self.encode(requests))
+
+    def encode(self, requests: Sequence[Request]) -> list[Encoded | RowError]:
+        """The first half of `add`, which changes nothing here: it may run in another thread."""
+        return encode_requests(requests, self._tokenizer, self._info.chat_sampling)
+
+    def take_in(self, encoded: Sequence[Encoded | RowError]) -> list[RowError | None]:
+        """The second half of `add`."""
         errors: list[RowError | None] = []
         kept: list[array[int]] = []
         lengths: list[int] = []
-        encoded = encode_requests(requests, self._tokenizer, self._info.chat_sampling)
         for prompt, is_known in zip(encoded, self._are_in_vocabulary(encoded), strict=True):
             try:
                 if isinstance(prompt, RowError):
