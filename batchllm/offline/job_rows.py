@@ -28,6 +28,7 @@ from batchllm.dataset.limits import (
     fit_max_new_tokens,
 )
 from batchllm.errors import RowError
+from batchllm.offline.column import Column
 from batchllm.offline.encode import Encoded, encode_requests
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
@@ -119,12 +120,12 @@ class JobRows:
         self._namespace_ids: dict[str, int] = {"": 0}
         # What many rows have in common stands once: (kind, samples, task, namespace), and of each row which of these.
         self._group_ids: dict[tuple[int, int, int, int], int] = {}
-        self._group = _Column(np.int32)
-        self._max_new_len = _Column(np.int32)
-        self._known_len = _Column(np.int32)
-        self._seed = _Column(np.int64)
-        self._shift = _Column(np.int32)  # a row's place in the input, less its number
-        self._num_prompts = _Column(np.int32)
+        self._group = Column(np.int32)
+        self._max_new_len = Column(np.int32)
+        self._known_len = Column(np.int32)
+        self._seed = Column(np.int64)
+        self._shift = Column(np.int32)  # a row's place in the input, less its number
+        self._num_prompts = Column(np.int32)
 
     def __len__(self) -> int:
         return len(self._group)
@@ -353,40 +354,6 @@ class JobRows:
             found = self._kind_ids[key] = len(self.kinds)
             self.kinds.append(replace(sampling, n=1, seed=None))
         return found
-
-
-class _Column:
-    """A number per row; while all are the same it costs nothing, however many rows there are."""
-
-    def __init__(self, dtype: type[np.signedinteger[Any]]) -> None:
-        self._dtype = dtype
-        self._same = 0
-        self._len = 0
-        self._array: array[int] | None = None
-
-    def append(self, value: int) -> None:
-        if self._array is not None:
-            self._array.append(value)
-        elif value == self._same:
-            self._len += 1
-        elif self._len == 0:
-            self._same, self._len = value, 1
-        else:
-            self._array = array(np.dtype(self._dtype).char, [self._same]) * self._len
-            self._array.append(value)
-
-    def __len__(self) -> int:
-        return self._len if self._array is None else len(self._array)
-
-    def __getitem__(self, row: int) -> int:
-        return self._same if self._array is None else self._array[row]
-
-    @property
-    def values(self) -> npt.NDArray[Any]:
-        """Not to be written to. Shape ``[num_rows]``."""
-        if self._array is None:
-            return np.broadcast_to(self._dtype(self._same), self._len)
-        return np.frombuffer(self._array, self._dtype)
 
 
 def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:

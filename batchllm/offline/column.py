@@ -1,0 +1,48 @@
+"""A number for each of millions of rows."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Column:
+    """A number per row; while all are the same it costs nothing, however many rows there are.
+
+    Args:
+        dtype: Of the numbers, a signed integer of numpy.
+    """
+
+    def __init__(self, dtype: type[np.signedinteger[Any]]) -> None:
+        self._dtype = dtype
+        self._same = 0
+        self._len = 0
+        self._array: array[int] | None = None
+
+    def append(self, value: int) -> None:
+        """The number of the next row."""
+        if self._array is not None:
+            self._array.append(value)
+        elif value == self._same:
+            self._len += 1
+        elif self._len == 0:
+            self._same, self._len = value, 1
+        else:
+            self._array = array(np.dtype(self._dtype).char, [self._same]) * self._len
+            self._array.append(value)
+
+    def __len__(self) -> int:
+        return self._len if self._array is None else len(self._array)
+
+    def __getitem__(self, row: int) -> int:
+        return self._same if self._array is None else self._array[row]
+
+    @property
+    def values(self) -> npt.NDArray[Any]:
+        """Not to be written to. Shape ``[num_rows]``."""
+        if self._array is None:
+            return np.broadcast_to(self._dtype(self._same), self._len)
+        return np.frombuffer(self._array, self._dtype)
