@@ -97,12 +97,15 @@ class OneLevelScheduler:
         self._in_pieces: list[int] = []
         self._num_pinned = 0
         self._num_private = 0
+        self._cached_len: dict[int, int] = {}
         self._num_preempted = 0  # since the last step that computed anything
 
     def run(self) -> Outcome:
         """To the end."""
         while self._next_groups or self._opening or self._ready or self._decoding or self._in_pieces:
             self._step()
+        if self._num_private or self._num_pinned:
+            raise RuntimeError(f"{self._num_private} private and {self._num_pinned} pinned slots are left at the end")
         return Outcome(self._recorder, self._columns)
 
     @property
@@ -168,6 +171,7 @@ class OneLevelScheduler:
             if self._num_free - (prefill_len - cached_len) < self._watermark:
                 break
             self._ready.popleft()
+            self._cached_len[row] = cached_len
             group.num_running += 1
             self._num_private += prefill_len - cached_len
             self._columns.kv_len[row] = cached_len
@@ -226,12 +230,11 @@ class OneLevelScheduler:
         return num_tokens
 
     def _slots_of(self, row: int) -> int:
-        """Slots that a running member owns."""
-        group = self._group_of[row]
+        """Slots that a running member owns: those behind what it found of its prefix when it was let in."""
         num_tokens = max(
             int(self._columns.kv_len[row]), self._columns.prefill_len(row) if row in self._in_pieces else 0
         )
-        return num_tokens - min(group.prefix_len, int(self._columns.prompt_len[row]) - 1)
+        return num_tokens - self._cached_len[row]
 
     def _preempt(self) -> None:
         self._num_preempted += 1
@@ -250,6 +253,7 @@ class OneLevelScheduler:
     def _finish(self, row: int) -> None:
         self._num_private -= self._slots_of(row)
         group = self._group_of.pop(row)
+        del self._cached_len[row]
         self._columns.finished.append(row)
         group.num_running -= 1
         group.num_decoding -= 1
