@@ -2,7 +2,7 @@
 another.
 
     git clone . /tmp/before && (cd /tmp/before && git checkout COMMIT && scripts/setup)
-    python eval/bench_chats.py --before /tmp/before --out eval/results/chats.md
+    python eval/bench_chats.py --before /tmp/before --rounds 2 --rows 6000 --documents 120 --out eval/results/chats.md
 
 Three inputs: short chats; chats over documents in the system's message; the same with document and question in one
 message. Rows come in random order. Token ids must be the same on both sides. The bounds: a short chat costs at most
