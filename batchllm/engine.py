@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from batchllm.dataset.field_checks import as_list, task_name, token_ids
+from batchllm.dataset.field_checks import as_list, task_name, token_ids, whole_texts
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.default_model import default_model_path
@@ -265,10 +265,16 @@ def _check_ids(name: str, value: Any) -> Any:
     return token_ids(name, value if isinstance(value, list) else list(value))
 
 
+def _check_messages(name: str, value: Any) -> Any:
+    messages = check_messages(value)
+    whole_texts(name, messages)  # what is read from JSON is whole anyway
+    return messages
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": check_text,
     "input_ids": _check_ids,
-    "messages": lambda _, value: check_messages(value),
+    "messages": _check_messages,
 }
 
 

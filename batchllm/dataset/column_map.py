@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from batchllm.dataset.field_checks import show
+from batchllm.dataset.field_checks import json_bytes, show
 from batchllm.dataset.openai_rows import ROW_FIELDS as OPENAI_FIELDS
 from batchllm.dataset.plain_rows import PROMPT_FIELDS, ROW_FIELDS
 from batchllm.errors import ConfigError, RowError
@@ -135,7 +135,7 @@ class ColumnMap:
         values = {name: record.get(name) for name in self.carry}
         for name, value in values.items():
             if isinstance(value, (dict, list)):
-                _json_text(name, [[value]])  # as deep as it will lie in the output line
+                _json_bytes(name, [[value]])  # as deep as it will lie in the output line
         return values
 
     def _named(self) -> Iterable[tuple[str, str]]:
@@ -201,14 +201,11 @@ def _as_text(name: str, value: Any) -> str:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    return _json_text(name, value).decode()
+    return _json_bytes(name, value).decode()
 
 
-def _json_text(name: str, value: Any) -> bytes:
-    try:
-        return orjson.dumps(value)
-    except orjson.JSONEncodeError as error:
-        raise RowError(f"column {show(name)} cannot be written as JSON: {error}", code="not_json", param=name) from None
+def _json_bytes(name: str, value: Any) -> bytes:
+    return json_bytes(f"column {show(name)}", value, param=name)
 
 
 def _from_text(name: str, text: str) -> Any:

@@ -161,17 +161,19 @@ class _LargeZstd:
 
         self._path = path
         decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
-        self._reader = decompressor.stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115
+        file = open(path, "rb")  # noqa: SIM115 - the reader closes it
+        self._reader: Any = decompressor.stream_reader(file, read_across_frames=True)
         self._is_checked = False
 
     def read(self, size: int) -> bytes:
         if not self._is_checked:
             _check_zstd_is_whole(self._path)
             self._is_checked = True
-        return self._reader.read(size)
+        data: bytes = self._reader.read(size)
+        return data
 
     def close(self) -> None:
-        self._reader.close()  # type: ignore[no-untyped-call] # and the file with it
+        self._reader.close()
 
 
 def _check_zstd_is_whole(path: Path) -> None:

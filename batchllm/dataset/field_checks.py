@@ -13,7 +13,7 @@ import math
 import reprlib
 from array import array
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -23,6 +23,8 @@ from batchllm.errors import RowError
 
 Check = Callable[[str, object], object]
 """``check(name, value)`` returns the clean value or raises `RowError`."""
+
+T = TypeVar("T")
 
 MAX_INT32 = 2**31 - 1
 """Token ids and lengths are int32 everywhere inside."""
@@ -180,13 +182,26 @@ def any_json_schema_text(name: str, value: object) -> str:
             raise _bad_schema(name, f"is not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(parsed, dict):
             raise _bad_schema(name, f"must hold a JSON object, not {show(parsed)}")
+        json_bytes(name, parsed, code="invalid_json_schema")
         return value
     if not isinstance(value, dict):
         raise _bad_schema(name, f"must be a JSON object or its text, not {show(value)}")
+    return json_bytes(name, value, code="invalid_json_schema").decode()
+
+
+def json_bytes(name: str, value: object, *, code: str = "not_json", param: str | None = None) -> bytes:
+    """The value as JSON.
+
+    Args:
+        param: The field at fault, where ``name`` is more than its name.
+
+    Raises:
+        RowError: It has a type that JSON does not have, or is nested deeper than orjson writes (some 250).
+    """
     try:
-        return orjson.dumps(value).decode()
+        return orjson.dumps(value)
     except orjson.JSONEncodeError as error:
-        raise _bad_schema(name, f"cannot be written as JSON: {error}") from None
+        raise RowError(f"{name} cannot be written as JSON: {error}", code=code, param=param or name) from None
 
 
 def regex_text(name: str, value: object) -> str:
@@ -228,25 +243,31 @@ def anything(name: str, value: object) -> object:
     return value
 
 
-def any_list(name: str, value: object) -> object:
-    """Checks for a list."""
-    if not isinstance(value, list):
-        raise wrong_type(name, "a list", value)
+_DEEPEST_PLACE = 4
+"""Containers around a field of a row, wherever it is written: the longest way is a tool call's in a `RowHead`."""
+
+
+def writable(name: str, value: object) -> object:
+    """Checks that a value can be written as JSON, as deep as it lies in what is written of a row."""
+    nested = value
+    for _ in range(_DEEPEST_PLACE):
+        nested = [nested]
+    json_bytes(name, nested)
     return value
 
 
-def any_object(name: str, value: object) -> object:
-    """Checks for an object."""
-    if not isinstance(value, dict):
-        raise wrong_type(name, "an object", value)
-    return value
+def of_type(kind: type[T], wanted: str) -> Callable[[str, object], T]:
+    """A check for any value of a type, which ``wanted`` names."""
+
+    def check(name: str, value: object) -> T:
+        if not isinstance(value, kind):
+            raise wrong_type(name, wanted, value)
+        return value
+
+    return check
 
 
-def text(name: str, value: object) -> str:
-    """Checks for a string."""
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
-    return value
+text = of_type(str, "a string")
 
 
 def grammar_text(name: str, value: object) -> str:
@@ -265,7 +286,7 @@ def structural_tag_text(name: str, value: object) -> str:
             raise wrong_type(name, f"JSON ({error.msg} at column {error.colno})", value) from None
     if not isinstance(value, dict):
         raise wrong_type(name, "an object or its JSON text", value)
-    return orjson.dumps(value).decode()
+    return json_bytes(name, value).decode()
 
 
 def logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
@@ -286,7 +307,7 @@ def logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
 
 
 def whole_texts(name: str, value: object) -> None:
-    """The same of every text inside a JSON value.
+    """Checks that every text inside a JSON value can be written as UTF-8.
 
     Raises:
         RowError: ``lone_surrogate``, with the place of the text.

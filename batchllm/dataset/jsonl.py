@@ -67,22 +67,22 @@ def _parse_array(head: bytes, stream: BinaryIO) -> Iterator[tuple[int, dict[str,
     text, at, is_end, item = _decoded(decoder, head), 0, False, 0
     at = text.index("[") + 1
     while True:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr] # it matches nothing, if need be
+        at = _behind_space(text, at)
         if at < len(text) and text[at] == "]":
-            if not _SPACE.fullmatch(text, at + 1):
+            if _behind_space(text, at + 1) < len(text):
                 raise OSError("something stands behind the array")
             if is_end:
                 return
         elif at < len(text):
             start = at
             if item and text[at] == ",":
-                start = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+                start = _behind_space(text, at + 1)
             try:
-                value, end = _DECODER.raw_decode(text, start)
+                _, end = _DECODER.raw_decode(text, start)
                 # More of a number, or of what stands behind the array, may come.
                 if (is_end or end < len(text)) and (not item or text[at] == ","):
                     item += 1
-                    yield item, _as_record(value, text[start:end])
+                    yield item, _as_record(text[start:end])
                     at = end
                     continue
             except (json.JSONDecodeError, RecursionError) as error:
@@ -102,7 +102,7 @@ def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, is_end: bool = Fa
         raise OSError(f"the array is not UTF-8: {error}") from error
 
 
-def _as_record(value: object, text: str) -> dict[str, Any] | BrokenRecord:
+def _as_record(text: str) -> dict[str, Any] | BrokenRecord:
     """An item read again by the rules of lines, which are stricter than Python's."""
     try:
         return _parse_object(text.encode())
@@ -113,6 +113,12 @@ def _as_record(value: object, text: str) -> dict[str, Any] | BrokenRecord:
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _behind_space(text: str, at: int) -> int:
+    """Where the white space of JSON that begins at ``at`` ends."""
+    space = _SPACE.match(text, at)
+    return at if space is None else space.end()
 
 
 def _parse_object(data: bytes) -> dict[str, Any]:

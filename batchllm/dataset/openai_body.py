@@ -47,12 +47,12 @@ _MODEL_RECOMMENDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 """Fields of `SamplingParams` that SGLang takes from the model where a chat says nothing."""
 
 _CHAT_FIELDS: Mapping[str, checks.Check] = {
-    "tools": checks.any_list,
+    "tools": checks.of_type(list, "a list"),
     "tool_choice": checks.anything,
     "parallel_tool_calls": checks.boolean,
     "reasoning_effort": checks.anything,
-    "reasoning": checks.any_object,
-    "chat_template_kwargs": checks.any_object,
+    "reasoning": checks.of_type(dict, "an object"),
+    "chat_template_kwargs": checks.of_type(dict, "an object"),
     "continue_final_message": checks.boolean,
     "separate_reasoning": checks.boolean,
     "task": checks.anything,
@@ -123,7 +123,7 @@ class BodySettings(NamedTuple):
 
 
 def settings_part(body: Mapping[str, Any], kind: RowKind) -> dict[str, Any]:
-    """The part of a body that `read_settings_part` reads: all but prompt, model and bookkeeping."""
+    """The part of a body that `read_body` reads: all but prompt, model and bookkeeping."""
     prompt = PROMPT_FIELD[kind]
     return {k: v for k, v in body.items() if k not in IGNORED and k not in (prompt, "model")}
 
@@ -169,7 +169,7 @@ def read_body(
             named[name] = value
         elif name in _CHAT_FIELDS and kind == "chat":
             if not asks_nothing(name, value) or name == "tool_choice":
-                options[name] = _CHAT_FIELDS[name](name, value)
+                options[name] = checks.writable(name, _CHAT_FIELDS[name](name, value))
         elif name not in _NAMESPACE and not (name == "echo" and kind == "completions"):
             _refuse(name, value, kind)
     if kind == "chat" and named.get("max_completion_tokens") is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from batchllm.dataset.field_checks import closest, show, token_ids, whole_characters, whole_texts
+from batchllm.dataset.field_checks import closest, show, token_ids, whole_characters, writable
 from batchllm.errors import RowError
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "latest_reminder"})
@@ -60,7 +60,6 @@ def check_messages(value: object) -> list[dict[str, Any]]:
         raise empty_prompt("messages")
     for position, message in enumerate(value):
         _check_message(f"messages[{position}]", message)
-    whole_texts("messages", value)
     return value
 
 
@@ -75,6 +74,8 @@ def _check_message(name: str, message: object) -> None:
     for key, value in message.items():
         if key not in MESSAGE_KEYS and key not in _PASSED_OVER and value not in _NOTHING:
             raise _bad_message(name, f"has an unknown key {key!r}{closest(key, MESSAGE_KEYS)}")
+        if not isinstance(value, str):
+            writable(f"{name}.{key}", value)
     role = message.get("role")
     if not isinstance(role, str) or role.lower() not in ROLES:
         wanted = ", ".join(sorted(ROLES))

@@ -17,7 +17,7 @@ Part = tuple[Any, str, str | None]
 """A schema inside, its path, and the type that it has where it names none."""
 
 
-def object_problem(schema: dict[str, Any], path: str, refs: Refs) -> Iterator[Part]:
+def check_object(schema: dict[str, Any], path: str, refs: Refs) -> Iterator[Part]:
     """Raises `Problem` where a keyword is not kept; gives the schemas inside, which are for the caller to check."""
     properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
     open_by, others = _others(schema)
@@ -30,7 +30,7 @@ def object_problem(schema: dict[str, Any], path: str, refs: Refs) -> Iterator[Pa
         yield part, f"{path}.properties.{name}", None
         if open_by is not None and not trivial(part) and part != others:
             raise Problem(path, open_by, f"the grammar lets {name!r} come again with any such value; say false")
-    yield from _pattern_problem(schema, path, properties, patterns, open_by, others)
+    yield from _check_patterns(schema, path, properties, patterns, open_by, others)
     if "propertyNames" in schema and not trivial(schema["propertyNames"]):
         yield _names_part(schema, path)
         names = schema["propertyNames"]
@@ -51,7 +51,7 @@ def _others(schema: dict[str, Any]) -> tuple[str | None, Any]:
     return None, False
 
 
-def _pattern_problem(
+def _check_patterns(
     schema: dict[str, Any],
     path: str,
     properties: dict[str, Any],

@@ -2,7 +2,7 @@
 
 The grammar library (xgrammar 0.2.1) takes a schema with keywords that it ignores, and then an answer may break the
 schema. Here such a schema is refused, by keyword and path. What the library refuses itself is left to it. Pure: knows
-JSON, and by experiment what the library does (``tests/dataset/test_schema_grammar.py`` asks it); imports none of it.
+JSON, and by experiment what the library does (``tests/srt/test_schema_grammar.py`` asks it); imports none of it.
 
 INVARIANT: of a schema that passes, every answer that the grammar lets through is valid, formats by their form
 (``2023-02-31`` is a date).
@@ -15,15 +15,15 @@ from typing import Any
 
 import orjson
 
-from batchllm.dataset.schema_objects import object_problem
+from batchllm.dataset.schema_objects import check_object
 from batchllm.dataset.schema_refs import Refs, are_disjoint, kinds, reference_problem
 from batchllm.dataset.schema_values import (
     ENFORCED_FORMATS,
     Problem,
+    check_form,
+    check_number,
+    check_string,
     constrains,
-    form_problem,
-    number_problem,
-    string_problem,
     trivial,
 )
 
@@ -88,7 +88,7 @@ class _Walk:
             raise Problem(path, "false", "nothing satisfies it")
         if not isinstance(schema, dict):
             return
-        form_problem(schema, path)
+        check_form(schema, path)
         if not self._refs.is_alone(schema):
             raise Problem(
                 path, "properties", "the grammar takes it for another schema here; give one a minProperties of 0"
@@ -156,11 +156,11 @@ class _Walk:
 
     def _check_type(self, name: Any, schema: dict[str, Any], path: str) -> None:
         if name in ("integer", "number"):
-            number_problem(name, schema, path)
+            check_number(name, schema, path)
         elif name == "string":
-            string_problem(schema, path)
+            check_string(schema, path)
         elif name == "object":
-            for part, place, default_type in object_problem(schema, path, self._refs):
+            for part, place, default_type in check_object(schema, path, self._refs):
                 self.check(part, place, default_type)
         elif name == "array":
             self._check_array(schema, path)

@@ -70,7 +70,7 @@ _FORMS: Mapping[str, type] = {
 _FORM_NAMES: Mapping[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
-def form_problem(schema: Mapping[str, Any], path: str) -> None:
+def check_form(schema: Mapping[str, Any], path: str) -> None:
     """Raises `Problem` where a keyword has a value of the wrong form."""
     for keyword, form in _FORMS.items():
         if keyword in schema and not isinstance(schema[keyword], form):
@@ -110,7 +110,7 @@ def constrains(schema: Mapping[str, Any], keyword: str) -> bool:
 # Numbers
 
 
-def number_problem(kind: str, schema: Mapping[str, Any], path: str) -> None:
+def check_number(kind: str, schema: Mapping[str, Any], path: str) -> None:
     """Raises `Problem` where a bound is not kept, or there is another constraint."""
     if "multipleOf" in schema and not (kind == "integer" and schema["multipleOf"] == 1):
         raise Problem(path, "multipleOf")
@@ -182,7 +182,7 @@ def _are_lengths_kept(low: int, high: int) -> bool:
 # Strings
 
 
-def string_problem(schema: Mapping[str, Any], path: str) -> None:
+def check_string(schema: Mapping[str, Any], path: str) -> None:
     """Raises `Problem` where one of the constraints of a string is not kept."""
     written = schema.get("format")
     if written in UNENFORCED_FORMATS:
