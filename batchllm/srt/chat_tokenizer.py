@@ -7,6 +7,7 @@ alone. Once that was seen of one chat, others with the same fields go to the tem
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -70,6 +71,7 @@ class ChatTokenizer(Tokenizer):
         super().__init__(manager.tokenizer)
         self.serving = BulkServingChat(manager, template_manager)
         self._ways: dict[bytes, _PlainWay] = {}  # by the other fields of a body
+        self._lock = threading.RLock()  # several jobs may encode at once, and `serving` notes one call after the other
 
     @property
     def chat_sampling(self) -> dict[str, Any]:
@@ -82,7 +84,8 @@ class ChatTokenizer(Tokenizer):
         Returns:
             The prompt, or why there is none: ``invalid_messages`` or ``chat_template``.
         """
-        prompts = [self._render(messages, options or _NO_OPTIONS) for messages, options in chats]
+        keys: dict[int, bytes] = {}  # by the identity of options, which many chats share
+        prompts = [self._render(messages, options or _NO_OPTIONS, keys) for messages, options in chats]
         for adds_special_tokens in (False, True):
             late = [
                 (i, prompt)
@@ -94,11 +97,15 @@ class ChatTokenizer(Tokenizer):
                 prompts[i] = ChatPrompt(ids=ids + prompt.tail if prompt.tail else ids, settings=prompt.settings)
         return prompts  # type: ignore[return-value] # none is _Rendered any more
 
-    def _render(self, messages: Messages, options: ChatOptions) -> ChatPrompt | _Rendered | RowError:
+    def _render(
+        self, messages: Messages, options: ChatOptions, keys: dict[int, bytes]
+    ) -> ChatPrompt | _Rendered | RowError:
         plain = _plain(messages)
         if plain is None:
             return self._serve(messages, options)
-        key = orjson.dumps(options.fields) if options.fields else b""
+        key = keys.get(id(options))
+        if key is None:
+            key = keys[id(options)] = orjson.dumps(options.fields)
         way = self._ways.get(key)
         if way is None:
             return self._serve_and_learn(plain, options, key)
@@ -112,18 +119,20 @@ class ChatTokenizer(Tokenizer):
 
     def _serve_and_learn(self, plain: Messages, options: ChatOptions, key: bytes) -> ChatPrompt | _Rendered | RowError:
         calls = self.serving.tokenizer_manager.tokenizer.calls
-        calls.clear()
-        prompt = self._serve(plain, options)
-        # More than one call: SGLang has tried different arguments, which may depend on the chat.
-        if isinstance(prompt, _Rendered) and not prompt.tail and len(calls) == 1 and calls[0][0] == plain:
-            if len(self._ways) >= _MAX_WAYS:
-                self._ways.clear()
-            self._ways[key] = _PlainWay(calls[0][1], prompt.adds_special_tokens, prompt.settings)
-        return prompt
+        with self._lock:
+            calls.clear()
+            prompt = self._serve(plain, options)
+            # More than one call: SGLang has tried different arguments, which may depend on the chat.
+            if isinstance(prompt, _Rendered) and not prompt.tail and len(calls) == 1 and calls[0][0] == plain:
+                if len(self._ways) >= _MAX_WAYS:
+                    self._ways.clear()
+                self._ways[key] = _PlainWay(calls[0][1], prompt.adds_special_tokens, prompt.settings)
+            return prompt
 
     def _serve(self, messages: Messages, options: ChatOptions) -> ChatPrompt | _Rendered | RowError:
         """The way of every chat: through SGLang's serving."""
-        adapted = self._adapt(messages, options)
+        with self._lock:
+            adapted = self._adapt(messages, options)
         if isinstance(adapted, RowError):
             return adapted
         ids, settings = adapted.input_ids, _settings(adapted)
@@ -140,31 +149,34 @@ class ChatTokenizer(Tokenizer):
         return [completion if completion.error else self._parse(fields, completion) for fields, completion in answers]
 
     def _parse(self, fields: dict[str, Any], completion: Completion) -> Completion:
-        serving = self.serving
-        defaults = serving.default_chat_template_kwargs
-        fields = {"messages": [], **fields}
-        if defaults:  # as `_process_messages` does before it renders
-            fields["chat_template_kwargs"] = {**defaults, **fields.get("chat_template_kwargs", {})}
-            fields.setdefault("reasoning_effort", defaults.get("reasoning_effort"))
         reason = {"type": completion.finish_reason, "matched": completion.matched_stop}
         numbers = {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
         meta_info = {"id": "", "finish_reason": reason, "cached_tokens": 0, "weight_version": "", **numbers}
         answer = {"text": completion.text, "output_ids": completion.output_ids, "meta_info": meta_info}
-        response = serving._build_chat_response(ChatCompletionRequest(**fields), [answer], created=0)
+        try:
+            # The ids stand for the prompt, so that nothing is rendered: SGLang fills in what the server's flags say.
+            request = self._request([], {**fields, "input_ids": [0]})
+            self.serving._convert_to_internal_request(request)
+            response = self.serving._build_chat_response(request, [answer], created=0)
+        except Exception as error:  # parsers raise many kinds; whatever it is, it is about this answer
+            return _with_note(completion, str(error) or type(error).__name__)
         if not isinstance(response, ChatCompletionResponse):
-            return completion  # the parser has failed, which SGLang has logged: the text is what there is
+            return _with_note(completion, "the reasoning parser failed")  # SGLang has logged how
         (choice,) = response.choices
         message = choice.message.model_dump(exclude_none=True)
         return msgspec.structs.replace(completion, message=message, finish_reason=choice.finish_reason)
 
-    def _adapt(self, messages: Sequence[dict[str, Any]], options: ChatOptions) -> Any:
-        """SGLang's request for a chat, or why there is none."""
+    def _request(self, messages: Messages, fields: dict[str, Any]) -> ChatCompletionRequest:
         # One of the limits on the output must be there: to look for the other one gives a warning, which takes long.
-        fields = {"max_completion_tokens": 1, **options.fields}
-        if "chat_template_kwargs" in fields:
-            fields["chat_template_kwargs"] = dict(fields["chat_template_kwargs"])  # SGLang adds to it
+        body = {"max_completion_tokens": 1, "messages": messages, **fields}
+        if "chat_template_kwargs" in body:
+            body["chat_template_kwargs"] = dict(body["chat_template_kwargs"])  # SGLang adds to it
+        return ChatCompletionRequest(**body)
+
+    def _adapt(self, messages: Messages, options: ChatOptions) -> Any:
+        """SGLang's request for a chat, or why there is none."""
         try:
-            request = ChatCompletionRequest(messages=messages, **fields)
+            request = self._request(messages, options.fields)
             refusal = self.serving._validate_request(request)
             if refusal is not None:
                 return RowError(refusal, code="invalid_messages", param="messages")
@@ -219,6 +231,12 @@ SERVER_DEFAULTS: dict[str, Any] = {
     "tokenizer_metrics_allowed_custom_labels": None,
 }
 """Of SGLang's server arguments those that its chat serving reads."""
+
+
+def _with_note(completion: Completion, problem: str) -> Completion:
+    """The completion as it is, which says that it was not looked through."""
+    note = f"the answer could not be parsed, its content is the whole text: {problem}"
+    return msgspec.structs.replace(completion, note="; ".join(filter(None, (completion.note, note))))
 
 
 def _plain(messages: Messages) -> Messages | None:

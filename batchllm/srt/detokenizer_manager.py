@@ -40,7 +40,7 @@ class BatchDetokenizerManager(DetokenizerManager):
         for i, reason in enumerate(output.finish_reasons):
             if "num_early" in reason:  # the stop string may stand among the first tokens too
                 head = contexts[i] + list(output.output_ids[i][: reason["num_early"]])
-                (early,) = self._grouped_batch_decode([head], [output.skip_special_tokens[i]], [True])
+                (early,) = self._grouped_batch_decode([head], [output.skip_special_tokens[i]], [spaces[i]])
                 text, context_len = span_texts[i], len(context_texts[i])
                 at = find_stop(text[context_len:], early[context_len:], reason["matched"])
                 if at >= 0 and output.no_stop_trim[i]:

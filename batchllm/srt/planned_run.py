@@ -144,7 +144,7 @@ class RunReader:
         try:
             params.normalize(self._tokenizer)
             params.verify(self._model_config.vocab_size)
-        except Exception as error:
+        except Exception as error:  # SGLang raises many kinds; the answers say which it was
             params = SamplingParams()
             params.normalize(self._tokenizer)
             return params, FINISH_ABORT(

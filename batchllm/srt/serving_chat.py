@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
@@ -32,15 +33,16 @@ class RenderedText(Sequence[int]):
         self.tail = list(tail)
         self._encode = encode
 
+    @cached_property
     def ids(self) -> list[int]:
         """The token ids."""
         return self._encode(self.text) + self.tail
 
     def __getitem__(self, index: Any) -> Any:
-        return self.ids()[index]
+        return self.ids[index]
 
     def __len__(self) -> int:
-        return len(self.ids())
+        return len(self.ids)
 
     def __add__(self, tail: Sequence[int]) -> RenderedText:
         whole = [*self.tail, *tail]
@@ -99,7 +101,7 @@ class ServingChat(OpenAIServingChat):
         return result
 
     def _finish(self, rendered: RenderedText) -> Any:
-        return rendered.ids()
+        return rendered.ids
 
     def _apply_jinja_template(self, request: ChatCompletionRequest, tools: Any, is_multimodal: bool) -> Any:
         def render(request: ChatCompletionRequest) -> Any:

@@ -21,7 +21,7 @@ from batchllm.offline.encode import encode_requests
 from batchllm.request import ChatOptions, ChatPrompt, Completion, SamplingParams
 from batchllm.srt import chat_tokenizer
 from batchllm.srt.chat_tokenizer import ChatTokenizer
-from batchllm.srt.serving_chat import ServingChat
+from batchllm.srt.serving_chat import RenderedText, ServingChat
 from tests.sizes import sized
 from tests.srt.chat_templates import TEMPLATES, model_with
 
@@ -343,6 +343,32 @@ def test_an_answer_becomes_the_message_that_the_server_gives(
         expected, finish_reason = _message_of(model.stock, body, text)
         assert _without_ids(parsed.message or {}) == expected
         assert parsed.finish_reason == finish_reason
+
+
+@pytest.mark.parametrize("flag", ["reasoning_parser", "tool_call_parser"])
+def test_an_answer_that_a_parser_fails_on_is_kept_and_says_so(
+    make: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    model = make("tools with tojson", tool_call_parser="qwen25", reasoning_parser="qwen3")
+    monkeypatch.setattr(model.batch.serving, flag, "no such parser")
+    completion = Completion(
+        index=0, text="Hi.", output_ids=(1,), finish_reason="stop", prompt_tokens=3, cached_tokens=0, note="a note"
+    )
+    (kept,) = model.batch.parse_answers([({"tools": TOOLS}, completion)])
+    assert (kept.text, kept.message, kept.finish_reason) == ("Hi.", None, "stop")
+    assert (kept.note or "").startswith("a note; the answer could not be parsed, its content is the whole text: ")
+
+
+def test_a_prompt_that_somebody_looks_at_is_encoded_once() -> None:
+    calls: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        calls.append(text)
+        return [1, 2, 3]
+
+    rendered = RenderedText("abc", encode, adds_special_tokens=False, tail=[4])
+    assert [list(rendered), len(rendered), rendered[-1]] == [[1, 2, 3, 4], 4, 4]
+    assert calls == ["abc"]
 
 
 def read_one(body: Body) -> Row:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sglang.srt
+import transformers.models
 from sglang.srt.configs.model_config import is_hybrid_swa_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -190,7 +192,7 @@ def test_an_unknown_quantisation_is_named(tmp_path: Path) -> None:
 
 
 def test_every_entry_says_where_upstream_does_it() -> None:
-    folder = Path(str(util.find_spec("sglang.srt").submodule_search_locations[0]))  # type: ignore[union-attr, index]
+    folder = Path(sglang.srt.__path__[0])
     for fault in model_support.FAULTS:
         file = fault.source.partition("::")[0].partition(",")[0].partition(";")[0].partition(":")[0].split()[0]
         assert (folder / file).is_file(), fault.source
@@ -199,11 +201,11 @@ def test_every_entry_says_where_upstream_does_it() -> None:
 
 def test_every_window_that_hugging_face_applies_is_applied_or_refused() -> None:
     """By the text of both: whose mask slides there, and whose attention is given no window here."""
-    transformers = Path(str(util.find_spec("transformers").submodule_search_locations[0])) / "models"  # type: ignore[union-attr, index]
+    folder = Path(transformers.models.__path__[0])
     native = find_architectures()
     slides = set()
     for model_type, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        file = transformers / model_type / f"modeling_{model_type}.py"
+        file = folder / model_type / f"modeling_{model_type}.py"
         if architecture in native and file.is_file() and "create_sliding_window_causal_mask" in file.read_text():
             slides.add(architecture)
     obeys = {name for name in slides if "sliding_window_size" in _text(native[name]) or is_hybrid_swa_model([name])}
@@ -213,6 +215,6 @@ def test_every_window_that_hugging_face_applies_is_applied_or_refused() -> None:
 
 
 def _text(module: str) -> str:
-    spec = util.find_spec(module)
+    spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).read_text()
