@@ -282,6 +282,7 @@ def _command(args: argparse.Namespace, server_flags: list[str], source: Input) -
 
 def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Input) -> Fingerprint:
     """What the job's answers depend on."""
+    # A job that an earlier version began has not every flag.
     columns = {name: getattr(args, name, None) for name in _COLUMN_FLAGS}
     server_flags = _with_config(server_flags)
     parts = {

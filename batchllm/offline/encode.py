@@ -49,10 +49,10 @@ def encode_requests(
         if request.prompt is not None:
             texts.append(request.prompt)
             text_of.append(i)
-            encoded.append(_NOT_YET)
+            encoded.append(_NO_TOKENS)
         elif request.messages is not None:
             chats.append(i)
-            encoded.append(_NOT_YET)
+            encoded.append(_NO_TOKENS)
         elif request.prompts is not None:
             encoded.append(_encode_several(request, tokenizer))
         else:
@@ -67,11 +67,11 @@ def encode_requests(
             encoded[i] = prompt if isinstance(prompt, RowError) else _with_prompt(requests[i], prompt, chat_sampling)
     for i, result in enumerate(encoded):
         if not isinstance(result, RowError) and 0 in result.lengths:
-            encoded[i] = _NOT_YET
+            encoded[i] = _NO_TOKENS
     return encoded
 
 
-_NOT_YET = RowError("the prompt has no tokens; give it some text", code="empty_prompt")
+_NO_TOKENS = RowError("the prompt has no tokens; give it some text", code="empty_prompt")
 
 
 def _encode_several(request: Request, tokenizer: PromptTokenizer | None) -> Encoded:
