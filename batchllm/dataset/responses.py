@@ -161,7 +161,10 @@ def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: st
 
 
 def _schema_error(head: RowHead, sample: Completion) -> dict[str, Any]:
-    error = None if head.schema is None else schema_error(head.schema, sample.text)
+    if head.schema is None:
+        return {}
+    text = sample.text if sample.message is None else sample.message.get("content") or ""  # without its reasoning
+    error = schema_error(head.schema, text)
     return {} if error is None else {"schema_error": error}
 
 

@@ -401,6 +401,18 @@ def test_an_answer_that_breaks_its_schema_says_so_where_answers_are_checked(text
         assert error is None or marked["schema_error"].startswith(error)
 
 
+def test_reasoning_is_no_part_of_the_answer_that_is_checked() -> None:
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads(SCHEMA)}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "response_format": format}
+    row = checked({"custom_id": "c-1", "method": "POST", "url": "/v1/chat/completions", "body": body})
+    kept, broken = (
+        sample(text=f"<think>Hm.</think>{text}", message={"reasoning_content": "Hm.", "content": text})
+        for text in ('{"n": 9}', "no JSON")
+    )
+    assert "schema_error" not in render(row, kept)["response"]["body"]["choices"][0]
+    assert "schema_error" in render(row, broken)["response"]["body"]["choices"][0]
+
+
 def test_without_the_check_such_a_schema_fails_its_row_and_other_answers_are_not_checked() -> None:
     record = {"id": 7, "prompt": "hi", "sampling_params": {"json_schema": SCHEMA}}
     (row,) = read_rows(io.BytesIO(json.dumps(record).encode()), defaults=SamplingParams())
