@@ -189,18 +189,25 @@ def any_json_schema_text(name: str, value: object) -> str:
     return json_bytes(name, value, code="invalid_json_schema").decode()
 
 
-def json_bytes(name: str, value: object, *, code: str = "not_json", param: str | None = None) -> bytes:
+def json_bytes(name: str, value: object, *, code: str = "not_json", param: str | None = None, depth: int = 0) -> bytes:
     """The value as JSON.
 
     Args:
         param: The field at fault, where ``name`` is more than its name.
+        depth: Lists to write around the value.
 
     Raises:
-        RowError: It has a type that JSON does not have, or is nested deeper than orjson writes (some 250).
+        RowError: It has half a character, a type that JSON does not have, or is nested deeper than orjson writes
+            (some 250).
     """
+    nested = value
+    for _ in range(depth):
+        nested = [nested]
     try:
-        return orjson.dumps(value)
+        return orjson.dumps(nested)
     except orjson.JSONEncodeError as error:
+        if "surrogate" in str(error):
+            whole_texts(name, value)
         raise RowError(f"{name} cannot be written as JSON: {error}", code=code, param=param or name) from None
 
 
@@ -249,10 +256,7 @@ _DEEPEST_PLACE = 4
 
 def writable(name: str, value: object) -> object:
     """Checks that a value can be written as JSON, as deep as it lies in what is written of a row."""
-    nested = value
-    for _ in range(_DEEPEST_PLACE):
-        nested = [nested]
-    json_bytes(name, nested)
+    json_bytes(name, value, depth=_DEEPEST_PLACE)
     return value
 
 
