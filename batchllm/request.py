@@ -68,6 +68,8 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     require_reasoning: bool = False
     """The answer begins with reasoning, which a grammar leaves alone."""
+    lora_path: str | None = None
+    """Name of the loaded LoRA adapter that answers; None for the base model."""
 
     @property
     def has_grammar(self) -> bool:
@@ -113,6 +115,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         index: Position in the input, from 0.
         prompts: At least two prompts, texts or token ids, each answered ``sampling.n`` times.
         chat: What a chat asks for beside ``messages``; None where that is nothing.
+        model: What the row calls the model; the name of a loaded adapter asks for that adapter.
         namespace: Prompts of different namespaces never share KV ("" is the default one).
         expected_new_tokens: How many tokens the answer will have, where the caller knows; None where not. Only
             scheduling depends on it.
@@ -129,6 +132,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompts: Sequence[str | Sequence[int]] | None = None
     messages: Sequence[dict[str, Any]] | None = None
     chat: ChatOptions | None = None
+    model: str | None = None
     namespace: str = ""
     expected_new_tokens: int | None = None
     task: str = ""

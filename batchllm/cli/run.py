@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from batchllm.cli.engine_flags import adapters as adapters_of
+from batchllm.cli.engine_flags import flag_value, flags_of_answers, with_config
 from batchllm.cli.inputs import rows_of
 from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed, show
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
@@ -40,12 +42,6 @@ from batchllm.offline.stop import StopSignal
 OUTPUT_FORMAT = "1"
 """Of the lines; a job begun with another one cannot go on with this."""
 
-_ENGINE_FLAGS_OF_ANSWERS = (
-    *("dtype", "quantization", "kv-cache-dtype", "revision", "tokenizer-path", "chat-template"),
-    *("default-chat-template-kwargs", "tool-call-parser", "reasoning-parser", "sampling-defaults"),
-    *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "random-seed"),
-)
-"""Engine flags that change answers. The others change how fast they come, and may change from run to run."""
 _COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "carry", "input_format", "schema")
 _PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "model", "job_dir")
 _FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port", "verbose")
@@ -284,54 +280,24 @@ def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Inpu
     """What the job's answers depend on."""
     # A job that an earlier version began has not every flag.
     columns = {name: getattr(args, name, None) for name in _COLUMN_FLAGS}
-    server_flags = _with_config(server_flags)
+    server_flags = with_config(server_flags)
+    adapters = adapters_of(server_flags)
     parts = {
         "input": source.content_hash(),
         "model": model_identity(_model_path(args, server_flags)),
         "sampling": args.sampling or "{}",
         "columns": json.dumps({name: value for name, value in columns.items() if value is not None}),
-        "engine": " ".join(_flags_of_answers(server_flags)),
+        "engine": " ".join(flags_of_answers(server_flags)),
+        **({"adapters": json.dumps(adapters)} if adapters else {}),
         "format": OUTPUT_FORMAT,
     }
     # What a shell hands over need not be text.
     return Fingerprint({name: part.encode(errors="backslashreplace").decode() for name, part in parts.items()})
 
 
-def _with_config(server_flags: list[str]) -> list[str]:
-    """The flags, those of the file of ``--config`` before the others. What is wrong with it, the engine says."""
-    path = _flag_value(server_flags, "config")
-    if not path:
-        return server_flags
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_bytes())
-    except (OSError, yaml.YAMLError):
-        return server_flags
-    items = found.items() if isinstance(found, dict) else ()
-    return [f"--{str(name).replace('_', '-')}={value}" for name, value in items] + server_flags
-
-
 def _model_path(args: argparse.Namespace, server_flags: list[str]) -> str:
-    given = args.model or _flag_value(server_flags, "model-path")
+    given = args.model or flag_value(server_flags, "model-path")
     return given if given is not None else default_model_path()
-
-
-def _flags_of_answers(server_flags: list[str]) -> list[str]:
-    found = {name: _flag_value(server_flags, name) for name in _ENGINE_FLAGS_OF_ANSWERS}
-    return [f"--{name} {value}" for name, value in found.items() if value is not None]
-
-
-def _flag_value(flags: list[str], name: str) -> str | None:
-    """Value of the last such flag, "" where it has none; None where it is not given."""
-    value = None
-    for i, flag in enumerate(flags):
-        if flag.startswith(f"--{name}="):
-            value = flag.partition("=")[2]
-        elif flag == f"--{name}":
-            following = flags[i + 1] if i + 1 < len(flags) else "--"
-            value = "" if following.startswith("--") else following
-    return value
 
 
 def _start_engine(args: argparse.Namespace, server_flags: list[str], journal: Journal) -> Runtime:
@@ -341,7 +307,7 @@ def _start_engine(args: argparse.Namespace, server_flags: list[str], journal: Jo
         args.model,
         default_model_path=default_model_path(),
         flags=server_flags,
-        is_verbose=args.verbose or _flag_value(server_flags, "log-level") is not None,
+        is_verbose=args.verbose or flag_value(server_flags, "log-level") is not None,
         **({} if seed is None else {"random_seed": int(seed)}),
     )
     if seed is None:

@@ -274,6 +274,11 @@ def of_type(kind: type[T], wanted: str) -> Callable[[str, object], T]:
 text = of_type(str, "a string")
 
 
+def adapter_name(name: str, value: object) -> str | None:
+    """Checks for the name of an adapter; an empty one asks for the base model."""
+    return whole_characters(name, text(name, value)) or None
+
+
 def grammar_text(name: str, value: object) -> str:
     """Checks for a grammar as text that is not empty; whether it is one is for the grammar library."""
     if not isinstance(value, str) or not value:

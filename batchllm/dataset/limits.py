@@ -8,7 +8,7 @@ INVARIANT: a row that passes all of them can run alone on the engine whose numbe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from batchllm.errors import RowError
 from batchllm.request import SamplingParams
@@ -100,6 +100,27 @@ def check_sampling_ids(sampling: SamplingParams, vocab_size: int) -> None:
                 code="token_id_out_of_range",
                 param=name,
             )
+
+
+def check_adapter(adapter: str | None, loaded: Collection[str] | None) -> None:
+    """Refuses an adapter that the engine has not loaded: the base model must not answer in its place.
+
+    Args:
+        adapter: Name of the adapter; None for the base model.
+        loaded: Names of those that are loaded; None where any is taken.
+
+    Raises:
+        RowError: ``unknown_adapter``.
+    """
+    if adapter is None or loaded is None or adapter in loaded:
+        return
+    names = f"loaded are {', '.join(sorted(loaded))}" if loaded else "none is loaded"
+    raise RowError(
+        f"the row asks for the adapter {adapter!r}, and {names}; load it with --lora-paths {adapter}=FOLDER, or name "
+        "the base model (a model called base:name asks for an adapter)",
+        code="unknown_adapter",
+        param="lora_path",
+    )
 
 
 def check_sampling_texts(sampling: SamplingParams) -> None:

@@ -85,7 +85,6 @@ _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
 REFUSED: Mapping[str, str] = {
     "stream": "a batch answers each row once, when it is done",
     "echo": "only completions have it",
-    "lora_path": "adapters are not supported in batches; the row would be answered by the base model",
     "custom_logit_processor": "it is code that would run in the engine",
     "add_generation_prompt": "SGLang always adds it; continue_final_message goes on with the last message",
     **dict.fromkeys(

@@ -16,7 +16,7 @@ from batchllm.dataset import field_checks as checks
 from batchllm.dataset.openai_body import PROMPT_FIELD, BodySettings, settings_part
 from batchllm.dataset.prompts import check_completion_prompt, check_messages
 from batchllm.dataset.records import Row, RowKind
-from batchllm.dataset.sampling import expected_len
+from batchllm.dataset.sampling import expected_len, with_adapter
 from batchllm.errors import RowError
 from batchllm.request import Request
 
@@ -42,8 +42,7 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     """
     kind, body = check_envelope(record)
     model = body.get("model")
-    if model is not None:
-        _check_model(model)
+    adapter = None if model is None else _adapter_of(model)
     user = body.get("user")
     if user is not None and not isinstance(user, str):
         raise checks.wrong_type("user", "a string", user)
@@ -54,16 +53,18 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     name = PROMPT_FIELD[kind]
     if body.get(name) is None:
         raise RowError(f"the body has no {name}", code="missing_prompt", param=name)
+    sampling = settings.sampling if adapter is None else with_adapter(settings.sampling, adapter)
     prompt = check_completion_prompt(body[name]) if kind == "completions" else None
     request = Request(
         row_id=str(given_id),
         index=index,
-        sampling=settings.sampling,
+        sampling=sampling,
         prompt=prompt if isinstance(prompt, str) else None,
         input_ids=prompt if isinstance(prompt, array) else None,
         prompts=prompt if isinstance(prompt, list) else None,
         messages=check_messages(body[name]) if kind == "chat" else None,
         chat=settings.chat,
+        model=model,
         namespace=settings.namespace,
         task=_task(metadata or {}),
         expected_new_tokens=_expected_len(metadata or {}),
@@ -72,18 +73,12 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     return Row(request=request, kind=kind, given_id=given_id, line=line, model=model, echoes=settings.echo)
 
 
-def _check_model(model: object) -> None:
-    """A model may have any name but an adapter's. (Upstream: ``OpenAIServingBase._parse_model_parameter``.)"""
-    if not isinstance(model, str):
-        raise checks.wrong_type("model", "a string", model)
-    base, colon, adapter = model.partition(":")
-    if colon and adapter.strip():
-        raise RowError(
-            f"model {checks.show(model)} names the adapter {adapter.strip()!r} of {base.strip()!r}, as on SGLang's "
-            "server; adapters are not supported in batches, name the model without a colon",
-            code="unsupported_adapter",
-            param="model",
-        )
+def _adapter_of(model: object) -> str | None:
+    """The adapter in ``base:adapter``, which wins over ``lora_path``; None where there is none.
+
+    (Upstream: ``OpenAIServingBase._parse_model_parameter``.)
+    """
+    return checks.text("model", model).partition(":")[2].strip() or None
 
 
 def _task(metadata: Mapping[str, Any]) -> str:

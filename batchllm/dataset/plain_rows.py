@@ -1,4 +1,4 @@
-"""Plain rows: ``{"id", "prompt" | "input_ids" | "messages", "sampling_params", "namespace", "task",
+"""Plain rows: ``{"id", "prompt" | "input_ids" | "messages", "sampling_params", "lora_path", "namespace", "task",
 "expected_new_tokens"}``.
 
 Knows the fields of this row kind; not files, lines' neighbours or duplicate ids.
@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from batchllm.dataset.field_checks import closest, show, task_name, token_ids
+from batchllm.dataset.field_checks import adapter_name, closest, show, task_name, token_ids
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.records import Row
-from batchllm.dataset.sampling import SGLANG_FIELDS, expected_len
+from batchllm.dataset.sampling import SGLANG_FIELDS, expected_len, with_adapter
 from batchllm.errors import RowError
 from batchllm.request import Request, SamplingParams
 
 PROMPT_FIELDS = ("prompt", "input_ids", "messages")
-ROW_FIELDS = frozenset({"id", "sampling_params", "namespace", "task", "expected_new_tokens", *PROMPT_FIELDS})
+ROW_FIELDS = frozenset(
+    {"id", "sampling_params", "lora_path", "namespace", "task", "expected_new_tokens", *PROMPT_FIELDS}
+)
 
 ReadSampling = Callable[[object], tuple[SamplingParams, bool]]
 """Gives the sampling of a row and whether the row set ``max_new_tokens`` itself."""
@@ -44,6 +46,9 @@ def parse_plain(
     if (prompt is None) + (input_ids is None) + (messages is None) != 2:
         raise _not_one_prompt(record)
     params, given = sampling(get("sampling_params"))
+    adapter = get("lora_path")
+    if adapter is not None and adapter != params.lora_path:
+        params = _with_adapter(params, adapter)
     request = Request(
         row_id=str(given_id),
         index=index,
@@ -57,6 +62,11 @@ def parse_plain(
         may_lower_max_new_tokens=not given,
     )
     return Row(request=request, kind="plain", given_id=given_id, line=line, carried=carried)
+
+
+def _with_adapter(sampling: SamplingParams, value: object) -> SamplingParams:
+    adapter = adapter_name("lora_path", value)
+    return sampling if adapter is None else with_adapter(sampling, adapter)
 
 
 def _namespace(value: object) -> str:

@@ -55,6 +55,7 @@ SHARED_FIELDS: Mapping[str, SamplingField] = {
         "spaces_between_special_tokens": checks.boolean,
         "require_reasoning": checks.boolean,
         "skip_special_tokens": checks.boolean,
+        "lora_path": checks.adapter_name,
     }.items()
 }
 """Names that mean the same to SGLang and in an OpenAI body."""
@@ -154,6 +155,12 @@ def apply_settings(settings: Mapping[str, Any], defaults: SamplingParams) -> Sam
     if merged.top_logprobs > 0 and not merged.logprobs:
         raise _conflict('top_logprobs needs "logprobs": true beside it', "top_logprobs")
     return merged
+
+
+@functools.lru_cache(maxsize=4096)
+def with_adapter(sampling: SamplingParams, adapter: str) -> SamplingParams:
+    """The same sampling, answered by this adapter."""
+    return dataclasses.replace(sampling, lora_path=adapter)
 
 
 @functools.lru_cache(maxsize=4096)

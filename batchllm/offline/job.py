@@ -16,6 +16,7 @@ import numpy.typing as npt
 from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
 from batchllm.offline.identical import is_greedy
 from batchllm.offline.job_rows import Int64Array, JobRows
+from batchllm.offline.namespaces import adapter_numbers
 from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime
 from batchllm.offline.stats import JobStats
 from batchllm.offline.warm_up import largest_step, warm_up
@@ -98,7 +99,8 @@ def give_memory_back() -> None:
 def sampling_of(
     rows: JobRows, row_numbers: Int64Array, samples: Int64Array
 ) -> tuple[npt.NDArray[np.int32], list[int], list[str] | None]:
-    """How to sample some samples: of each its row's kind, its seed, and its namespace (None: all in the default one).
+    """How to sample some samples: of each its row's kind, its seed, and what its namespace is called (None: all in
+    the default one).
 
     Args:
         rows: The rows of the job.
@@ -107,7 +109,8 @@ def sampling_of(
     """
     kinds = rows.kind(row_numbers)
     draws = np.array([not is_greedy(kind) for kind in rows.kinds])[kinds]  # a greedy row needs no seed
-    numbers, names, seed_of = rows.namespace(row_numbers), rows.namespace_names, rows.sample_seed
+    numbers, seed_of = rows.namespace(row_numbers), rows.sample_seed
+    names = [namespace.name for namespace in rows.all_namespaces]
     seeds = [
         seed_of(row, sample) if draw else 0
         for row, sample, draw in zip(row_numbers.tolist(), samples.tolist(), draws.tolist(), strict=True)
@@ -164,11 +167,13 @@ class Job:
 
     def _make_plan(self, group_order: GroupOrder) -> BatchPlan:
         rows = self._rows
+        namespaces = rows.namespaces(self._samples)
         known, limit = self._of_samples(rows.known_len), self._of_samples(rows.max_new_len)
         return plan_batch(
             self._table,
             page_size=self._runtime.info.page_size,
-            namespaces=rows.namespaces(self._samples),
+            namespaces=namespaces,
+            partitions=adapter_numbers(rows.all_namespaces, namespaces),
             decode_lens=np.where(known > 0, known, limit),
             group_order=group_order,
         )

@@ -14,12 +14,14 @@ from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from batchllm.dataset.field_checks import MAX_INT32
 from batchllm.dataset.limits import (
+    check_adapter,
     check_expected_len,
     check_prompt_len,
     check_sampling_ids,
@@ -27,10 +29,12 @@ from batchllm.dataset.limits import (
     check_token_ids,
     fit_max_new_tokens,
 )
+from batchllm.dataset.sampling import with_adapter
 from batchllm.errors import RowError
 from batchllm.offline.column import Column
 from batchllm.offline.encode import Encoded, encode_requests
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
+from batchllm.offline.namespaces import Namespace
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import GRAMMARS, Request, SamplingParams
@@ -53,6 +57,7 @@ UNLIMITED = RuntimeInfo(
     random_seed=0,
     has_seeded_sampling=True,
     has_grammar=True,
+    adapters=None,
 )
 """Numbers of an engine on which everything runs: where rows are planned or simulated, not run."""
 
@@ -117,7 +122,7 @@ class JobRows:
         self.kinds: list[SamplingParams] = []
         self._kind_ids: dict[Any, int] = {}
         self._task_ids: dict[str, int] = {"": -1}
-        self._namespace_ids: dict[str, int] = {"": 0}
+        self._namespace_ids: dict[Namespace, int] = {Namespace("", ""): 0}
         # What many rows have in common stands once: (kind, samples, task, namespace), and of each row which of these.
         self._group_ids: dict[tuple[int, int, int, int], int] = {}
         self._group = Column(np.int32)
@@ -190,7 +195,8 @@ class JobRows:
         return values
 
     @property
-    def namespace_names(self) -> list[str]:
+    def all_namespaces(self) -> list[Namespace]:
+        """The namespaces, by number."""
         return list(self._namespace_ids)
 
     def add(self, requests: Sequence[Request]) -> list[RowError | None]:
@@ -221,6 +227,7 @@ class JobRows:
                 if isinstance(prompt, RowError):
                     raise prompt
                 request, ids, lens = prompt
+                request = self._with_adapter(request)
                 if not is_known and request.prompt is None:
                     check_token_ids(ids, self._info.vocab_size)
                 longest = max(lens)
@@ -272,7 +279,7 @@ class JobRows:
 
     def namespaces(self, samples: Samples) -> Int64Array | None:
         """Number of the namespace of each of these samples; None where all rows are in the default one."""
-        return self.namespace(samples.all_rows()).astype(np.int64) if len(self.namespace_names) > 1 else None
+        return self.namespace(samples.all_rows()).astype(np.int64) if len(self._namespace_ids) > 1 else None
 
     def sample_seed(self, row: int, sample: int) -> int:
         """Seed of one sample: what the row says, and something of its own for every further sample.
@@ -298,8 +305,15 @@ class JobRows:
         if not info.has_tokenizer:
             check_sampling_texts(request.sampling)
         check_sampling_ids(request.sampling, info.vocab_size)
+        check_adapter(request.sampling.lora_path, info.adapters)
         if request.expected_new_tokens is not None:
             check_expected_len(request.expected_new_tokens, prompt_len, info.context_len)
+
+    def _with_adapter(self, request: Request) -> Request:
+        """The adapter that ``model`` names answers."""
+        if not self._info.adapters or request.model not in self._info.adapters:
+            return request
+        return msgspec.structs.replace(request, sampling=with_adapter(request.sampling, request.model))
 
     def _output_limit(self, request: Request, prompt_len: int) -> int:
         """``max_new_tokens``, lowered where it may be."""
@@ -328,7 +342,9 @@ class JobRows:
             self._kind_id(sampling),
             sampling.n * num_prompts,
             self._task_ids.setdefault(request.task, len(self._task_ids) - 1),
-            self._namespace_ids.setdefault(request.namespace, len(self._namespace_ids)),
+            self._namespace_ids.setdefault(
+                Namespace(sampling.lora_path or "", request.namespace), len(self._namespace_ids)
+            ),
         )
         self._group.append(self._group_ids.setdefault(group, len(self._group_ids)))
         self._seed.append(NO_SEED if sampling.seed is None else sampling.seed)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from batchllm.offline.feeder import Feeder
 from batchllm.offline.job import give_memory_back, sampling_of
 from batchllm.offline.job_rows import Int64Array, JobRows, Samples
+from batchllm.offline.namespaces import Namespace, adapter_numbers
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.planner import GroupOrder, plan_batch
 from batchllm.planner.fair_order import fair_order
@@ -76,10 +77,12 @@ class JointPlan:
         known_len = _joined(parts, lambda part: part.rows.known_len[part.row_numbers])
         decode_lens = np.where(known_len > 0, known_len, max_new_len)
         table = _joined_table(parts)
+        namespace_of, namespaces = _joined_namespaces(parts)
         best = plan_batch(
             table,
             page_size=info.page_size,
-            namespaces=_joined_namespaces(parts),
+            namespaces=namespaces,
+            partitions=adapter_numbers(namespace_of, namespaces),
             decode_lens=decode_lens,
             group_order=group_order,
         )
@@ -147,15 +150,14 @@ def _joined_table(parts: Sequence[Part]) -> TokenTable:
     return TokenTable(tokens=tokens, offsets=offsets)
 
 
-def _joined_namespaces(parts: Sequence[Part]) -> Int64Array | None:
-    """Numbers that are the same for the same name, whichever job says it; None where all are in the default one."""
-    numbers = {"": 0}
+def _joined_namespaces(parts: Sequence[Part]) -> tuple[list[Namespace], Int64Array | None]:
+    """The namespaces of all jobs, each once, and which of them each sample is in; None where there is one."""
+    numbers: dict[Namespace, int] = {}
     columns = []
     for part in parts:
-        names = part.rows.namespace_names
-        number_of = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+        number_of = np.array([numbers.setdefault(n, len(numbers)) for n in part.rows.all_namespaces], np.int64)
         columns.append(number_of[part.rows.namespace(part.row_numbers)])
-    return np.concatenate(columns) if len(numbers) > 1 else None
+    return list(numbers), np.concatenate(columns) if len(numbers) > 1 else None
 
 
 def _joined_tasks(parts: Sequence[Part]) -> Int32Array:

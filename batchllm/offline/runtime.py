@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +41,7 @@ class RuntimeInfo:
         max_running: Most requests that run at once; None where that is not known.
         chat_sampling: What the model recommends for chats that say nothing, by names of `SamplingParams`.
         parses_answers: Answers to chats are looked through for reasoning or tool calls.
+        adapters: Names of the LoRA adapters that are loaded; None where any name is taken.
     """
 
     model_name: str
@@ -58,6 +59,7 @@ class RuntimeInfo:
     max_running: int | None = None
     chat_sampling: Mapping[str, Any] = field(default_factory=dict)
     parses_answers: bool = False
+    adapters: Collection[str] | None = ()
 
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""

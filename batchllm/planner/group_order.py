@@ -47,7 +47,13 @@ Integers = npt.NDArray[np.integer]
 # -1, has the first slice. Prompts that end at a node are no siblings: they stay where they are.
 
 
-def order_groups(tree: PrefixTree, prompt_lens: Integers, decode_lens: Integers, order: GroupOrder) -> PrefixTree:
+def order_groups(
+    tree: PrefixTree,
+    prompt_lens: Integers,
+    decode_lens: Integers,
+    order: GroupOrder,
+    partitions: Int64Array | None = None,
+) -> PrefixTree:
     """The same tree with the siblings of every node in another order.
 
     Linear in prompts and nodes, plus sorting each node's siblings; any depth. Ratios are compared as
@@ -58,6 +64,8 @@ def order_groups(tree: PrefixTree, prompt_lens: Integers, decode_lens: Integers,
         prompt_lens: Tokens of each row's prompt, int[num_prompts].
         decode_lens: Tokens each row is expected to generate, at least 1, int[num_prompts].
         order: One of `GROUP_ORDERS`.
+        partitions: int[num_prompts]; prompts of one partition come together, the lowest number first, and in
+            ``order`` among themselves. They share nothing with others. None: one for all.
 
     Raises:
         WorkloadError: There is no such order, or ``decode_lens`` does not fit the prompts or has a
@@ -66,10 +74,14 @@ def order_groups(tree: PrefixTree, prompt_lens: Integers, decode_lens: Integers,
     if order not in GROUP_ORDERS:
         raise WorkloadError(f"group_order must be one of {', '.join(GROUP_ORDERS)}, not {order!r}")
     _check_decode_lens(decode_lens, len(tree.order))
-    if order == "lexicographic":
+    if order == "lexicographic" and partitions is None:
         return tree
     owner = np.concatenate([tree.parent, deepest_prefix(tree.parent, tree.first, tree.num_prompts, len(tree.order))])
     start, siblings = _ordered_siblings(tree, owner, prompt_lens, decode_lens, order)
+    if partitions is not None:  # what shares nothing begins at the root
+        first = np.concatenate([tree.first, np.arange(len(tree.order))])
+        roots = siblings[: start[1]]
+        roots[:] = roots[np.argsort(partitions[tree.order[first[roots]]], kind="stable")]
     return _rearranged(tree, owner, start, siblings)
 
 
@@ -82,7 +94,9 @@ def _ordered_siblings(
     own_tokens -= np.append(tree.depth, np.int32(0))[owner]
     # A prompt with no token of its own ends at its node.
     start, siblings = _siblings(owner, own_tokens > 0, tree)
-    if order != "input":
+    if order == "lexicographic":
+        _sort_siblings(start, siblings, np.concatenate([tree.first, np.arange(len(tree.order))]).astype(np.float64))
+    elif order != "input":
         own_decode = np.append(np.zeros(len(tree.depth), decode_lens.dtype), decode_lens[tree.order])
         _sort(start, siblings, owner, own_tokens, own_decode, order)
     return start, siblings

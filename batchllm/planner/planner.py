@@ -22,6 +22,7 @@ def plan_batch(
     *,
     page_size: int = 1,
     namespaces: Int64Array | None = None,
+    partitions: Int64Array | None = None,
     decode_lens: npt.NDArray[np.integer] | None = None,
     group_order: GroupOrder = "lexicographic",
 ) -> BatchPlan:
@@ -33,6 +34,8 @@ def plan_batch(
         table: The prompts; none may be empty. No rows give an empty plan.
         page_size: Tokens of a KV page; only whole pages are shared.
         namespaces: int[num_prompts]; prompts of different namespaces never share.
+        partitions: int[num_prompts]; prompts of one partition come together, the lowest number first. Prompts of
+            different partitions must be of different namespaces. None: one for all.
         decode_lens: Tokens each row is expected to generate, at least 1, int[num_prompts]. None: 1
             each. They only matter to some group orders.
         group_order: Which of the groups that start at one prefix runs first. Does not change what is
@@ -48,7 +51,7 @@ def plan_batch(
     if decode_lens is None:
         decode_lens = np.ones(len(table), np.int64)
     prompt_lens = table.lengths.astype(np.int32)
-    tree = order_groups(build_prefix_tree(table, namespaces), prompt_lens, decode_lens, group_order)
+    tree = order_groups(build_prefix_tree(table, namespaces), prompt_lens, decode_lens, group_order, partitions)
     plan = _whole_pages(tree, prompt_lens[tree.order], page_size)
     plan.validate(namespaces=namespaces)
     return plan

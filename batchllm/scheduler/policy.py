@@ -62,6 +62,7 @@ class _Step:
         self.claimed: set[int] = set()  # prefixes computed by a request admitted in this very step
         self.any_behind = False  # some earlier request was passed over
         self.longest_beside = view.running.longest_total_len  # of what runs or was passed over
+        self.lora_ids = set(view.lora_ids)
         self.lacks_room = False  # the walk ended at a request that does not fit
 
     @property
@@ -140,7 +141,7 @@ class _Step:
             num_left = request.prefill_len - cached_len - num_tokens
             remaining_len += 1 + decode_lag(num_left, view.chunk_tokens, is_mixed=True)
             private_len -= 1
-        self.lacks_room = not self._fits_alone(request, found, led_tokens)
+        self.lacks_room = not self._fits_alone(request, found, led_tokens) or not self._may_use(request.lora_id)
         if self.lacks_room:
             return None
         if self.projection.num_requests and not self.projection.fits(
@@ -158,9 +159,15 @@ class _Step:
         self.projection.add(private_len, remaining_len, is_guess, led_tokens)
         self.longest_beside = max(self.longest_beside, request.total_len)
         self.num_slots_left -= 1
+        self.lora_ids.add(request.lora_id)
         self.claimed.update(found.missing_ids)
         self.open.add(found.missing_ids, view.ledger)
         return Admission(request, cached_len, num_tokens, found.missing_ids)
+
+    def _may_use(self, lora_id: str | None) -> bool:
+        """Whether there is a place for one more adapter, or it has one."""
+        limit = self.view.max_lora_ids
+        return limit is None or lora_id in self.lora_ids or len(self.lora_ids) < limit
 
     def _fits_alone(self, request: WaitingRequest, found: Lookup, led_tokens: int) -> bool:
         """Could ``request`` run to its longest output if all that stays were the prefixes that are open?

@@ -31,6 +31,10 @@ class WaitingRequest(Protocol):
         """Tokens that it had generated before it was retracted, 0 for a new one."""
 
     @property
+    def lora_id(self) -> str | None:
+        """The adapter that answers it; None for the base model."""
+
+    @property
     def output(self) -> OutputEstimate:
         """What is known of its output length."""
 
@@ -63,6 +67,8 @@ class SchedulerView:
         page_size: KV is shared and allocated in pages of this many tokens.
         release_lag: Steps for which the KV of a request that has ended stays taken: 1 where a step starts before the
             results of the one before it are there, else 0.
+        lora_ids: Adapters of everything that runs, None for the base model among them.
+        max_lora_ids: Most of these that planned requests may run with at once; None where there are no adapters.
     """
 
     waiting: Sequence[WaitingRequest]
@@ -78,3 +84,5 @@ class SchedulerView:
     is_mixed: bool
     page_size: int = 1
     release_lag: int = 0
+    lora_ids: frozenset[str | None] = frozenset()
+    max_lora_ids: int | None = None

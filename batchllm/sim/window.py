@@ -37,6 +37,7 @@ class PlannedRequest:
     __slots__ = (
         "is_ready",
         "led",
+        "lora_id",
         "num_generated",
         "output",
         "pinned_ids",
@@ -56,6 +57,7 @@ class PlannedRequest:
         self.output = output
         self.num_generated = 0
         self.is_ready = True
+        self.lora_id: str | None = None  # which adapter answers changes nothing here
         self.shared_len = 0
         self.led: list[int] = []
         self.pinned_ids: list[int] = []

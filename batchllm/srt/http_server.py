@@ -27,6 +27,7 @@ from batchllm.srt.engine import launch_errors
 from batchllm.srt.processes import EngineProcesses
 from batchllm.srt.runtime import ManagedRuntime
 from batchllm.srt.scheduler import run_server_scheduler_process
+from batchllm.srt.serving_chat import ServingCompletion
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class HttpServer:
         self._manager.on_death = lambda: setattr(self, "_dying", loop.create_task(self._die()))
         self._runtime = ServerRuntime(self._manager, self._template_manager, self._args, self._init_info, loop)
         async with self._upstream_lifespan(app):
+            app.state.openai_serving_completion = ServingCompletion(self._manager, self._template_manager)
             yield
             await asyncio.to_thread(self._when_down, False)
             await self._processes.ask_to_end(self._manager)

@@ -16,7 +16,9 @@ INVALID_GRAMMAR = "invalid_grammar"
 """A grammar does not compile, or cannot be followed with this model's tokens."""
 INVALID_SAMPLING = "invalid_sampling"
 """SGLang refuses sampling parameters that passed our checks."""
-ROW_FAULTS = frozenset({INVALID_GRAMMAR, INVALID_SAMPLING})
+UNLOADED_ADAPTER = "unknown_adapter"
+"""An adapter was unloaded before the request came to the scheduler."""
+ROW_FAULTS = frozenset({INVALID_GRAMMAR, INVALID_SAMPLING, UNLOADED_ADAPTER})
 """``err_type`` of a finish reason where the request is at fault: codes of its row."""
 
 
@@ -32,6 +34,8 @@ class PlannedRunReqInput(BaseReq):
         seeds: Sampling seed of each request.
         num_logprobs: -1 for no log probabilities, else how many alternatives beside the chosen token.
         require_reasoning: Of each of ``sampling`` whether the output begins with reasoning.
+        lora_paths: Of each of ``sampling`` the name of its adapter, None for the base model.
+        lora_ids: SGLang's identifiers of those; None also for one that is not loaded any more.
         extra_keys: Cache namespace of each request, or None where all are in the default one.
     """
 
@@ -42,6 +46,8 @@ class PlannedRunReqInput(BaseReq):
     seeds: Any
     num_logprobs: Any
     require_reasoning: list[bool]
+    lora_paths: list[str | None]
+    lora_ids: list[str | None]
     extra_keys: list[str | None] | None = None
 
 

@@ -83,6 +83,8 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
         is_mixed=is_mixed,
         page_size=page_size,
         release_lag=release_lag(scheduler),
+        lora_ids=frozenset(req.lora_id for req in admitted),
+        max_lora_ids=scheduler.max_planned_lora_ids,
     )
 
 

@@ -64,7 +64,7 @@ def check(model_path: str, server_args: dict[str, Any]) -> None:
     """
     folder = Path(model_path)
     if not folder.is_dir():
-        if not folder.exists() and _is_meant_as_path(model_path):
+        if not folder.exists() and is_meant_as_path(model_path):
             raise ConfigError(
                 f"-m {model_path}: there is no such folder; give a model's folder, or its name on the Hub"
             )
@@ -76,8 +76,11 @@ def check(model_path: str, server_args: dict[str, Any]) -> None:
         _check_weights(folder)
 
 
-def _is_meant_as_path(model_path: str) -> bool:
-    """Names on the Hub are ``name`` or ``owner/name``; those of other stores have a scheme."""
+def is_meant_as_path(model_path: str) -> bool:
+    """Whether a name that is no folder was meant to be one.
+
+    Names on the Hub are ``name`` or ``owner/name``; those of other stores have a scheme.
+    """
     if "://" in model_path:
         return False
     return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1

@@ -15,7 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
 from batchllm.request import GRAMMARS
 from batchllm.scheduler.output_length import MIN_FINISHED, OutputEstimate, OutputLengths
-from batchllm.srt.io_struct import INVALID_SAMPLING, PlannedRunReqInput
+from batchllm.srt.io_struct import INVALID_SAMPLING, UNLOADED_ADAPTER, PlannedRunReqInput
 from batchllm.srt.schedule_batch import PlannedReq
 
 # Ledger numbers are the job's in the upper and the plan's in the lower bits: unique without a table.
@@ -63,6 +63,10 @@ class RunReader:
         self._prefix_kind = {i: kind for i, kind in self._prefix_kind.items() if i in self._ledger}
         self._add_prefixes(job_id, run)
         sampling = [self._sampling_params(kwargs) for kwargs in message.sampling]
+        for i, (name, lora_id) in enumerate(zip(message.lora_paths, message.lora_ids, strict=True)):
+            if name is not None and lora_id is None:
+                fault = FINISH_ABORT(f"the adapter {name!r} was unloaded", HTTPStatus.BAD_REQUEST, UNLOADED_ADAPTER)
+                sampling[i] = (sampling[i][0], fault)
         private = run.private_tokens.astype(np.int64)
         start = 0
         for i, end in enumerate(np.cumsum(run.private_len).tolist()):
@@ -91,7 +95,8 @@ class RunReader:
                 input_ids=input_ids,
                 sampling_params=_with_limit(params, max_new_len),
                 num_logprobs=int(message.num_logprobs[i]),
-                require_reasoning=message.require_reasoning[message.sampling_index[i]],
+                require_reasoning=message.require_reasoning[kind],
+                lora_id=message.lora_ids[kind],
                 eos_token_ids=self._model_config.hf_eos_token_id,
                 vocab_size=self._model_config.vocab_size,
                 extra_key=None if message.extra_keys is None else message.extra_keys[i],

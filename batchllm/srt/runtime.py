@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -56,7 +57,8 @@ class ManagedRuntime:
 
     @property
     def info(self) -> RuntimeInfo:
-        return self._info
+        """The engine's numbers, with the adapters that are loaded by now."""
+        return replace(self._info, adapters=tuple(self._manager.adapter_ids))
 
     @property
     def tokenizer(self) -> ChatTokenizer | None:
@@ -70,6 +72,7 @@ class ManagedRuntime:
     def submit(self, job_id: int, requests: RunRequests) -> None:
         num_logprobs = [p.top_logprobs if p.logprobs else -1 for p in requests.sampling]
         index = np.asarray(requests.sampling_index, np.int32)
+        adapters = [params.lora_path for params in requests.sampling]
         self._manager.send(
             PlannedRunReqInput(
                 job_id=job_id,
@@ -79,6 +82,8 @@ class ManagedRuntime:
                 seeds=np.asarray(requests.seeds, np.int64),
                 num_logprobs=np.asarray(num_logprobs, np.int32)[index],
                 require_reasoning=[params.require_reasoning for params in requests.sampling],
+                lora_paths=adapters,
+                lora_ids=self._manager.adapters_of_job(job_id, adapters),
                 extra_keys=requests.namespaces and [name or None for name in requests.namespaces],
             )
         )

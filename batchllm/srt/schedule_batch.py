@@ -44,6 +44,7 @@ class PlannedReq(Req):
         eos_token_ids: set[int] | None,
         vocab_size: int,
         extra_key: str | None,
+        lora_id: str | None,
     ) -> None:
         super().__init__(
             rid=f"batchllm:{job_id}:{position}",  # SGLang aborts by the beginning of an id
@@ -56,6 +57,7 @@ class PlannedReq(Req):
             eos_token_ids=eos_token_ids,
             vocab_size=vocab_size,
             extra_key=extra_key,
+            lora_id=lora_id,
         )
         # Log probabilities of the output only: those of the prompt would undo the sharing.
         self.logprob_start_len = len(input_ids) if num_logprobs >= 0 else -1

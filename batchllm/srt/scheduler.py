@@ -24,7 +24,16 @@ from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.turns import Turns
 from batchllm.scheduler.window import RequestWindow
-from batchllm.srt import attention_backend, child_process, compat, cpu_ops, filled_parameters, radix_cache, sampling
+from batchllm.srt import (
+    attention_backend,
+    child_process,
+    compat,
+    cpu_lora,
+    cpu_ops,
+    filled_parameters,
+    radix_cache,
+    sampling,
+)
 from batchllm.srt.grammars import quiet_row_faults
 from batchllm.srt.io_struct import (
     PlannedAbortReqInput,
@@ -52,6 +61,8 @@ class BatchScheduler(PlannedIntake):
     """SGLang's scheduler with a window of planned requests beside the queue of live ones."""
 
     tree_cache: PlannedRadixCache
+    num_live_adapters = 1
+    """Places for adapters that no plan takes, since live requests would wait for one until the plan has ended."""
 
     def init_running_status(self) -> None:
         super().init_running_status()
@@ -82,6 +93,14 @@ class BatchScheduler(PlannedIntake):
             self.model_config,
             learns_lengths=self.server_args.output_lengths == "learned",
         )
+
+    @property
+    def max_planned_lora_ids(self) -> int | None:
+        """Adapters that planned requests may run with at once, the base model counted; None without adapters."""
+        if not self.enable_lora:
+            return None
+        manager = self.tp_worker.model_runner.lora_manager
+        return max(1, self.max_loras_per_batch - manager.num_pinned_loras - self.num_live_adapters)
 
     def run_event_loop(self) -> None:
         self.step_recorder = StepRecorder(self.attention, step_clock(self))
@@ -333,6 +352,8 @@ def _is_at_its_limit(req: Any) -> bool:
 class OfflineBatchScheduler(BatchScheduler):
     """Without a server beside it: nobody reads the load snapshots that each prefill step would write."""
 
+    num_live_adapters = 0
+
     def init_ipc_channels(self, port_args: Any) -> None:
         super().init_ipc_channels(port_args)
         writer = self.load_snapshot_writer
@@ -371,6 +392,8 @@ def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchSched
         from batchllm.srt import gpu_attention_backend  # Triton's kernels, which a CPU has no use for
 
         gpu_attention_backend.register()
+    if server_args.enable_lora and server_args.device == "cpu":
+        cpu_lora.install()
     filled_parameters.install()
     radix_cache.register()
     sampling.install()

@@ -19,7 +19,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs, add_attention_backend_choices
 
 from batchllm.errors import ConfigError
-from batchllm.srt import model_files, model_support, radix_cache
+from batchllm.srt import adapter_files, model_files, model_support, radix_cache
 
 ATTENTION_BACKEND = "batchllm"
 _CPU_KV_TOKENS = 131_072
@@ -81,8 +81,9 @@ _UNSUPPORTED = (
     ("enable_pdmux", False, "prefill/decode multiplexing"),
     ("is_embedding", False, "embedding models"),
     ("dllm_algorithm", None, "diffusion language models"),
-    ("enable_lora", False, "an adapter per request"),
-    ("lora_paths", None, "an adapter per request"),
+    ("max_loaded_loras", None, "a bound on loaded adapters"),
+    ("enable_lora_overlap_loading", False, "loading adapters beside steps"),
+    ("lora_drain_wait_threshold", 0.0, "draining adapters"),
     ("completion_template", None, "a template for completions"),
 )
 
@@ -116,6 +117,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
             reason = "there is no such folder, and the Hub gives no model of this name"
             raise ConfigError(f"-m {model_path}: {reason}: {_one_line(error)}") from error
         raise ConfigError(f"-m {model_path}: {error}") from error
+    adapter_files.check(args)
     if not is_folder:
         _check_model(args.get_model_config(), model_path, server_args)
     return args
@@ -206,7 +208,10 @@ def parse_server_flags(flags: list[str], parser: argparse.ArgumentParser | None 
             flags = ConfigArgumentMerger(parser).merge_config_with_args(flags)
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"--config: {error}") from error
-    values = vars(parser.parse_args(flags))
+    try:
+        values = vars(parser.parse_args(flags))
+    except (AssertionError, ValueError) as error:  # of an action of SGLang's that reads a value itself
+        raise ConfigError(f"--lora-paths: give NAME=FOLDER or a JSON object: {_one_line(error)}") from error
     renamed = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
     values = {renamed.get(name, name): value for name, value in values.items()}
     return {name: value for name, value in values.items() if name in fields}
@@ -226,7 +231,7 @@ def _defaults(model_path: str) -> dict[str, Any]:
         "sampling_backend": "pytorch",
     }
     if not _has_accelerator():
-        defaults |= {"device": "cpu", "max_total_tokens": _CPU_KV_TOKENS}
+        defaults |= {"device": "cpu", "max_total_tokens": _CPU_KV_TOKENS, "lora_backend": adapter_files.CPU_BACKEND}
         if _is_float32(model_path):
             # SGLang's "auto" would make it bfloat16, which a CPU computes no faster and less exactly.
             defaults["dtype"] = "float32"

@@ -1,7 +1,8 @@
-"""SGLang's chat serving, behind the live route and behind batches. (Upstream:
-``srt/entrypoints/openai/serving_chat.py``.)
+"""SGLang's serving of OpenAI's routes; that of chats is behind the live route and behind batches. (Upstream:
+``srt/entrypoints/openai/serving_chat.py``, ``serving_completions.py``.)
 
-It differs from SGLang's in one way: it refuses a chat of which a message's text is not in the prompt.
+It differs from SGLang's in two ways: it refuses a chat of which a message's text is not in the prompt, and a model of
+the name of a loaded adapter, as ``/v1/models`` lists it, is that adapter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
 
 class RenderedText(Sequence[int]):
@@ -86,7 +89,20 @@ class _ManagerView:
         return getattr(self.manager, name)
 
 
-class ServingChat(OpenAIServingChat):
+class _NamedAdapters(OpenAIServingBase):
+    """Takes a model of the name of a loaded adapter for that adapter; SGLang would answer by the base model."""
+
+    def _resolve_lora_path(self, request_model: str, explicit_lora_path: Any) -> Any:
+        if request_model in self.tokenizer_manager.adapter_ids:
+            return request_model
+        return super()._resolve_lora_path(request_model, explicit_lora_path)
+
+
+class ServingCompletion(_NamedAdapters, OpenAIServingCompletion):
+    """SGLang's serving of completions."""
+
+
+class ServingChat(_NamedAdapters, OpenAIServingChat):
     """SGLang's chat serving, which also refuses a chat of which a message's text is not in the prompt."""
 
     def __init__(self, tokenizer_manager: Any, template_manager: Any) -> None:

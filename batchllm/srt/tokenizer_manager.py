@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
+from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 from sglang.srt.managers.tokenizer_manager import SignalHandler, TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
@@ -34,6 +35,8 @@ class BatchTokenizerManager(TokenizerManager):
         super().init_running_status()
         self._death: EngineDiedError | None = None
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
+        self._job_adapters: dict[int, set[str]] = {}
+        self._leaving_adapters: set[str] = set()
         self.on_death: Callable[[], None] | None = None
         """Called when a runtime process has ended, after the jobs have been told."""
 
@@ -52,10 +55,41 @@ class BatchTokenizerManager(TokenizerManager):
         if self._death is not None:
             raise self._death
         self._planned_outputs[job_id] = asyncio.Queue()
+        self._job_adapters[job_id] = set()
 
     def close_job(self, job_id: int) -> None:
         """Drop whatever still arrives for this job."""
-        del self._planned_outputs[job_id]
+        del self._planned_outputs[job_id], self._job_adapters[job_id]
+
+    @property
+    def adapter_ids(self) -> dict[str, str]:
+        """SGLang's identifier of each loaded adapter, by its name."""
+        loaded = self.lora_registry.get_all_adapters().items()
+        return {name: ref.lora_id for name, ref in loaded if name not in self._leaving_adapters}
+
+    def adapters_of_job(self, job_id: int, names: Sequence[str | None]) -> list[str | None]:
+        """Identifiers of adapters that requests of a job run with; they stay loaded until the job is closed.
+
+        Returns:
+            Of each name its identifier; None for the base model, and for an adapter that is not loaded.
+        """
+        ids = self.adapter_ids if any(name is not None for name in names) else {}
+        self._job_adapters[job_id].update(name for name in names if name in ids)
+        return [None if name is None else ids.get(name) for name in names]
+
+    async def _unload_lora_adapter_locked(self, obj: UnloadLoRAAdapterReqInput) -> Any:
+        """Unload an adapter. The scheduler would end if one of its requests ran with it.
+
+        Raises:
+            ValueError: Requests of a job run with it; SGLang makes an answer of that.
+        """
+        if any(obj.lora_name in names for names in self._job_adapters.values()):
+            raise ValueError(f"a batch runs with the adapter {obj.lora_name!r}; unload it when that has ended")
+        self._leaving_adapters.add(obj.lora_name)
+        try:
+            return await super()._unload_lora_adapter_locked(obj)
+        finally:
+            self._leaving_adapters.remove(obj.lora_name)
 
     def send(self, message: Any) -> None:
         """To the scheduler."""

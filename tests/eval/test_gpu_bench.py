@@ -20,6 +20,7 @@ from batchllm.perf_model import ModelShape
 from eval.gpu_bench import kernel_trace, report, setting
 from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, OutOfTimeError
 from eval.gpu_bench.parts import Bench, _turns
+from tests.shared_memory import ownerless
 
 _ROOT = Path(__file__).parents[2]
 
@@ -219,7 +220,7 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_a_dry_run_measures_ours_against_stock_and_leaves_nothing(tmp_path: Path) -> None:
     """Real engines on a CPU, in the processes and through the report of the real run."""
-    before = set(os.listdir("/dev/shm"))
+    before = ownerless()
     with tempfile.TemporaryDirectory() as temporary:  # paths of sockets must be short
         done = subprocess.run(
             [
@@ -251,4 +252,4 @@ def test_a_dry_run_measures_ours_against_stock_and_leaves_nothing(tmp_path: Path
     assert {r["num_output_tokens"] for r in runs.values()} == {320}
     assert runs["ours"]["num_computed_prompt_tokens"] == runs["ours"]["num_optimal_prompt_tokens"] == 3200
     assert left == []
-    assert set(os.listdir("/dev/shm")) <= before
+    assert ownerless() <= before

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.shared_memory import ownerless
 
 pytestmark = pytest.mark.engine
 
@@ -51,7 +52,7 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
     dead, alive = temporary / "batchllm-4194305-x", temporary / f"batchllm-{os.getpid()}-x"
     dead.mkdir()  # above the largest pid there can be
     alive.mkdir()
-    shared_memory = _shared_memory()
+    shared_memory = ownerless()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -63,10 +64,4 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["died: the batch that ran", "died: the next one", "left: []"]
     assert list(temporary.glob("batchllm-*")) == [alive]
-    assert _shared_memory() <= shared_memory
-
-
-def _shared_memory() -> set[str]:
-    """Semaphores, and what SGLang keeps there, but for files of processes that live."""
-    names = {name for name in os.listdir("/dev/shm") if name.startswith(("sem.", "sglang"))}
-    return {name for name in names if not any(f"-{pid}-" in name for pid in psutil.pids())}
+    assert ownerless() <= shared_memory

@@ -1,0 +1,88 @@
+"""Flags of SGLang's server as they stand on a command line, before SGLang reads them: what a job's answers depend on.
+
+Knows: names and values of flags, the file of ``--config``. Must not know: what they mean to the engine, which says what
+is wrong with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from batchllm.offline.fingerprint import model_identity
+
+_ENGINE_FLAGS_OF_ANSWERS = (
+    *("dtype", "quantization", "kv-cache-dtype", "revision", "tokenizer-path", "chat-template"),
+    *("default-chat-template-kwargs", "tool-call-parser", "reasoning-parser", "sampling-defaults"),
+    *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "random-seed"),
+)
+"""Engine flags that change answers. The others change how fast they come, and may change from run to run."""
+
+
+def with_config(server_flags: list[str]) -> list[str]:
+    """The flags, those of the file of ``--config`` before the others. What is wrong with it, the engine says."""
+    path = flag_value(server_flags, "config")
+    if not path:
+        return server_flags
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return server_flags
+    flags: list[str] = []
+    for name, value in found.items() if isinstance(found, dict) else ():
+        flag = f"--{str(name).replace('_', '-')}"
+        flags += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    return flags + server_flags
+
+
+def flags_of_answers(server_flags: list[str]) -> list[str]:
+    """The flags that answers depend on; a file or a folder is told by what is in it."""
+    found = {name: flag_value(server_flags, name) for name in _ENGINE_FLAGS_OF_ANSWERS}
+    return [f"--{name} {_identity(value)}" for name, value in found.items() if value is not None]
+
+
+def adapters(server_flags: list[str]) -> dict[str, str]:
+    """What tells each LoRA adapter from others, by the name that rows give it."""
+    folders: dict[str, str] = {}
+    for value in _values(server_flags, "lora-paths"):
+        name, _, folder = value.partition("=")
+        if value.startswith("{"):
+            with suppress(ValueError, LookupError, TypeError):  # the engine says what is wrong with it
+                named = json.loads(value)
+                name, folder = named["lora_name"], named["lora_path"]
+        folders[name] = _identity(folder or name)
+    return folders
+
+
+def _identity(value: str) -> str:
+    return model_identity(value) if os.path.exists(value) else value
+
+
+def _values(flags: list[str], name: str) -> list[str]:
+    """Values of the last such flag, which takes several."""
+    values: list[str] = []
+    takes = False
+    for flag in flags:
+        if flag.startswith("--"):
+            takes = flag.partition("=")[0] == f"--{name}"
+            if takes:
+                values = flag.split("=", 1)[1:]
+        elif takes:
+            values.append(flag)
+    return values
+
+
+def flag_value(flags: list[str], name: str) -> str | None:
+    """Value of the last such flag, "" where it has none; None where it is not given."""
+    value = None
+    for i, flag in enumerate(flags):
+        if flag.startswith(f"--{name}="):
+            value = flag.partition("=")[2]
+        elif flag == f"--{name}":
+            following = flags[i + 1] if i + 1 < len(flags) else "--"
+            value = "" if following.startswith("--") else following
+    return value
