@@ -26,6 +26,7 @@ _GROUPS = {
     "tests/host": "one engine",
     "tests/test_cli.py": "command",
     "tests/test_launch_server.py": "server",
+    "tests/test_adapter_server.py": "leftovers",
     "tests/eval/test_gpu_bench.py": "leftovers",
     "tests/lang": "programs",
 }

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PROGRAM = "python -m batchllm.launch_server"
 
 
+_MIN_ADAPTER_PLACES = 2
+
+
 def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Serve until a signal ends it; returns the exit status."""
     # The engine's processes are forked from this one: SGLang comes first, before there are threads.
@@ -41,6 +44,11 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     log_level = given.setdefault("log_level", "info")
     logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     server_args = make_server_args(model_path, **given)
+    if (server_args.enable_lora or server_args.lora_paths) and server_args.max_loras_per_batch < _MIN_ADAPTER_PLACES:
+        raise ConfigError(
+            f"--max-loras-per-batch {server_args.max_loras_per_batch}: give at least {_MIN_ADAPTER_PLACES}; one place is "
+            "left to live requests while batches run"
+        )
     gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
     service = BatchService(_batch_options(batch, server_args.port))
     try:

@@ -6,6 +6,7 @@ left to SGLang.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ def check(server_args: Any) -> None:
     """Refuse an adapter that cannot be one.
 
     Args:
-        server_args: SGLang's, complete.
+        server_args: SGLang's, complete; they are not changed.
 
     Raises:
         ConfigError: One line that names the adapter or the flag, and says what to do.
     """
+    server_args = copy.copy(server_args)
+    try:
+        server_args.check_lora_server_args()  # it makes one form of the many that a path may have, and not twice
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"--lora-paths: {error}") from error
     if not server_args.enable_lora:
         return
     if server_args.device == "cpu" and server_args.lora_backend != CPU_BACKEND:

@@ -205,6 +205,28 @@ def test_what_a_file_of_flags_changes_of_the_answers_is_refused_by_name(
     command("run", "-i", source, "-o", out, "--config", config).check(0)
 
 
+def test_another_adapter_of_the_same_name_is_another_job(
+    command: Command, source: Path, out: Path, tmp_path: Path
+) -> None:
+    """By what is in its folder, however the flag is written."""
+    adapters = [tmp_path / "one", tmp_path / "two"]
+    for rank, adapter in enumerate(adapters, start=1):
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    template = tmp_path / "template.jinja"
+    template.write_text("one")
+    flags = ("--chat-template", template, "--lora-paths")
+    stop_job(command, source, out, *flags, f"a={adapters[0]}")
+    refused = command("run", "-i", source, "-o", out, *flags, f"a={adapters[1]}").check(2)
+    assert "adapters was " in refused.stderr
+    assert "adapters was " in command("run", "-i", source, "-o", out, *flags, f"b={adapters[0]}").check(2).stderr
+    template.write_text("another")
+    named = json.dumps({"lora_name": "a", "lora_path": str(adapters[0])})
+    assert "engine was " in command("run", "-i", source, "-o", out, *flags, named).check(2).stderr
+    template.write_text("one")
+    command("run", "-i", source, "-o", out, *flags, named).check(0)
+
+
 def test_what_only_changes_speed_may_change_between_runs(command: Command, source: Path, out: Path) -> None:
     stop_job(command, source, out)
     command("run", "-i", source, "-o", out, "--max-total-tokens", "4096", "--token-memory", "1", "--retry", "1").check(

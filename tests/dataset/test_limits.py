@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchllm.dataset import check_prompt_len, check_token_ids, fit_max_new_tokens
-from batchllm.dataset.limits import check_sampling_ids, check_sampling_texts
+from batchllm.dataset.limits import check_adapter, check_sampling_ids, check_sampling_texts
 from batchllm.errors import RowError
 from batchllm.request import SamplingParams
 
@@ -91,3 +91,13 @@ def test_what_needs_a_tokenizer_is_refused_without_one(sampling: SamplingParams,
     with pytest.raises(RowError) as caught:
         check_sampling_texts(sampling)
     assert (caught.value.code, caught.value.param) == ("tokenizer_needed", param)
+
+
+def test_only_adapters_that_are_loaded_may_be_named() -> None:
+    check_adapter(None, ())
+    check_adapter("a", ("a", "b"))
+    check_adapter("a", None)
+    for loaded, words in (((), "none is loaded"), (("c", "b"), "loaded are b, c")):
+        with pytest.raises(RowError, match=words) as caught:
+            check_adapter("a", loaded)
+        assert (caught.value.code, caught.value.param) == ("unknown_adapter", "lora_path")

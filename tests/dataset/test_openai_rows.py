@@ -321,8 +321,8 @@ FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
     (completion(echo=True, logprobs=0), "unsupported_parameter", "echo"),
     (completion(echo=1), "invalid_parameter_type", "echo"),
     (chat(verbosity="high"), "unsupported_parameter", "verbosity"),
-    (chat(lora_path="x"), "unsupported_parameter", "lora_path"),
-    (chat(model="base:adapter"), "unsupported_adapter", "model"),
+    (chat(lora_path=["x"]), "invalid_parameter_type", "lora_path"),
+    (completion(lora_path=3), "invalid_parameter_type", "lora_path"),
     (chat(add_generation_prompt="no"), "unsupported_parameter", "add_generation_prompt"),
     (chat(continue_final_message="yes"), "invalid_parameter_type", "continue_final_message"),
     (chat(logit_bias={"a": 1}), "parameter_out_of_range", None),
@@ -378,3 +378,27 @@ def test_custom_id_is_needed(missing: dict[str, Any]) -> None:
     record = {"method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}, **missing}
     row = bad(record)
     assert (row.code, row.given_id, row.param) == ("missing_id", None, "custom_id")
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+@pytest.mark.parametrize(
+    ("body", "adapter"),
+    [
+        ({}, None),
+        ({"lora_path": None}, None),
+        ({"lora_path": ""}, None),
+        ({"lora_path": "x"}, "x"),
+        ({"model": "base:x"}, "x"),
+        ({"model": " base : x "}, "x"),
+        ({"model": "base:"}, None),
+        ({"model": "base:x", "lora_path": "y"}, "x"),
+        ({"model": "base", "lora_path": "y"}, "y"),
+    ],
+)
+def test_an_adapter_is_named_as_on_the_server(
+    make: Callable[..., dict[str, Any]], body: dict[str, Any], adapter: str | None
+) -> None:
+    """The model's name wins over lora_path, as in SGLang's ``OpenAIServingBase._resolve_lora_path``."""
+    row = read_one(make(**body))
+    assert isinstance(row, Row), row
+    assert row.request.sampling.lora_path == adapter

@@ -356,3 +356,23 @@ def test_an_id_that_a_double_may_have_rounded_is_refused(given: str) -> None:
 def test_token_ids_may_be_written_as_doubles() -> None:
     (row,) = read_rows(io.BytesIO(b'{"id": "a", "input_ids": [5.0, 6, 7.0]}'), defaults=SamplingParams())
     assert isinstance(row, Row) and list(row.request.input_ids or ()) == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("fields", "adapter"),
+    [
+        ({}, None),
+        ({"lora_path": None}, None),
+        ({"lora_path": ""}, None),
+        ({"lora_path": "x"}, "x"),
+        ({"sampling_params": {"lora_path": "x"}}, "x"),
+        ({"lora_path": "y", "sampling_params": {"lora_path": "x", "temperature": 0}}, "y"),
+    ],
+)
+def test_a_plain_row_names_its_adapter(fields: dict[str, Any], adapter: str | None) -> None:
+    assert good({"id": "a", "prompt": "hi", **fields}).request.sampling.lora_path == adapter
+
+
+def test_the_name_of_an_adapter_is_a_string() -> None:
+    row = bad({"id": "a", "prompt": "hi", "lora_path": ["x"]})
+    assert (row.code, row.param) == ("invalid_parameter_type", "lora_path")

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -613,6 +613,38 @@ def test_a_namespace_is_the_same_one_in_every_job_that_names_it_and_no_other() -
     ).optimal_prefill_tokens
     assert joint.num_lost_tokens == 0
     assert joint.stats.num_computed_prompt_tokens == optimum
+
+
+def test_rows_of_an_adapter_share_across_jobs_and_run_together() -> None:
+    """The same prompt behind another adapter, or in another namespace of the same one, has other KV."""
+    info = replace(INFO, adapters=("x", "y"))
+    engine = SteppingEngine()
+    engine.info = info
+    joint = JointJobs(engine)
+    kinds: list[dict[str, Any]] = [{}, {"lora_path": "x"}, {"lora_path": "y"}, {"lora_path": "x", "namespace": "n"}]
+    requests = [
+        [
+            msgspec.structs.replace(request, index=40 * i + request.index)
+            for i, kind in enumerate(kinds)
+            for request in _questions(job, 40, 4, **kind)
+        ]
+        for job in range(2)
+    ]
+
+    def rows(own: Sequence[Request]) -> JobRows:
+        made = JobRows(info, None, TokenStore(None, 1 << 30))
+        assert made.add(own) == [None] * len(own)
+        return made
+
+    _on(engine, _run_all([joint.make_job(engine, rows(own)) for own in requests]))
+    assert joint.num_plans == 1
+    flat = [request for own in requests for request in own]
+    numbers = {(None, ""): 0, ("x", ""): 1, ("y", ""): 2, ("x", "n"): 3}
+    optimum = plan_batch(
+        TokenTable.from_lists([list(request.input_ids or ()) for request in flat]),
+        namespaces=np.array([numbers[request.sampling.lora_path, request.namespace] for request in flat]),
+    ).optimal_prefill_tokens
+    assert joint.stats.num_computed_prompt_tokens - joint.num_lost_tokens == optimum
 
 
 def test_jobs_hear_that_the_engine_died_and_which_rows_were_in_flight() -> None:

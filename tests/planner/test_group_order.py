@@ -345,3 +345,23 @@ def test_a_row_that_generates_nothing_is_refused_by_row(decode_len: int) -> None
 def test_an_unknown_order_is_refused_with_those_there_are() -> None:
     with pytest.raises(WorkloadError, match="one of lexicographic, input, ratio, paper, balanced, not 'fastest'"):
         plan_batch(TokenTable.from_lists([[1]]), group_order="fastest")
+
+
+@untimed
+@given(workloads, group_orders, st.lists(st.integers(0, 3), min_size=2, max_size=2), page_sizes)
+def test_partitions_come_one_after_another_each_in_the_order_asked_for(
+    workload: list[_Row], group_order: GroupOrder, partition_of: list[int], page_size: int
+) -> None:
+    """Nothing else changes: what is shared, and the order within a partition that is alone at the root."""
+    table, namespaces, decode_lens = _arrays(workload)
+    partitions = np.array([partition_of[namespace] for namespace in namespaces.tolist()], np.int64)
+    options: Any = {"page_size": page_size, "namespaces": namespaces, "decode_lens": decode_lens}
+    plain = plan_batch(table, group_order=group_order, **options)
+    plan = plan_batch(table, group_order=group_order, partitions=partitions, **options)
+    plan.validate(table, namespaces)
+    assert plan.optimal_prefill_tokens == plain.optimal_prefill_tokens
+    planned = partitions[plan.order].tolist()
+    assert planned == sorted(planned)
+    for partition in set(planned):
+        rows_of = [[row for row in p.order.tolist() if partitions[row] == partition] for p in (plan, plain)]
+        assert rows_of[0] == rows_of[1]

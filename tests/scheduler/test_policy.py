@@ -37,6 +37,7 @@ class _Waiting:
     prefill_len: int
     max_new_len: int = 1
     is_ready: bool = True
+    lora_id: str | None = None
     num_generated: int = 0
     plan_order: tuple[int, int] = (0, 0)
 
@@ -309,6 +310,20 @@ def test_a_retracted_request_computes_what_it_had_generated_again() -> None:
     assert _decide(_view([retracted], ledger)) == [Admission(retracted, 6, 3)]
 
 
+def test_the_walk_ends_at_the_first_adapter_that_has_no_place() -> None:
+    """The base model takes a place like any adapter. What runs has places already."""
+    requests = [replace(r, lora_id=i) for r, i in zip(_lone(2, 2, 2, 2), (None, "x", "x", "y"), strict=True)]
+    view = _view(requests)
+    assert _names(view) == "abcd"
+    assert _names(replace(view, max_lora_ids=3)) == "abcd"
+    assert _names(replace(view, max_lora_ids=2)) == "abc"
+    assert _names(replace(view, max_lora_ids=1)) == "a"
+    beside = replace(view, lora_ids=frozenset({"y"}))
+    assert _names(replace(beside, max_lora_ids=2)) == "a"
+    assert _names(replace(beside, max_lora_ids=1)) == ""
+    assert PlannedPolicy().decide(replace(beside, max_lora_ids=1)).lacks_room
+
+
 def test_a_request_that_is_not_ready_is_passed_over() -> None:
     requests = _lone(2, 2)
     assert _names(_view([replace(requests[0], is_ready=False), requests[1]])) == "b"
@@ -444,6 +459,7 @@ class _Request:
     num_new_tokens: int  # what it will generate before it stops by itself
     prefix_id: int
     is_ready: bool
+    lora_id: str | None
     output: OutputEstimate
     num_generated: int = 0
     kv_len: int = 0  # tokens with KV, its own or read
@@ -495,6 +511,7 @@ class _Setup:
     lengths: str  # known, bounded or learned
     seed: int
     has_overlap: bool = False  # a step starts before the results of the one before it are there
+    max_lora_ids: int | None = None
 
 
 class _World:
@@ -508,6 +525,7 @@ class _World:
         self.can_chunk = setup.can_chunk
         self.is_mixed = setup.is_mixed
         self.has_overlap = setup.has_overlap
+        self.max_lora_ids = setup.max_lora_ids
         self.lengths_mode = setup.lengths
         self.lengths = OutputLengths()
         totals = [len(p) + new for p, new in zip(setup.prompts, setup.max_new_lens, strict=True)]
@@ -568,6 +586,7 @@ class _World:
                     num_new_tokens=num_new_tokens,
                     prefix_id=prefix_id,
                     is_ready=self.random.random() >= self.trouble.not_ready,
+                    lora_id=self.adapter(prefix_id, position),
                     output=OutputEstimate(max_new_len=max_new_len, known_len=known_len, kind=0, position=position),
                 )
             )
@@ -673,7 +692,14 @@ class _World:
             is_mixed=self.is_mixed,
             page_size=self.page_size,
             release_lag=int(self.has_overlap),
+            lora_ids=frozenset(request.lora_id for request in self.running),
+            max_lora_ids=self.max_lora_ids,
         )
+
+    def adapter(self, prefix_id: int, position: int) -> str | None:
+        """Of three and the base model: all that share a token have the same."""
+        path = self.ledger.path(prefix_id) if prefix_id != NO_PREFIX else ()
+        return (None, "x", "y", "z")[(next(iter(path), position)) % 4]
 
     def make_room(self) -> None:
         """Retract until the decoding rows find their slots: a prompt in pieces first, then the least generated."""
@@ -715,6 +741,8 @@ class _World:
         for request in decoding:
             request.kv_len += 1
         self.check()
+        num_adapters = len({request.lora_id for request in self.running})
+        assert self.max_lora_ids is None or num_adapters <= self.max_lora_ids
         launched = decoding + [r for r in computing if r is not self.chunked]
         done, self.in_flight = (self.in_flight, launched) if self.has_overlap else (launched, [])
         for request in done:
@@ -821,6 +849,7 @@ def _setups(draw: st.DrawFn) -> _Setup:
         is_mixed=draw(st.booleans()),
         lengths=draw(st.sampled_from(["known", "bounded", "learned"])),
         has_overlap=draw(st.booleans()),
+        max_lora_ids=draw(st.sampled_from([None, 1, 2])),
         seed=draw(st.integers(0, 2**20)),
     )
 
