@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from batchllm.srt.http_server import ServerRuntime
 
 PROGRAM = "python -m batchllm.launch_server"
-
-
 _MIN_ADAPTER_PLACES = 2
 
 
@@ -44,11 +42,7 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     log_level = given.setdefault("log_level", "info")
     logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     server_args = make_server_args(model_path, **given)
-    if (server_args.enable_lora or server_args.lora_paths) and server_args.max_loras_per_batch < _MIN_ADAPTER_PLACES:
-        raise ConfigError(
-            f"--max-loras-per-batch {server_args.max_loras_per_batch}: give at least {_MIN_ADAPTER_PLACES}; one place is "
-            "left to live requests while batches run"
-        )
+    _check_adapter_places(server_args)
     gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
     service = BatchService(_batch_options(batch, server_args.port))
     try:
@@ -64,6 +58,15 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     finally:
         service.close()
     return EXIT_OK
+
+
+def _check_adapter_places(server_args: Any) -> None:
+    num_places = server_args.max_loras_per_batch
+    if (server_args.enable_lora or server_args.lora_paths) and num_places < _MIN_ADAPTER_PLACES:
+        raise ConfigError(
+            f"--max-loras-per-batch {num_places}: give at least {_MIN_ADAPTER_PLACES}; one place is left to live "
+            "requests while batches run"
+        )
 
 
 def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> None:
