@@ -235,7 +235,7 @@ def _install(target: Path, shape: ModelShape, seed: int) -> None:
     """Builds beside the target and renames; the caller holds the target's lock."""
     building = target.with_name(f".{target.name}.building")
     for leftover in (building, target):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)

@@ -65,11 +65,10 @@ def retry(args: argparse.Namespace, server_flags: list[str]) -> int:
     folder = _JobFolder(Path(args.job_dir))
     with Journal.open(folder.path) as journal:
         command = journal.command
-        journal.forget_failed()
     given = {name: value for name, value in vars(args).items() if name in _FLAGS_OF_RETRY and value is not None}
     again = argparse.Namespace(**command["flags"] | given | {"job_dir": args.job_dir, "restart": False})
     with StopSignal(again.grace) as stop:
-        return _run_job(again, command["server_flags"] + server_flags, folder, stop)
+        return _run_job(again, command["server_flags"] + server_flags, folder, stop, runs_failed=True)
 
 
 @dataclass(slots=True)
@@ -93,7 +92,14 @@ class _JobFolder:
         return f"run the same command {how} to go on"
 
 
-def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFolder, stop: StopSignal) -> int:
+def _run_job(
+    args: argparse.Namespace,
+    server_flags: list[str],
+    folder: _JobFolder,
+    stop: StopSignal,
+    *,
+    runs_failed: bool = False,
+) -> int:
     started = time.perf_counter()
     input_path = None if args.input == "-" else args.input
     check_outputs(args.output, errors_path=args.errors, input_path=input_path)
@@ -106,6 +112,8 @@ def _run_job(args: argparse.Namespace, server_flags: list[str], folder: _JobFold
         if args.restart and Journal.exists(folder.path):
             Journal.remove(folder.path)
         journal = stack.enter_context(_open_journal(args, server_flags, folder, source))
+        if runs_failed:
+            journal.set_failed_aside()
         num_before = journal.num_rows
         outputs = stack.enter_context(Outputs(args.output, errors_path=args.errors, order=args.order, journal=journal))
         progress = stack.enter_context(

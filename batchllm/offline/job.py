@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
-from batchllm.offline.identical import is_greedy
 from batchllm.offline.job_rows import Int64Array, JobRows
 from batchllm.offline.namespaces import adapter_numbers
 from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime
@@ -108,14 +107,13 @@ def sampling_of(
         samples: Which of its row's samples each is.
     """
     kinds = rows.kind(row_numbers)
-    draws = np.array([not is_greedy(kind) for kind in rows.kinds])[kinds]  # a greedy row needs no seed
+    draws = rows.draws.values[kinds]  # a greedy row needs no seed
     numbers, seed_of = rows.namespace(row_numbers), rows.sample_seed
-    names = [namespace.name for namespace in rows.all_namespaces]
     seeds = [
         seed_of(row, sample) if draw else 0
         for row, sample, draw in zip(row_numbers.tolist(), samples.tolist(), draws.tolist(), strict=True)
     ]
-    return kinds, seeds, [names[number] for number in numbers.tolist()] if numbers.any() else None
+    return kinds, seeds, [rows.all_namespaces[n].name for n in numbers.tolist()] if numbers.any() else None
 
 
 class Job:

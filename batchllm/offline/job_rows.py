@@ -103,6 +103,8 @@ class JobRows:
 
     Attributes:
         kinds: Distinct ways to sample, without what each row says for itself: output limit, samples, seed.
+        draws: Of each of ``kinds`` 1 if it needs a seed, else 0.
+        all_namespaces: The namespaces, by number.
     """
 
     def __init__(
@@ -120,11 +122,14 @@ class JobRows:
         self.store = store
         self._identical = identical
         self.kinds: list[SamplingParams] = []
+        self.draws = Column(np.int8)
         self._kind_ids: dict[Any, int] = {}
         self._task_ids: dict[str, int] = {"": -1}
-        self._namespace_ids: dict[Namespace, int] = {Namespace("", ""): 0}
+        self.all_namespaces = [Namespace("", "")]
+        self._namespace_ids = {self.all_namespaces[0]: 0}
         # What many rows have in common stands once: (kind, samples, task, namespace), and of each row which of these.
         self._group_ids: dict[tuple[int, int, int, int], int] = {}
+        self._group_columns = [Column(np.int32) for _ in range(4)]
         self._group = Column(np.int32)
         self._max_new_len = Column(np.int32)
         self._known_len = Column(np.int32)
@@ -187,17 +192,11 @@ class JobRows:
 
     def has_one_sample(self) -> bool:
         """Every row is one sample."""
-        return all(num_samples == 1 for _, num_samples, _, _ in self._group_ids)
+        return bool((self._group_columns[1].values == 1).all())
 
     def _of_group(self, column: int, rows: Int64Array) -> npt.NDArray[np.int32]:
-        groups = np.array(list(self._group_ids), np.int32).reshape(-1, 4)
-        values: npt.NDArray[np.int32] = groups[self._group.values[rows], column]
+        values: npt.NDArray[np.int32] = self._group_columns[column].values[self._group.values[rows]]
         return values
-
-    @property
-    def all_namespaces(self) -> list[Namespace]:
-        """The namespaces, by number."""
-        return list(self._namespace_ids)
 
     def add(self, requests: Sequence[Request]) -> list[RowError | None]:
         """Tokenize in bulk, check each request against the engine, and keep those that can run.
@@ -296,7 +295,7 @@ class JobRows:
         return xxhash.xxh64_intdigest(text.encode()) >> 1
 
     def _num_samples_per_prompt(self, row: int) -> int:
-        return list(self._group_ids)[self._group[row]][1] // self._num_prompts[row]
+        return int(self._group_columns[1][self._group[row]]) // self._num_prompts[row]
 
     def _check(self, request: Request, prompt_len: int) -> None:
         info = self._info
@@ -342,11 +341,13 @@ class JobRows:
             self._kind_id(sampling),
             sampling.n * num_prompts,
             self._task_ids.setdefault(request.task, len(self._task_ids) - 1),
-            self._namespace_ids.setdefault(
-                Namespace(sampling.lora_path or "", request.namespace), len(self._namespace_ids)
-            ),
+            self._namespace_id(Namespace(sampling.lora_path or "", request.namespace)),
         )
-        self._group.append(self._group_ids.setdefault(group, len(self._group_ids)))
+        number = self._group_ids.setdefault(group, len(self._group_ids))
+        if number == len(self._group_columns[0]):
+            for column, value in zip(self._group_columns, group, strict=True):
+                column.append(value)
+        self._group.append(number)
         self._seed.append(NO_SEED if sampling.seed is None else sampling.seed)
         self._shift.append(request.index - len(self._shift))
         self._max_new_len.append(limit)
@@ -369,6 +370,14 @@ class JobRows:
         if found is None:
             found = self._kind_ids[key] = len(self.kinds)
             self.kinds.append(replace(sampling, n=1, seed=None))
+            self.draws.append(not is_greedy(sampling))
+        return found
+
+    def _namespace_id(self, namespace: Namespace) -> int:
+        found = self._namespace_ids.get(namespace)
+        if found is None:
+            found = self._namespace_ids[namespace] = len(self.all_namespaces)
+            self.all_namespaces.append(namespace)
         return found
 
 

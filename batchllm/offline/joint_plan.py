@@ -22,6 +22,7 @@ from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.planner import GroupOrder, plan_batch
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.run import PlannedRun, RunCutter, copy_runs
+from batchllm.request import SamplingParams
 from batchllm.tokens import TokenTable
 
 Int32Array = npt.NDArray[np.int32]
@@ -109,7 +110,6 @@ class JointPlan:
         part_at, sample_at = self.part_at[positions], self.sample_at[positions]
         kinds = np.empty(len(run), np.int64)
         seeds, namespaces = np.empty(len(run), np.int64), np.full(len(run), "", object)
-        all_kinds = [kind for part in self._parts for kind in part.rows.kinds]
         first_kind = np.cumsum([0, *(len(part.rows.kinds) for part in self._parts)])
         for number in np.unique(part_at).tolist():
             part, of_part = self._parts[number], np.flatnonzero(part_at == number)
@@ -123,11 +123,17 @@ class JointPlan:
         used, place = np.unique(kinds, return_inverse=True)
         return RunRequests(
             run=run,
-            sampling=tuple(all_kinds[kind] for kind in used.tolist()),
+            sampling=tuple(self._kind(kind, first_kind) for kind in used.tolist()),
             sampling_index=place.tolist(),
             seeds=seeds.tolist(),
             namespaces=namespaces.tolist() if namespaces.any() else None,
         )
+
+    def _kind(self, number: int, first_kind: Int64Array) -> SamplingParams:
+        """A way to sample, by its number among those of all parts."""
+        part = int(np.searchsorted(first_kind, number, "right")) - 1
+        kinds: list[SamplingParams] = self._parts[part].rows.kinds
+        return kinds[number - int(first_kind[part])]
 
 
 def _joined(parts: Sequence[Part], column: Callable[[Part], npt.NDArray[np.int32]]) -> Int32Array:

@@ -21,10 +21,9 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from batchllm.errors import ConfigError, JournalError
-from batchllm.offline import job_folder
+from batchllm.offline import job_folder, result_table
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.job_folder import FolderLock, damaged, database_path, faults, wal_path
 
@@ -37,16 +36,6 @@ MAX_COMMIT_AGE_S = 0.1
 more than 0.2 s behind."""
 
 _NUM_NAMED = 5
-_FIRST_INT64 = -(1 << 63)
-
-_INSERT = (
-    "INSERT INTO result (idx, is_failed, code, num_prompt_tokens, num_output_tokens, checksum, line) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?)"
-)
-_ADD = (
-    "UPDATE total SET num_rows = num_rows + ?, num_failed = num_failed + ?, "
-    "num_prompt_tokens = num_prompt_tokens + ?, num_output_tokens = num_output_tokens + ?"
-)
 _ADD_PROGRESS = (
     "INSERT INTO progress VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
     "num_rows = num_rows + excluded.num_rows, num_tokens = num_tokens + excluded.num_tokens"
@@ -92,6 +81,11 @@ class Journal:
                 f"({num_dropped} pages); {self.num_rows} rows are safe, all others run again"
             )
         self._files = self._identities()
+        try:
+            self._take_back()
+        except BaseException:
+            self._db.close()
+            raise
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -168,7 +162,7 @@ class Journal:
         """
         if not self._rows:
             self._oldest_at = time.monotonic()
-        checksum = xxhash.xxh3_64_intdigest(line, index) + _FIRST_INT64
+        checksum = result_table.checksum(index, line)
         self._rows.append((index, 1 if is_failed else 0, code, num_prompt_tokens, num_output_tokens, checksum, line))
 
     def is_due(self, now: float) -> bool:
@@ -196,9 +190,9 @@ class Journal:
         num_prompt_tokens = sum(row[3] for row in rows)
         num_output_tokens = sum(row[4] for row in rows)
         with self._transaction(len(rows)):
-            self._db.executemany(_INSERT, rows)
+            self._db.executemany(result_table.INSERT, rows)
             self._db.executemany("INSERT INTO event VALUES (?, ?, ?)", events)
-            self._db.execute(_ADD, (len(rows), num_failed, num_prompt_tokens, num_output_tokens))
+            self._db.execute(result_table.ADD, (len(rows), num_failed, num_prompt_tokens, num_output_tokens))
             self._db.execute(_ADD_PROGRESS, (self._run, self._started_second, 0, 0))
             second = max(int(time.time()), self._started_second)
             self._db.execute(_ADD_PROGRESS, (self._run, second, len(rows), num_prompt_tokens + num_output_tokens))
@@ -241,16 +235,35 @@ class Journal:
         """Rows whose result is a failure, in no order."""
         return self._indices("SELECT idx FROM result WHERE is_failed")
 
-    def forget_failed(self, indices: Int64Array | None = None) -> int:
-        """Failures of these rows, or of all, are removed, to be run again; returns how many were.
+    def set_failed_aside(self) -> None:
+        """Failures have no result until they are run again; without `forget_aside` they have it again at the end.
 
         Raises:
             JournalError: As `commit`.
         """
         self.commit()
-        if indices is None:
-            return self._remove("is_failed")
-        return self._remove("is_failed AND idx IN (SELECT value FROM json_each(?))", json.dumps(indices.tolist()))
+        with self._transaction(0), self._reading():
+            num_aside = result_table.put_failed_aside(self._db)
+        self.num_rows -= num_aside
+
+    def forget_aside(self) -> None:
+        """What was set aside runs again. Does nothing where nothing was.
+
+        Raises:
+            JournalError: As `commit`.
+        """
+        if result_table.is_any_aside(self._db):
+            with self._transaction(0):
+                result_table.forget_aside(self._db)
+
+    def _take_back(self) -> None:
+        """Give back what was set aside by a run that came to nothing."""
+        with self._reading():
+            if not result_table.is_any_aside(self._db):
+                return
+        with self._transaction(0), self._reading():
+            num_back = result_table.take_back(self._db)
+        self.num_rows += num_back
 
     def results(self, order: Order, *, failed: bool | None = None) -> Iterator[bytes]:
         """Lines of all rows that are safe.
@@ -270,7 +283,7 @@ class Journal:
         with self._reading(), contextlib.closing(self._db.cursor()) as cursor:
             query = f"SELECT idx, checksum, line FROM result {where} ORDER BY {column}"
             for index, checksum, line in cursor.execute(query):
-                if not _is_whole(index, checksum, line):
+                if not result_table.is_whole(index, checksum, line):
                     break
                 yield line
             else:
@@ -288,6 +301,7 @@ class Journal:
         try:
             if self._fault is None:
                 self.commit()
+                self._take_back()
         finally:
             if self._fault is None:
                 self._fault = JournalError(f"{self._path}: the journal is closed")
@@ -364,35 +378,18 @@ class Journal:
             with self._reading():
                 self._db.execute(f"PRAGMA temp_store_directory = '{quoted}'")
 
-    def _remove(self, where: str, *values: str) -> int:
-        """Remove results in one transaction; returns how many."""
-        with self._transaction(0), self._reading():
-            removed = self._db.execute(
-                f"DELETE FROM result WHERE {where} RETURNING is_failed, num_prompt_tokens, num_output_tokens", values
-            ).fetchall()
-            counts = (len(removed), *(sum(row[column] for row in removed) for column in range(3)))
-            self._db.execute(_ADD, tuple(-count for count in counts))
-        self.num_rows -= len(removed)
-        return len(removed)
-
     def _drop_damaged(self) -> JournalError:
         """Remove every row whose line is not what was recorded; returns the error that says so."""
         with self._reading():
             rows = self._db.execute("SELECT seq, idx, checksum, line FROM result")
-            found = [(seq, index) for seq, index, checksum, line in rows if not _is_whole(index, checksum, line)]
-        self._remove("seq IN (SELECT value FROM json_each(?))", json.dumps([seq for seq, _ in found]))
+            found = [
+                (seq, index) for seq, index, checksum, line in rows if not result_table.is_whole(index, checksum, line)
+            ]
+        with self._transaction(0), self._reading():
+            num_removed = result_table.remove(self._db, json.dumps([seq for seq, _ in found]))
+        self.num_rows -= num_removed
         named = ", ".join([str(index) for _, index in found[:_NUM_NAMED]] + ["..."] * (len(found) > _NUM_NAMED))
         return JournalError(
             f"{self._path}: the results of {len(found)} rows are not what was recorded (row numbers from 0: {named}); "
             f"they have been removed, {self.num_rows} rows are safe; run the same command to run these again"
         )
-
-
-def _is_whole(index: object, checksum: object, line: object) -> bool:
-    """The line is what was recorded for this row; the disk may have changed any of them, to anything."""
-    return (
-        type(index) is int
-        and index >= 0
-        and type(line) is bytes
-        and xxhash.xxh3_64_intdigest(line, index) + _FIRST_INT64 == checksum
-    )

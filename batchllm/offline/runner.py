@@ -133,6 +133,8 @@ class Runner:
             first = next(pending, None)
             if first is not None:
                 self._start()
+            self._journal.forget_aside()
+            if first is not None:
                 job_rows, works = self._take_in(ingest, chain([first], pending))
             self.num_rows = ingest.num_rows
             self._progress.set_num_rows(ingest.num_rows)

@@ -51,7 +51,7 @@ def _delete_old(folder: Path) -> None:
         return
     for path in folder.iterdir():
         if _NAMES_OF_OURS.fullmatch(path.name) and path.stat().st_mtime < time.time() - _KEEP_UNKNOWN_S:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()

@@ -210,6 +210,7 @@ def tokenizer_of_model(model_path: str) -> ChatTokenizer:
     except (OSError, ValueError) as error:
         raise ConfigError(f"-m {model_path}: its configuration cannot be read: {error}") from error
     manager = SimpleNamespace(
+        adapter_ids={},
         tokenizer=hf_tokenizer,
         processor=None,
         served_model_name=model_path,

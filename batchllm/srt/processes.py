@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext
@@ -139,10 +140,11 @@ def _remove_files_of_the_dead() -> None:
         pid = path.name.removeprefix(_LOADS_PREFIX).removeprefix(_SOCKET_DIR_PREFIX).partition("-")[0]
         if not pid.isdecimal() or psutil.pid_exists(int(pid)):
             continue
-        with contextlib.suppress(FileNotFoundError):  # another engine that starts does the same
-            if path.stat().st_uid != os.getuid():
+        with contextlib.suppress(OSError):  # another engine that starts does the same, or it is not ours to remove
+            status = path.lstat()
+            if status.st_uid != os.getuid():
                 continue
-            if path.is_dir():
+            if stat.S_ISDIR(status.st_mode):
                 shutil.rmtree(path)
             else:
                 path.unlink()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from batchllm.default_model import default_model_path
-from batchllm.errors import RowError
+from batchllm.errors import EngineError, RowError
 from batchllm.offline.runtime import Chat, FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import ChatPrompt, Completion, TokenLogprob
 from batchllm.scheduler.output_length import PredictionError
@@ -47,6 +47,7 @@ class Settings:
         log: Gets a line ``start`` with each engine, and the last token of each prompt that is submitted; "" for none.
         at: Number of answers after which `do` is done, once in an engine.
         do: A shell command; its parent is the driver.
+        fails: 1 if no engine starts.
     """
 
     batch: int = 0
@@ -55,6 +56,7 @@ class Settings:
     log: str = ""
     at: int = 0
     do: str = ""
+    fails: int = 0
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -206,7 +208,13 @@ class InstantRuntime:
 
 def engine_starter(settings: Settings) -> Callable[..., InstantRuntime]:
     """What stands in for ``batchllm.cli.run._start_engine``."""
-    return lambda *_: InstantRuntime(settings)
+
+    def start(*_: Any) -> InstantRuntime:
+        if settings.fails:
+            raise EngineError("the engine did not start")
+        return InstantRuntime(settings)
+
+    return start
 
 
 def use_instant_engine(settings: Settings) -> None:

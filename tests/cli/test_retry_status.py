@@ -99,6 +99,25 @@ def test_retry_of_a_job_without_failures_starts_no_engine(command: Command, tmp_
     assert not log.take()
 
 
+def test_a_retry_that_cannot_run_leaves_the_failures_as_they_are(command: Command, tmp_path: Path) -> None:
+    """An output that cannot be written, an input that has changed, an engine that does not start."""
+    source, out = write_rows(tmp_path / "in.jsonl", rows_with_failures()), tmp_path / "out.jsonl"
+    command("run", "-i", source, "-o", out).check(1)
+    before = status_json(command, Path(f"{out}.job"))
+    assert before["num_failed"] > 0
+    out.unlink()
+    out.mkdir()
+    command("retry", f"{out}.job").check(2)
+    out.rmdir()
+    text = source.read_text()
+    source.write_text(text + "\n")
+    command("retry", f"{out}.job").check(2)
+    source.write_text(text)
+    command("retry", f"{out}.job", fails=1).check(2)
+    after = status_json(command, Path(f"{out}.job"))
+    assert (after["num_failed"], after["failures"]) == (before["num_failed"], before["failures"])
+
+
 def test_retry_and_status_where_there_is_no_job_say_so(command: Command, tmp_path: Path) -> None:
     for name in ("retry", "status"):
         assert "no job has been run in this folder" in command(name, tmp_path).check(2).stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -93,20 +95,38 @@ def test_a_commit_of_nothing_leaves_the_disk_alone(tmp_path: Path) -> None:
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_forgotten_failures_have_no_result(tmp_path: Path) -> None:
+def test_failures_set_aside_have_no_result_and_come_back_unless_they_are_forgotten(tmp_path: Path) -> None:
     with create(tmp_path) as journal:
         for index in range(6):
             journal.append(index, b"%d" % index, is_failed=index % 2 == 1, code="c", num_output_tokens=1)
-        assert journal.forget_failed(np.array([1, 2, 99])) == 1
-        assert journal.finished().tolist() == [0, 2, 3, 4, 5]
-        assert journal.forget_failed() == 2
-        assert journal.failed().tolist() == []
-        journal.append(1, b"again")
-        journal.commit()
-        assert list(journal.results("input")) == [b"0", b"again", b"2", b"4"]
+        journal.set_failed_aside()
+        assert journal.finished().tolist() == [0, 2, 4]
+        assert journal.num_rows == 3
+        journal.append(1, b"again")  # it has a new result
+    with Journal.open(tmp_path) as journal:
+        assert journal.num_rows == 6
+        assert list(journal.results("input")) == [b"0", b"again", b"2", b"3", b"4", b"5"]
+        assert sorted(journal.failed().tolist()) == [3, 5]
+        journal.set_failed_aside()
+        journal.forget_aside()
+        journal.append(3, b"new")
     status = read_status(tmp_path)
-    assert (status.num_finished, status.num_failed, status.num_output_tokens) == (4, 0, 3)
+    assert (status.num_finished, status.num_failed, status.num_output_tokens) == (5, 0, 3)
     assert status.failures == []
+    with Journal.open(tmp_path) as journal:
+        assert sorted(journal.finished().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_failures_set_aside_by_a_process_that_was_killed_are_there_at_the_next_look(tmp_path: Path) -> None:
+    with create(tmp_path) as journal:
+        journal.append(0, b"x", is_failed=True, code="c")
+    script = (
+        "import os, signal, sys; from pathlib import Path; from batchllm.offline.journal import Journal\n"
+        "Journal.open(Path(sys.argv[1])).set_failed_aside(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, tmp_path]).returncode == -signal.SIGKILL
+    with Journal.open(tmp_path) as journal:
+        assert journal.failed().tolist() == [0]
 
 
 def test_sorting_needs_the_jobs_folder_only(tmp_path: Path) -> None:

@@ -366,7 +366,7 @@ def test_a_damaged_file_gives_right_lines_or_an_error_that_says_what_to_do(
             _ = journal.notes
             for order in ("input", "finished"):
                 assert set(journal.results(order)) <= {line_of(index) for index in range(30)}
-            journal.forget_failed()
+            journal.set_failed_aside()
 
     for act in (read, run):
         try:
