@@ -32,6 +32,9 @@ from batchllm.trace.steps import StepArray
 _JOIN_PAUSE_S = 0.005
 """Jobs that come within so long of each other are planned once."""
 
+_MAX_UNREAD = 100_000
+"""Finished samples that nobody has taken yet; with more of them in one job, nothing more is submitted."""
+
 _WAITING, _IN_FLIGHT, _DONE = 0, 1, 2
 """States of a sample."""
 
@@ -60,6 +63,7 @@ class JointJob:
         self._is_given_up = False
         # Results, and an error where no more will come.
         self._outbox: asyncio.Queue[FinishedSamples | Exception] = asyncio.Queue()
+        self._num_unread = 0
         self.num_left = len(self._table)
         self.service = 0
         self.has_left = False
@@ -92,10 +96,16 @@ class JointJob:
                 if isinstance(finished, Exception):
                     raise finished
                 self.stats.run_s = time.perf_counter() - started
+                was_behind = self.is_behind
+                self._num_unread -= len(finished.completions)
+                if was_behind and not self.is_behind:
+                    self._joint.feed()
                 yield finished
         finally:
-            self.has_left = True
+            was_behind, self.has_left = self.is_behind, True
             self._joint.leave(self)
+            if was_behind:
+                self._joint.feed()
 
     def stop_admitting(self) -> None:
         """Nothing more is submitted, and what has not started is withdrawn; what runs goes on. Called from anywhere."""
@@ -112,6 +122,11 @@ class JointJob:
     @property
     def _is_over(self) -> bool:
         return self.num_left == 0 or (self.is_stopping and self._num_in_flight == 0)
+
+    @property
+    def is_behind(self) -> bool:
+        """Results come faster than they are taken."""
+        return self._num_unread > _MAX_UNREAD and not self.has_left
 
     @property
     def has_waiting(self) -> bool:
@@ -140,6 +155,7 @@ class JointJob:
         self.stats += stats
         if self.has_left:
             return
+        self._num_unread += len(delivery.completions)
         self._outbox.put_nowait(
             FinishedSamples(
                 rows=self._samples.rows(samples).tolist(),
@@ -305,8 +321,13 @@ class JointJobs:
         self._current = leg
         self._feed(leg, jobs)
 
+    def feed(self) -> None:
+        """Submit what the window has room for."""
+        for leg, (jobs, _) in self._legs.items():
+            self._feed(leg, jobs)
+
     def _feed(self, leg: Leg, jobs: Sequence[JointJob]) -> None:
-        while (taken := leg.take_run()) is not None:
+        while not any(job.is_behind for job in jobs) and (taken := leg.take_run()) is not None:
             requests, samples_of = taken
             for part, samples in samples_of:
                 jobs[part].submit(samples)

@@ -149,11 +149,16 @@ class OutputLengths:
             self._kinds[number] = _Kind(parent)
         return number
 
-    def forget(self, name: Hashable) -> None:
-        """Drop the kind of this name and all under it; no request of theirs is left."""
-        if name not in self._numbers:
+    @property
+    def num_kinds(self) -> int:
+        """Kinds that are known, that of all requests among them."""
+        return len(self._kinds)
+
+    def forget(self, *names: Hashable) -> None:
+        """Drop the kinds of these names and all under them; no request of theirs is left."""
+        gone = {self._numbers[name] for name in names if name in self._numbers}
+        if not gone:
             return
-        gone = {self._numbers[name]}
         for number, kind in self._kinds.items():  # parents come before their children
             if kind.parent in gone:
                 gone.add(number)

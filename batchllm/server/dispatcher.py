@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from batchllm.offline.stop import StopSignal
 from batchllm.server.batch_run import CRASH, SHUTDOWN, BatchContext, BatchRun
@@ -31,6 +31,11 @@ _SWEEP_EVERY_S = 60.0
 _JOIN_S = 60.0
 _MAX_VALIDATIONS = 4
 """Files that are looked at together: a small one need not wait for a large one."""
+_MAX_ENDINGS = 4
+"""Batches that are ended together, cancelled or expired: none waits for one that runs."""
+
+
+_Kind = Literal["validation", "rows", "ending"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class _Step:
     thread: threading.Thread
     is_done: threading.Event
     """The thread has nothing more to do; it may live a moment longer."""
-    is_validation: bool
+    kind: _Kind
     is_suspect: bool
 
 
@@ -115,12 +120,15 @@ class Dispatcher:
 
     def _has_room(self, batch: BatchRecord) -> bool:
         """A batch that may have ended the server is begun beside no other such: the next end then tells them apart."""
-        steps = self._steps.values()
-        if batch.status == "validating":
-            return sum(step.is_validation for step in steps) < _MAX_VALIDATIONS
-        if batch.is_suspect and any(step.is_suspect for step in steps):
+        kind = _kind_of(batch)
+        if kind == "rows" and batch.is_suspect and any(step.is_suspect for step in self._steps.values()):
             return False
-        return sum(not step.is_validation for step in steps) < self._context.options.max_active_jobs
+        limits = {
+            "validation": _MAX_VALIDATIONS,
+            "ending": _MAX_ENDINGS,
+            "rows": self._context.options.max_active_jobs,
+        }
+        return sum(step.kind == kind for step in self._steps.values()) < limits[kind]
 
     def _begin(self, batch: BatchRecord) -> None:
         stop = StopSignal(self._context.options.grace_s)
@@ -136,7 +144,8 @@ class Dispatcher:
                 self.wake()
 
         thread = threading.Thread(target=work, name=batch.id, daemon=True)
-        self._steps[batch.id] = _Step(run, stop, thread, is_done, batch.status == "validating", batch.is_suspect)
+        kind = _kind_of(batch)
+        self._steps[batch.id] = _Step(run, stop, thread, is_done, kind, batch.is_suspect and kind == "rows")
         self._not_before.pop(batch.id, None)
         thread.start()
 
@@ -165,6 +174,13 @@ class Dispatcher:
         found = self._context.batches.num_by_status()
         num_by_status: Mapping[str, int] = {status: found.get(status, 0) for status in get_args(BatchStatus)}
         self._context.metrics.set_batches(num_by_status, sum(batch.num_rows - batch.num_done for batch in batches))
+
+
+def _kind_of(batch: BatchRecord) -> _Kind:
+    """What the next step of a batch does."""
+    if _must_stop(batch):
+        return "ending"
+    return "validation" if batch.status == "validating" else "rows"
 
 
 def _must_stop(batch: BatchRecord) -> bool:

@@ -67,7 +67,7 @@ class PlannedIntake(Scheduler):
         if req.to_finish is None:
             req.is_ready = not self.grammar_manager.process_req_with_grammar(req)
         if req.to_finish is not None:
-            self._abort_waiting(req)
+            self._abort_waiting([req])
         else:
             self._hold_stops(req)
             self.planned_window.add(req)
@@ -82,10 +82,10 @@ class PlannedIntake(Scheduler):
 
     def handle_planned_abort(self, message: PlannedAbortReqInput) -> None:
         """Drop what is left of a job."""
-        for req in self.planned_jobs.unfinished(message.job_id):
-            is_running = req is self.chunked_req or req.req_pool_idx is not None
-            if not (is_running and message.spares_running):
-                self._abort_planned(req)
+        reqs = self.planned_jobs.unfinished(message.job_id)
+        if message.spares_running:
+            reqs = [req for req in reqs if req is not self.chunked_req and req.req_pool_idx is None]
+        self._abort_planned(reqs)
 
     def handle_planned_close(self, message: PlannedCloseReqInput) -> None:
         """Forget a job as soon as every request of it has been answered; none will come."""
@@ -100,29 +100,33 @@ class PlannedIntake(Scheduler):
                 self.tree_cache.free_withdrawn()
             self._settled = None
 
-    def _abort_planned(self, req: PlannedReq) -> None:
-        if req is self.chunked_req:
-            self._pending_chunked_abort_req = req
-        elif req.req_pool_idx is not None:
-            req.to_finish = FINISH_ABORT(_GIVEN_UP)  # taken up when its running step is done
-        elif req.finished_reason is None:
-            self.planned_window.remove([req])
-            req.to_finish = FINISH_ABORT(_GIVEN_UP)
-            self._abort_waiting(req)
+    def _abort_planned(self, reqs: list[PlannedReq]) -> None:
+        waiting: list[PlannedReq] = []
+        for req in reqs:
+            if req is self.chunked_req:
+                self._pending_chunked_abort_req = req
+            elif req.req_pool_idx is not None:
+                req.to_finish = FINISH_ABORT(_GIVEN_UP)  # taken up when its running step is done
+            elif req.finished_reason is None:
+                req.to_finish = FINISH_ABORT(_GIVEN_UP)
+                waiting.append(req)
+        if waiting:
+            self.planned_window.remove(waiting)
+            self._abort_waiting(waiting)
 
-    def _abort_waiting(self, req: PlannedReq) -> None:
-        """Finish a request that holds no KV, without running it."""
-        req.finished_reason, req.to_finish = req.to_finish, None
-        self.tree_cache.count_off(req)
-        self.output_streamer.send_finished([req])
+    def _abort_waiting(self, reqs: list[PlannedReq]) -> None:
+        """Finish requests that hold no KV, without running them. They come back together: there may be thousands."""
+        for req in reqs:
+            req.finished_reason, req.to_finish = req.to_finish, None
+            self.tree_cache.count_off(req)
+        self.output_streamer.send_finished(reqs)
 
     def abort_request(self, recv_req: AbortReq) -> None:
         super().abort_request(recv_req)
         if self.live_queue is not None:
             self.live_queue.drop_gone(self.waiting_queue)
         if recv_req.abort_all:
-            for req in self.planned_jobs.unfinished():
-                self._abort_planned(req)
+            self._abort_planned(self.planned_jobs.unfinished())
 
     def process_pending_chunked_abort(self) -> None:
         req = self._pending_chunked_abort_req
@@ -149,7 +153,7 @@ class PlannedIntake(Scheduler):
             self.planned_window.add(req)
         elif req.to_finish is not None:  # its grammar does not compile
             self.planned_window.remove([req])
-            self._abort_waiting(req)
+            self._abort_waiting([req])
         else:
             req.is_ready = True
             self._hold_stops(req)

@@ -58,9 +58,7 @@ class RunReader:
     def read(self, message: PlannedRunReqInput) -> Iterator[PlannedReq]:
         """The requests of a run, in plan order."""
         job_id, run = message.job_id, message.run
-        # What is released is in no request to come.
-        self._prefix_tokens = {i: ids for i, ids in self._prefix_tokens.items() if i in self._ledger}
-        self._prefix_kind = {i: kind for i, kind in self._prefix_kind.items() if i in self._ledger}
+        self._drop_released()
         self._add_prefixes(job_id, run)
         sampling = [self._sampling_params(kwargs) for kwargs in message.sampling]
         for i, (name, lora_id) in enumerate(zip(message.lora_paths, message.lora_ids, strict=True)):
@@ -104,6 +102,13 @@ class RunReader:
             req.tokenizer = self._tokenizer
             req.to_finish = fault
             yield req
+
+    def _drop_released(self) -> None:
+        """What is released is in no request to come, and all that read it have finished."""
+        released = [i for i in self._prefix_tokens if i not in self._ledger]
+        for prefix_id in released:
+            del self._prefix_tokens[prefix_id], self._prefix_kind[prefix_id]
+        self._lengths.forget(*(("prefix", prefix_id) for prefix_id in released))
 
     def _add_prefixes(self, job_id: int, run: Any) -> None:
         tokens = run.prefix_tokens.astype(np.int64)

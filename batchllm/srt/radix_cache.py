@@ -37,6 +37,7 @@ from batchllm.srt.schedule_batch import PlannedReq
 from batchllm.srt.shared_prefixes import SharedPrefixes
 
 BACKEND_NAME = "batchllm"
+_MIN_PURGE = 1024
 
 
 def create(ctx: TreeCacheBuildContext) -> PlannedRadixCache:
@@ -97,7 +98,9 @@ class PlannedRadixCache(RadixCache):
         self._pins: dict[int, _Pin] = {}
         self._reading: set[PlannedReq] = set()
         self._missed: set[int] = set()  # prefixes of which a consumer was aborted
-        self._withdrawn: list[TreeNode] = []  # what nobody may need any more, released without all having read it
+        # What nobody may need any more, released without all having read it, by its number.
+        self._withdrawn: dict[int, TreeNode] = {}
+        self._purge_at = _MIN_PURGE
         self.num_given_up_tokens = 0
         self.readers = SharedPrefixes.empty()
         self.yields_to_live = False
@@ -211,7 +214,7 @@ class PlannedRadixCache(RadixCache):
         for prefix_id in self.ledger.finish_consumer(req.prefix_id):
             node = self._unpin(prefix_id)
             if prefix_id in self._missed:  # the job may come again, with what is left of it
-                self._withdrawn.append(node)
+                self._set_withdrawn(node)
             else:
                 self._free_upward(node)
 
@@ -219,15 +222,26 @@ class PlannedRadixCache(RadixCache):
         """Nothing more will read this job's prefixes for it. Their KV stays until it is evicted or `free_withdrawn`:
         a job that is planned anew comes before the old one is closed.
         """
-        self._withdrawn += [self._unpin(prefix_id) for prefix_id in self.ledger.release_job(job_id)]
+        for prefix_id in self.ledger.release_job(job_id):
+            self._set_withdrawn(self._unpin(prefix_id))
         self._missed = {prefix_id for prefix_id in self._missed if prefix_id in self.ledger}
+
+    def _set_withdrawn(self, node: TreeNode) -> None:
+        self._withdrawn[node.id] = node
+        if len(self._withdrawn) >= self._purge_at:  # a server may have a job open for months
+            self._withdrawn = {i: node for i, node in self._withdrawn.items() if self._is_in_tree(node)}
+            self._purge_at = max(_MIN_PURGE, 2 * len(self._withdrawn))
 
     def free_withdrawn(self) -> None:
         """Free what jobs that were withdrawn have left behind, as far as nobody else holds it."""
-        for node in self._withdrawn:
-            if node.parent.children.get(node.key.child_key(self.page_size)) is node:  # not evicted
+        for node in self._withdrawn.values():
+            if self._is_in_tree(node):
                 self._free_upward(node)
         self._withdrawn.clear()
+
+    def _is_in_tree(self, node: TreeNode) -> bool:
+        """It has not been evicted."""
+        return node.parent.children.get(node.key.child_key(self.page_size)) is node
 
     def make_room(self, total_len: int, node: TreeNode, pool_tokens: int) -> bool:
         """Give up pins until a request would fit into the pool if all that runs had finished.

@@ -287,7 +287,7 @@ class BatchScheduler(PlannedIntake):
             for req in before:
                 # SGLang gives up on a request that does not fit even alone; its answer is ours to send.
                 if isinstance(req, PlannedReq) and req.to_finish is not None and req.req_pool_idx is None:
-                    self._abort_waiting(req)
+                    self._abort_waiting([req])
         return batch
 
     def _give_up_chunk(self) -> None:

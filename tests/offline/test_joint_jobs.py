@@ -692,6 +692,46 @@ def test_rows_that_may_run_a_few_at_a_time_run_beside_the_others_so() -> None:
     assert [type(job) for job in jobs] == [JointJob, Job]
 
 
+def test_nothing_more_is_submitted_while_results_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that waits for its disk must not fill the memory. One that leaves holds up nobody."""
+    monkeypatch.setattr(joint_jobs, "_MAX_UNREAD", 10)
+    engine = SteppingEngine()
+    joint = JointJobs(engine)
+    window = 200  # what the feeder has in flight of rows this small; without the bound some 500 are unread
+    requests = [_questions(i, 600, 4) for i in range(3)]
+    slow, other, leaving = (joint.make_job(engine, _rows(own)) for own in requests)
+    most_unread = 0
+
+    async def take_slowly(answers: Answers) -> None:
+        nonlocal most_unread
+        stream = slow.run()
+        async for finished in stream:
+            texts = [completion.text for completion in finished.completions]
+            answers += zip(finished.rows, finished.samples, texts, strict=True)
+            assert isinstance(slow, JointJob)
+            most_unread = max(most_unread, slow._num_unread)
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+    async def leave_behind() -> None:
+        stream = leaving.run()
+        await anext(stream)
+        for _ in range(500):
+            await asyncio.sleep(0)
+        await stream.aclose()
+
+    async def scenario() -> tuple[Answers, Answers]:
+        ours: Answers = []
+        others: Answers = []
+        await asyncio.gather(take_slowly(ours), _collect(other, others), leave_behind())
+        return ours, others
+
+    ours, others = _on(engine, scenario())
+    assert sorted(ours) == sorted(_expected(requests[0], _rows(requests[0])))
+    assert sorted(others) == sorted(_expected(requests[1], _rows(requests[1])))
+    assert most_unread <= 10 + window
+
+
 def test_a_mistake_in_planning_is_every_job_s_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them waits for ever."""
     engine = SteppingEngine()

@@ -193,16 +193,22 @@ def test_cancelling_again_changes_nothing_and_what_has_ended_cannot_be_cancelled
         api.client.batches.cancel(failed.id)
 
 
-def test_a_batch_that_waits_can_be_cancelled(serve: Serve) -> None:
+@pytest.mark.parametrize("end", ["cancelled", "expired"])
+def test_a_batch_that_waits_for_its_turn_ends_without_it(serve: Serve, end: str) -> None:
+    """Every place is taken, by a batch that goes on for ever."""
     api = serve(engine={"batch": 1, "stuck_after": 1}, max_active_jobs=1)
     first = begin(api.client, rows_of(5))
     wait_for_rows(api.client, first.id, 1)
     second = begin(api.client, rows_of(5))
     wait_for(api.client, second.id, "in_progress")
-    api.client.batches.cancel(second.id)
-    api.client.batches.cancel(first.id)
+    if end == "cancelled":
+        api.client.batches.cancel(second.id)
+    else:
+        with closing(sqlite3.connect(api.storage / "batches.db")) as db, db:
+            db.execute("UPDATE batch SET expires_at = created_at WHERE id = ?", (second.id,))
     batch = wait_for(api.client, second.id)
-    assert (batch.status, counts_of(batch)) == ("cancelled", (5, 0, 5))
+    assert (batch.status, counts_of(batch)) == (end, (5, 0, 5))
+    assert api.client.batches.retrieve(first.id).status == "in_progress"
 
 
 def test_a_batch_that_takes_too_long_expires_with_what_it_has(serve: Serve) -> None:

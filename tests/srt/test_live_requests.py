@@ -10,6 +10,7 @@ import pytest
 from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
 from batchllm import BatchEngine
+from batchllm.offline.job import NOTHING
 from tests.srt.live import GREEDY, answers_of, job_of, live_answer, live_request, run, tell_manager
 
 pytestmark = pytest.mark.engine
@@ -101,6 +102,23 @@ def test_a_job_that_is_planned_anew_finds_what_the_old_one_had_computed(engine: 
     assert new.stats.num_computed_prompt_tokens <= new.stats.num_optimal_prompt_tokens - 350
     (answer,) = _all_live(engine, [_ids(4, 1400)])
     assert len(answer["output_ids"]) == 8
+
+
+def test_what_is_withdrawn_comes_back_together(engine: BatchEngine) -> None:
+    """Thousands of messages would hold up live requests whenever a batch joins or leaves."""
+    job = job_of(engine, _groups(11, num_groups=1, group_size=900, shared_len=300, private_len=10))
+
+    async def count() -> tuple[int, int]:
+        num_messages = num_answers = 0
+        async for finished in job.run():
+            job.stop_admitting()
+            num_messages += finished is not NOTHING
+            num_answers += len(finished.rows)
+        return num_messages, num_answers
+
+    num_messages, num_answers = run(engine, count())
+    assert num_answers < 600, "nothing was withdrawn"
+    assert num_messages <= num_answers + 2
 
 
 # Neither live nor planned requests starve
