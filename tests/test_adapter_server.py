@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batchllm.default_model import default_model_path
+from tests.live_server import KEY, Server, answers, create, rows, text_of, wait, wait_for_answers
 from tests.srt.adapters import make_adapter
-from tests.test_launch_server import KEY, Server, answers, create, rows, text_of, wait, wait_for_answers
 
 pytestmark = pytest.mark.engine
 

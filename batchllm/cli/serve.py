@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m batchllm.launch_server"
 _MIN_ADAPTER_PLACES = 2
+_GRACE_S = 20.0
+"""With this and what flushing takes, the 30 s that Kubernetes gives are enough."""
 
 
 def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
@@ -34,6 +36,9 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     parser = make_parser(PROGRAM)
     _add_batch_flags(own_flags(parser))
     given = parse_server_flags(server_flags, parser)
+    grace_s = given.pop("grace", _GRACE_S)
+    if grace_s < 0:
+        raise ConfigError(f"--grace {grace_s}: must be at least 0")
     batch = {name: given.pop(name) for name in list(given) if name.startswith("batch_")}
     model_path = given.pop("model_path", None)
     if not given.pop("demo_model", False) and model_path is None:
@@ -51,6 +56,7 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
             router=service.router,
             when_up=lambda runtime: _start(service, runtime, server_args.enable_metrics),
             when_down=lambda is_crash: service.stop(is_crash=is_crash),
+            grace_s=grace_s,
         )
         server.run()
     except KeyboardInterrupt:  # the server has ended in order, and passes the signal on
@@ -81,6 +87,13 @@ def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> 
 def _add_batch_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--demo-model", action="store_true", help="without --model-path: do not say that the model is for trials"
+    )
+    group.add_argument(
+        "--grace",
+        type=float,
+        metavar="S",
+        help="seconds that live requests have to finish after SIGTERM or Ctrl-C; batches stop at once and go on with "
+        f"the next start (default: {_GRACE_S:.0f})",
     )
     group.add_argument(
         "--batch-storage",

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
+import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import sglang.srt.entrypoints.http_server as upstream
+import uvicorn
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints.engine import Engine
@@ -72,8 +75,9 @@ class HttpServer:
         server_args: From `batchllm.srt.server_args.make_server_args`.
         router: Further routes.
         when_up: Called in a thread once the engine answers.
-        when_down: Called in a thread when the server ends: with False while the engine still answers, with True if it
-            has died.
+        when_down: Called in a thread when the server ends: with False as soon as it has been asked to, while live
+            requests are still answered, with True if the engine has died.
+        grace_s: Seconds that live requests have to finish once the server has been asked to end.
     """
 
     def __init__(
@@ -83,10 +87,14 @@ class HttpServer:
         router: APIRouter,
         when_up: Callable[[ServerRuntime], None],
         when_down: Callable[[bool], None],
+        grace_s: float,
     ) -> None:
         self._args = server_args
         self._when_up = when_up
         self._when_down = when_down
+        self._grace_s = grace_s
+        self._is_interrupted = False
+        self._ending: asyncio.Task[None] | None = None
         self._processes = EngineProcesses()
         self._manager: Any = None
         self._template_manager: Any = None
@@ -102,6 +110,7 @@ class HttpServer:
 
         Raises:
             EngineError: The engine did not come up.
+            KeyboardInterrupt: SIGINT has ended it, in order.
         """
         compat.check_once()
         before, upstream.Engine = upstream.Engine, self._engine_class()
@@ -116,6 +125,8 @@ class HttpServer:
         finally:
             upstream.Engine = before
             self._processes.end(self._manager)
+        if self._is_interrupted:  # uvicorn keeps it to itself
+            raise KeyboardInterrupt
 
     def _engine_class(self) -> type[Engine]:
         server = self
@@ -143,9 +154,35 @@ class HttpServer:
         self._runtime = ServerRuntime(self._manager, self._template_manager, self._args, self._init_info, loop)
         async with self._upstream_lifespan(app):
             app.state.openai_serving_completion = ServingCompletion(self._manager, self._template_manager)
+            self._end_in_order()
             yield
-            await asyncio.to_thread(self._when_down, False)
+            await self._end_batches()
             await self._processes.ask_to_end(self._manager)
+
+    def _end_in_order(self) -> None:
+        """When uvicorn is asked to end, batches end first, beside live requests, and those have `grace_s`.
+
+        Uvicorn would wait for the last of them for ever, and batches would go on to start rows until then.
+        """
+        server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if not isinstance(server, uvicorn.Server):  # it is not the one that takes the signals
+            return
+        server.config.timeout_graceful_shutdown = math.ceil(self._grace_s)
+        shut_down = server.shutdown
+
+        async def shutdown(sockets: Any = None) -> None:
+            self._is_interrupted = signal.SIGINT in server._captured_signals
+            batches = asyncio.create_task(self._end_batches())
+            await shut_down(sockets)
+            await batches
+
+        server.shutdown = shutdown  # type: ignore[method-assign]
+
+    async def _end_batches(self) -> None:
+        """Batches end while the engine still answers. Whoever calls this again waits for the same end."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(asyncio.to_thread(self._when_down, False))
+        await self._ending
 
     def _is_up(self) -> None:
         assert self._runtime is not None
