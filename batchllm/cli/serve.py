@@ -104,6 +104,12 @@ def _add_batch_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-max-file-bytes", type=int, metavar="N", help="largest file that may be uploaded (default: 1 GiB)"
     )
+    group.add_argument(
+        "--batch-storage-limit",
+        type=int,
+        metavar="BYTES",
+        help="bytes of stored files from which on uploads are refused (default: what the disk holds)",
+    )
     group.add_argument("--batch-max-rows", type=int, metavar="N", help="most rows of a batch (default: 1,000,000)")
     group.add_argument(
         "--batch-max-active-jobs",

@@ -21,8 +21,10 @@ from batchllm.server.file_routes import IdempotencyKey, errors, unknown_cursor, 
 from batchllm.server.file_store import FileStore, UnknownCursorError
 from batchllm.server.idempotency import IdempotencyKeys, request_digest
 from batchllm.server.objects import (
+    ACTIVE_STATUSES,
     INPUT_PURPOSE,
     BatchCreate,
+    BatchDeleted,
     BatchErrors,
     BatchList,
     BatchObject,
@@ -61,7 +63,7 @@ class BatchRoutes:
         files: FileStore,
         keys: IdempotencyKeys,
         *,
-        check_open: Callable[[], Awaitable[None]],
+        check_open: Callable[[Request], Awaitable[None]],
         wake: Callable[[], None],
     ) -> None:
         self._database = database
@@ -76,6 +78,7 @@ class BatchRoutes:
         add("", self._create, methods=["POST"], openapi_extra=_body_schema(), responses=errors(404, 409, 413, 415, 507))
         add("", self._list, methods=["GET"], responses=errors(404))
         add("/{batch_id}", self._get, methods=["GET"], responses=errors(404))
+        add("/{batch_id}", self._delete, methods=["DELETE"], responses=errors(404, 409))
         add("/{batch_id}/cancel", self._cancel, methods=["POST"], responses=errors(404, 409))
 
     async def _create(self, request: Request, idempotency_key: IdempotencyKey = None) -> BatchObject:
@@ -131,6 +134,15 @@ class BatchRoutes:
             raise ApiError(409, message, code="batch_not_cancellable", param="batch_id")
         self._wake()
         return _object(record)
+
+    def _delete(self, batch_id: str) -> BatchDeleted:
+        """Forget a batch that has ended; the files of its results stay until they are deleted or expire."""
+        with self._database.transaction():
+            if self._need(batch_id).status in ACTIVE_STATUSES:
+                message = f"{batch_id} has not ended; cancel it, or wait"
+                raise ApiError(409, message, code="batch_not_ended", param="batch_id")
+            self._batches.delete(batch_id)
+        return BatchDeleted(id=batch_id)
 
     def _need(self, batch_id: str) -> BatchRecord:
         record = self._batches.get(batch_id)

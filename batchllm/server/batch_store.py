@@ -120,6 +120,12 @@ class BatchStore:
         assert found is not None, batch_id
         return found
 
+    def delete(self, batch_id: str) -> None:
+        """Forget a batch, and the key that it was begun with."""
+        with self._database.transaction():
+            self._database.write("DELETE FROM batch WHERE id = ?", (batch_id,))
+            self._database.write("DELETE FROM idempotency WHERE object_id = ?", (batch_id,))
+
     def page(self, *, after: str | None, limit: int) -> tuple[list[BatchRecord], bool]:
         """Batches, the newest first, and whether there are more.
 

@@ -28,6 +28,7 @@ from batchllm.server.objects import (
     FileList,
     FileObject,
 )
+from batchllm.server.options import BatchOptions
 from batchllm.server.upload import Upload
 
 _PIECE_LEN = 1 << 18
@@ -76,8 +77,8 @@ class FileRoutes:
         database: Has the records.
         files: The files.
         keys: Of requests that were sent before.
-        max_file_bytes: Longest file that is taken.
-        check_open: Called first; raises where nothing is served yet.
+        options: Limits.
+        check_open: Called first; raises where nothing is served.
         metrics: Gives the metrics, once there are any.
     """
 
@@ -87,14 +88,15 @@ class FileRoutes:
         files: FileStore,
         keys: IdempotencyKeys,
         *,
-        max_file_bytes: int,
-        check_open: Callable[[], Awaitable[None]],
+        options: BatchOptions,
+        check_open: Callable[[Request], Awaitable[None]],
         metrics: Callable[[], BatchMetrics | None],
     ) -> None:
         self._database = database
         self._files = files
         self._keys = keys
-        self._max_file_bytes = max_file_bytes
+        self._options = options
+        self._num_open = 0
         self._metrics = metrics
         self.router = fastapi.APIRouter(
             prefix="/v1/files", route_class=OpenAIRoute, dependencies=[Depends(check_open)], tags=["files"]
@@ -114,10 +116,23 @@ class FileRoutes:
 
     async def _upload(self, request: Request, idempotency_key: IdempotencyKey = None) -> FileObject:
         """Upload a file."""
+        options = self._options
+        if self._num_open >= options.max_open_uploads:
+            message = f"{self._num_open} files are being uploaded; try again soon"
+            raise ApiError(503, message, code="too_many_uploads")
+        self._num_open += 1
+        try:
+            return await self._receive(request, idempotency_key)
+        finally:
+            self._num_open -= 1
+
+    async def _receive(self, request: Request, idempotency_key: str | None) -> FileObject:
+        options = self._options
+        await run_in_threadpool(self._check_room, 0)
         stream, path = await run_in_threadpool(self._files.open_incoming)
         try:
             with stream:
-                upload = Upload(stream, path, self._max_file_bytes)
+                upload = Upload(stream, path, options.max_file_bytes, options.upload_idle_s)
                 await upload.receive(request)
             lifetime_s = _check_form(upload.fields)
             record = await run_in_threadpool(self._add, upload, lifetime_s, idempotency_key)
@@ -134,6 +149,7 @@ class FileRoutes:
         found = self._find(key, digest)
         if found is not None:
             return found
+        self._check_room(upload.num_bytes)
         file_id = self._files.place(upload.path)
         try:
             with self._database.transaction():
@@ -148,6 +164,12 @@ class FileRoutes:
             raise
         self._files.drop(file_id)
         return found
+
+    def _check_room(self, num_bytes: int) -> None:
+        limit = self._options.storage_limit
+        if limit is not None and self._files.num_bytes() + num_bytes >= limit:
+            message = f"files may have {limit} bytes together; delete some, or wait until they expire"
+            raise ApiError(507, message, code="storage_full")
 
     def _find(self, key: str | None, digest: str) -> FileRecord | None:
         file_id = self._keys.find("file", key, digest)

@@ -145,6 +145,10 @@ class FileStore:
         if self.get(file_id) is None:
             self.path(file_id).unlink(missing_ok=True)
 
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return int(self._database.query("SELECT coalesce(sum(num_bytes), 0) FROM file")[0][0])
+
     def path(self, file_id: str) -> Path:
         """Where its bytes are."""
         assert _ID.fullmatch(file_id), file_id

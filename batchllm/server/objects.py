@@ -54,6 +54,14 @@ class FileDeleted(BaseModel):
     deleted: bool = True
 
 
+class BatchDeleted(BaseModel):
+    """A batch that is gone."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    deleted: bool = True
+
+
 class BatchErrorObject(BaseModel):
     """What is wrong with a batch or one of its lines."""
 

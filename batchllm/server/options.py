@@ -17,6 +17,13 @@ class BatchOptions:
     """Folder of files, batches and their results; made if need be. One server at a time uses it."""
     max_file_bytes: int = 1 << 30
     """Largest file that may be uploaded."""
+    upload_idle_s: float = 60.0
+    """Seconds for which an upload may stand still; then it is cut off."""
+    max_open_uploads: int = 256
+    """Uploads that are received at once; more are asked to come again."""
+    storage_limit: int | None = None
+    """Bytes that stored files may have together; an upload beyond is refused, results of batches are not. None: what
+    the disk holds."""
     max_rows: int = 1_000_000
     """Most rows of a batch."""
     max_active_jobs: int = 32

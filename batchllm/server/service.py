@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import fastapi
+from fastapi import Request
 
 from batchllm.errors import ConfigError
 from batchllm.offline.job import Job, JobMaker
@@ -61,7 +63,7 @@ class BatchService:
                 self._database,
                 self._files,
                 keys,
-                max_file_bytes=options.max_file_bytes,
+                options=options,
                 check_open=self._check_open,
                 metrics=lambda: self._metrics,
             ).router
@@ -117,7 +119,12 @@ class BatchService:
         self.stop()
         self._database.close()
 
-    async def _check_open(self) -> None:
+    async def _check_open(self, request: Request) -> None:
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            # SGLang lets pages of any origin ask; these routes read and delete what is stored.
+            message = f"pages of {origin[:100]} may not use files and batches; ask from a program, or from this host"
+            raise ApiError(403, message, code="cross_origin")
         if self._dispatcher is None:
             raise ApiError(503, "the server is starting or stopping; try again soon", code="not_ready")
 

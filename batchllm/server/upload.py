@@ -33,6 +33,10 @@ _MAX_DRAINED = 64 << 20
 _MAX_DRAIN_S = 10.0
 
 
+class _StalledError(ApiError):
+    """Nothing comes any more: there is nothing to wait for."""
+
+
 class Upload:
     """The body of one request.
 
@@ -40,6 +44,7 @@ class Upload:
         stream: Where the file's bytes go, unbuffered.
         path: Its name.
         max_file_bytes: Longest file that is taken.
+        idle_s: Seconds for which the body may stand still.
 
     Attributes:
         fields: The form's other fields.
@@ -47,8 +52,9 @@ class Upload:
         num_bytes: Of the file so far.
     """
 
-    def __init__(self, stream: BinaryIO, path: Path, max_file_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO, path: Path, max_file_bytes: int, idle_s: float) -> None:
         self.path = path
+        self._idle_s = idle_s
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.num_bytes = 0
@@ -74,7 +80,7 @@ class Upload:
         """Take all of it in; the file's bytes are on disk then.
 
         Raises:
-            ApiError: It is no form with one file, or too large.
+            ApiError: It is no form with one file, too large, or stands still for too long.
             OSError: The disk refuses.
             ClientDisconnect: The rest does not come.
         """
@@ -91,7 +97,7 @@ class Upload:
                 "on_part_end": self._end_part,
                 "on_end": self._end,
             })  # fmt: skip
-            async for chunk in body:
+            async for chunk in self._in_time(body):
                 parser.write(chunk)
                 if self._num_waiting >= _PIECE_LEN:
                     await run_in_threadpool(self._write)
@@ -103,9 +109,24 @@ class Upload:
         except FormParserError as error:
             await _drain(body)
             raise ApiError(400, f"the body is no multipart form: {error}", code="invalid_multipart") from error
+        except _StalledError:
+            raise
         except (ApiError, OSError):
             await _drain(body)  # a client that is still sending would not read the answer
             raise
+
+    async def _in_time(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The pieces of a body, each of which comes soon after the one before it."""
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_s):
+                    chunk = await anext(body, None)
+            except TimeoutError:
+                message = f"nothing came for {self._idle_s:.0f} s; send the file again"
+                raise _StalledError(408, message, code="upload_timeout") from None
+            if chunk is None:
+                return
+            yield chunk
 
     def _check_length(self, told: str) -> None:
         """A body that must be too long is not waited for."""

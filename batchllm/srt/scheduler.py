@@ -333,6 +333,8 @@ class BatchScheduler(PlannedIntake):
 
     def on_idle(self) -> None:
         self.step_recorder.pause()
+        if self.metrics is not None:
+            self.metrics.measure(self)
         super().on_idle()
         if self.planned_jobs and not self.planned_window and super().is_fully_idle():
             self.maybe_sleep_on_idle()  # upstream has not slept, since a job is open

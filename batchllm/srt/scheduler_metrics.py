@@ -26,10 +26,11 @@ class SchedulerMetrics:
         def counter(name: str, text: str, *labels: str) -> Any:
             return Counter(f"batchllm_scheduler_{name}", text, labels)
 
-        self._pinned = gauge("pinned_tokens", "KV tokens of planned prefixes that are kept for requests to come.")
-        self._open = gauge("open_prefixes", "Planned prefixes that are being computed or kept.")
+        pinned = gauge("pinned_tokens", "KV tokens of planned prefixes that are kept for requests to come.")
+        open_prefixes = gauge("open_prefixes", "Planned prefixes that are being computed or kept.")
         waiting = gauge("waiting_requests", "Requests in the scheduler that have not started.", "kind")
-        self._waiting_planned, self._waiting_live = waiting.labels("planned"), waiting.labels("live")
+        self._gauges = (pinned, open_prefixes, waiting.labels("planned"), waiting.labels("live"))
+        self._measured: tuple[int, ...] = ()
         steps = counter("steps", "Forward steps.", "kind")
         self._steps = {kind: steps.labels(kind) for kind in ("prefill", "decode", "mixed")}
         tokens = counter("step_tokens", "Tokens that forward steps carried.", "kind")
@@ -44,13 +45,23 @@ class SchedulerMetrics:
         self._given_up = counter("given_up_tokens", "Pinned KV tokens given up for live requests.")
         self._num_given_up = 0
 
+    def measure(self, scheduler: Any) -> None:
+        """Set the gauges: before each step, and when there is none to run: what was before the last one is over."""
+        ledger = scheduler.tree_cache.ledger
+        values = (
+            ledger.num_pinned_tokens,
+            ledger.num_open,
+            len(scheduler.planned_window),
+            len(scheduler.waiting_queue),
+        )
+        if values != self._measured:
+            self._measured = values
+            for gauge, value in zip(self._gauges, values, strict=True):
+                gauge.set(value)
+
     def count_step(self, scheduler: Any, batch: Any) -> None:
         """A step is about to run."""
-        ledger = scheduler.tree_cache.ledger
-        self._pinned.set(ledger.num_pinned_tokens)
-        self._open.set(ledger.num_open)
-        self._waiting_planned.set(len(scheduler.planned_window))
-        self._waiting_live.set(len(scheduler.waiting_queue))
+        self.measure(scheduler)
         self._retracted.inc(scheduler.step_recorder.num_retracted)
         num_given_up = scheduler.tree_cache.num_given_up_tokens
         self._given_up.inc(num_given_up - self._num_given_up)

@@ -11,10 +11,12 @@ import pytest
 from tests.server.api_rows import (
     COMPLETIONS,
     begin,
+    lines_of,
     row,
     rows_of,
     upload,
     wait_for,
+    wait_for_rows,
 )
 from tests.server.conftest import Serve
 from tests.server.instant_server import Api
@@ -222,3 +224,39 @@ def test_a_request_sent_again_with_its_key_gives_the_same_batch(api: Api) -> Non
     assert wait_for(api.client, first).status == "completed"
     assert create("a") == first
     assert len([batch for batch in api.client.batches.list() if batch.input_file_id == file_id]) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "what"), [(b"[]", "an array"), (b"null", "null"), (b"3", "a value"), (b'"x"', "a value")]
+)
+def test_a_body_that_is_no_object_is_named(api: Api, body: bytes, what: str) -> None:
+    answer = httpx.post(f"{api.url}/v1/batches", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == f"the body must be an object, not {what}"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches", "/v1/files/file-1", "/v1/batches/batch_1"])
+def test_pages_of_other_origins_may_not_use_what_is_stored(api: Api, method: str, path: str) -> None:
+    """SGLang's server lets any page ask; a page of this host, and a program, may."""
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+        answer = httpx.request(method, f"{api.url}{path}", headers={"Origin": origin})
+        assert answer.status_code in (403, 405), answer.text
+    for headers in ({}, {"Origin": api.url}):
+        assert httpx.request(method, f"{api.url}{path}", headers=headers).status_code != 403
+
+
+def test_an_ended_batch_can_be_deleted_and_its_results_stay(serve: Serve) -> None:
+    api = serve(engine={"batch": 1, "stuck_after": 1})
+    first = begin(api.client, rows_of(5))
+    wait_for_rows(api.client, first.id, 1)
+    api.client.batches.cancel(first.id)
+    ended = wait_for(api.client, first.id)
+    running = begin(api.client, rows_of(5))
+    wait_for(api.client, running.id, "in_progress")
+    assert httpx.delete(f"{api.url}/v1/batches/{running.id}").status_code == 409
+    answer = httpx.delete(f"{api.url}/v1/batches/{ended.id}")
+    assert answer.json() == {"id": ended.id, "object": "batch", "deleted": True}
+    assert httpx.delete(f"{api.url}/v1/batches/{ended.id}").status_code == 404
+    assert [batch.id for batch in api.client.batches.list()] == [running.id]
+    assert len(lines_of(api.client, ended.output_file_id)) == 1

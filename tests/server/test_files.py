@@ -352,3 +352,40 @@ def test_a_storage_that_cannot_be_is_a_wrong_flag(tmp_path: Path) -> None:
     (tmp_path / "s" / "batches.db").write_bytes(b"something else" * 100)
     with pytest.raises(ConfigError, match=r"batches\.db"):
         BatchService(BatchOptions(storage=tmp_path / "s"))
+
+
+def test_an_upload_that_stands_still_is_cut_off(serve: Serve) -> None:
+    api = serve(upload_idle_s=0.3)
+    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: 9000000\r\n\r\n"
+        connection.sendall(head.encode() + _part("file", b"x" * 1000, "f"))
+        connection.settimeout(20)
+        assert b" 408 " in connection.recv(1000)
+    until(lambda: not _leftovers(api), "something stays")
+
+
+def test_more_uploads_than_may_be_open_are_asked_to_come_again(serve: Serve) -> None:
+    api = serve(max_open_uploads=2)
+    slow = [socket.create_connection(("127.0.0.1", api.port)) for _ in range(2)]
+    try:
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: 9000000\r\n\r\n"
+        for connection in slow:
+            connection.sendall(head.encode())
+        until(lambda: len(_leftovers(api)) == 2, "nothing arrives")
+        answer = _post(api, PURPOSE + FILE + LAST)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_uploads")
+    finally:
+        for connection in slow:
+            connection.close()
+    until(lambda: _post(api, PURPOSE + FILE + LAST).status_code == 200, "a place stays taken")
+
+
+def test_what_is_stored_has_a_limit_and_deleting_makes_room(serve: Serve) -> None:
+    api = serve(storage_limit=10_000)
+    first = upload(api.client, b"x" * 9_000)
+    with pytest.raises(openai.APIStatusError) as caught:
+        api.client.with_options(max_retries=0).files.create(file=("f", b"x" * 2_000), purpose="batch")
+    assert (caught.value.status_code, caught.value.code) == (507, "storage_full")
+    api.client.files.delete(first)
+    upload(api.client, b"x" * 2_000)
+    assert not _leftovers(api)

@@ -24,6 +24,7 @@ ROUTES = [
     ("/v1/batches", "POST"),
     ("/v1/batches", "GET"),
     ("/v1/batches/{batch_id}", "GET"),
+    ("/v1/batches/{batch_id}", "DELETE"),
     ("/v1/batches/{batch_id}/cancel", "POST"),
 ]
 
