@@ -209,19 +209,41 @@ def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server)
     assert num_computed <= 1.25 * optimum
 
 
-def test_a_dead_scheduler_ends_the_server(server: Server) -> None:
-    """With status 1, for whoever watches it to start it again; the batch goes on then."""
+@pytest.mark.parametrize("victim", ["scheduler", pytest.param("detokenizer", marks=pytest.mark.thorough)])
+def test_a_dead_engine_is_started_again_behind_the_server(server: Server, victim: str) -> None:
+    """Live requests in flight, and those that come meanwhile, are asked to come again; the batch goes on."""
     batch = create(server, rows(4, 60, max_tokens=16, ignore_eos=True))
     wait_for_answers(server, batch.id, 1)
+    body = {"model": "m", "prompt": "a b c", "max_tokens": 3000, "ignore_eos": True}
+    in_flight: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: in_flight.append(post(server, body)))
+    asking.start()
+    time.sleep(0.5)
     assert server.process is not None
-    (scheduler,) = [
-        child for child in psutil.Process(server.process.pid).children() if "scheduler" in " ".join(child.cmdline())
+    (process,) = [
+        child for child in psutil.Process(server.process.pid).children() if victim in " ".join(child.cmdline())
     ]
-    scheduler.kill()
-    assert server.process.wait(60) == 1
-    server.process = None
-    server.start()
-    assert wait(server, batch.id).request_counts.completed == 240
+    process.kill()
+    asking.join(60)
+    refused, answer = in_flight, post(server, body | {"max_tokens": 4})
+    while answer.status_code == 503:
+        refused.append(answer)
+        time.sleep(0.2)
+        answer = post(server, body | {"max_tokens": 4})
+    assert answer.status_code == 200
+    assert len(refused) > 1
+    for response in refused:
+        assert (response.status_code, response.headers["retry-after"]) == (503, "20"), response.text
+    done = wait(server, batch.id)
+    assert (done.status, done.request_counts.completed) == ("completed", 240)
+    assert len(answers(server, done.output_file_id)) == 240
+    assert json.loads(server.get("/health"))["scheduler"] == "BatchScheduler"
+
+
+def post(server: Server, body: dict[str, Any]) -> httpx.Response:
+    """What a live completion is answered with."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def test_a_server_killed_in_a_batch_goes_on_with_it(server: Server) -> None:

@@ -81,7 +81,7 @@ def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> 
 
     jobs = JointJobs(runtime)
     metrics = BatchMetrics(job_stats=lambda: jobs.stats) if has_metrics else None
-    service.start(lambda: runtime, jobs.make_job, metrics)
+    service.start(runtime.when_up, jobs.make_job, metrics)
 
 
 def _add_batch_flags(group: argparse._ArgumentGroup) -> None:

@@ -12,8 +12,10 @@ INVARIANT: a sample is waiting, or in flight in exactly one job of the runtime, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -198,6 +200,8 @@ class JointJobs:
         self._current: Leg | None = None
         self._planning: asyncio.Task[None] | None = None
         self._is_stale = False
+        self._turn = asyncio.Lock()
+        self._is_held = False
         self.stats = JobStats()
         self.num_plans = 0
         self.num_lost_tokens = 0
@@ -214,8 +218,9 @@ class JointJobs:
     ) -> RunningJob:
         """A job whose rows are planned together with those of the others. Called from anywhere.
 
-        One that may have only so many requests in flight, such as rows that are suspected of killing engines, is
-        planned alone, in ``group_order``. The others are in the order that all of them have.
+        One that may have only so many requests in flight, rows that are suspected of killing engines, is planned in
+        ``group_order``, and runs alone: an engine that dies meanwhile says something of these rows only. The others
+        are in the order that all of them have.
 
         Raises:
             ValueError: This is another runtime.
@@ -224,9 +229,23 @@ class JointJobs:
             raise ValueError("jobs that are planned together run on one runtime")
         if max_in_flight is None:
             return JointJob(self, rows, subset=subset, keep_steps=keep_steps)
-        return Job(
-            runtime, rows, subset=subset, group_order=group_order, max_in_flight=max_in_flight, keep_steps=keep_steps
-        )
+        options: dict[str, Any] = {"group_order": group_order, "max_in_flight": max_in_flight, "keep_steps": keep_steps}
+        return _JobAlone(self, runtime, rows, subset=subset, **options)
+
+    # Who runs alone
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Nothing of any job is in flight in here but what is submitted in here."""
+        async with self._turn:
+            self._is_held = True
+            try:
+                while any(leg.num_in_flight for leg in self._legs):
+                    await asyncio.sleep(TICK_S)
+                yield
+            finally:
+                self._is_held = False
+                self.feed()
 
     # Who is in
 
@@ -327,7 +346,7 @@ class JointJobs:
             self._feed(leg, jobs)
 
     def _feed(self, leg: Leg, jobs: Sequence[JointJob]) -> None:
-        while not any(job.is_behind for job in jobs) and (taken := leg.take_run()) is not None:
+        while not self._is_held and not any(job.is_behind for job in jobs) and (taken := leg.take_run()) is not None:
             requests, samples_of = taken
             for part, samples in samples_of:
                 jobs[part].submit(samples)
@@ -362,6 +381,29 @@ class JointJobs:
         if self._current is leg:
             self._current = None
         self._runtime.close_job(leg.job_id, is_complete=leg.is_complete)
+
+
+class _JobAlone(Job):
+    """A job that runs while no other does."""
+
+    def __init__(self, joint: JointJobs, runtime: Runtime, rows: JobRows, **options: Any) -> None:
+        super().__init__(runtime, rows, **options)
+        self._joint = joint
+
+    async def run(self) -> AsyncGenerator[FinishedSamples, None]:
+        """Wait for the others, then run."""
+        async with contextlib.AsyncExitStack() as stack:
+            entering = asyncio.create_task(stack.enter_async_context(self._joint.alone()))
+            try:
+                while not entering.done():
+                    await asyncio.wait([entering], timeout=TICK_S)
+                    yield NOTHING
+            finally:
+                if not entering.done():
+                    entering.cancel()
+                    await asyncio.wait([entering])
+            async for finished in super().run():
+                yield finished
 
 
 def _probe() -> RunRequests:

@@ -61,6 +61,11 @@ class Leg:
         self._counted = JobStats()
 
     @property
+    def num_in_flight(self) -> int:
+        """Requests that have been submitted and have not come back."""
+        return self._num_in_flight
+
+    @property
     def is_complete(self) -> bool:
         """All of the plan has run."""
         return self._plan is not None and self._plan.feeder.is_done

@@ -66,10 +66,6 @@ class _StoppedError(WorkloadError):
     """Asked to stop while the input was being read."""
 
 
-class _EngineGoneError(WorkloadError):
-    """The engine has died; it is the server's, and no batch starts another."""
-
-
 class _OtherModelError(WorkloadError):
     """The server has another model than the one that has answered a part of the batch."""
 
@@ -119,7 +115,7 @@ class BatchRun:
                 self._go_on(batch)
         except _StoppedError:
             pass
-        except (EngineError, _EngineGoneError) as error:
+        except EngineError as error:
             logger.error("%s: the engine has failed: %s", self._id, error)
             self.has_trouble = True
         except _OtherModelError as error:
@@ -218,7 +214,7 @@ class BatchRun:
             # Nothing is written as rows finish.
             outputs = Outputs(str(folder / "answers"), errors_path=None, order="input", journal=journal)
             runner = Runner(
-                _once(runtime),
+                context.start_engine,
                 journal=journal,
                 recorder=Recorder(journal, outputs, progress, None, job_seed=_seed_of(batch.id)),
                 progress=progress,
@@ -361,18 +357,6 @@ class BatchRun:
 def _seed_of(batch_id: str) -> int:
     """A number that is the batch's own."""
     return int(batch_id.rpartition("_")[2], 16)
-
-
-def _once(runtime: Runtime) -> Callable[[], Runtime]:
-    """What a runner starts: the engine that there is, and no other."""
-    engines = iter([runtime])
-
-    def start() -> Runtime:
-        for engine in engines:
-            return engine
-        raise _EngineGoneError("the engine has died")
-
-    return start
 
 
 def _error(code: str, message: str, line: int | None = None) -> dict[str, Any]:

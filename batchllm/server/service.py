@@ -83,7 +83,8 @@ class BatchService:
         """Open the routes, and go on with batches that have not ended. Returns at once.
 
         Args:
-            start_engine: Gives the engine, which all batches share; called once for each run of a batch.
+            start_engine: Gives the engine, which all batches share, when it is up; called for each run of a batch, and
+                when the engine has died under one.
             make_job: Makes the jobs of runners.
             metrics: Told what happens.
         """

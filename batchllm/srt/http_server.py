@@ -27,6 +27,7 @@ from batchllm.offline.event_loop import iterate_on
 from batchllm.srt import compat
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.engine import launch_errors
+from batchllm.srt.engine_keeper import EngineKeeper, WhileDown
 from batchllm.srt.processes import EngineProcesses
 from batchllm.srt.runtime import ManagedRuntime
 from batchllm.srt.scheduler import run_server_scheduler_process
@@ -43,6 +44,7 @@ class ServerRuntime(ManagedRuntime):
 
     Args:
         loop: The server's event loop; jobs are fed and received on it.
+        keeper: Knows whether the engine is up.
     """
 
     def __init__(
@@ -52,9 +54,20 @@ class ServerRuntime(ManagedRuntime):
         server_args: Any,
         init_info: dict[str, Any],
         loop: asyncio.AbstractEventLoop,
+        keeper: EngineKeeper,
     ) -> None:
         super().__init__(manager, template_manager, server_args, init_info)
         self.loop = loop
+        self._keeper = keeper
+
+    def when_up(self) -> ServerRuntime:
+        """This runtime, once its engine answers. From any thread but the loop's.
+
+        Raises:
+            EngineError: It has ended and does not come up again.
+        """
+        self._keeper.wait_until_up()
+        return self
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         """From any thread but the loop's own."""
@@ -96,6 +109,8 @@ class HttpServer:
         self._is_interrupted = False
         self._ending: asyncio.Task[None] | None = None
         self._processes = EngineProcesses()
+        self._keeper = EngineKeeper(server_args, self._processes, self._die)
+        self._ports: Any = None
         self._manager: Any = None
         self._template_manager: Any = None
         self._init_info: dict[str, Any] = {}
@@ -103,6 +118,7 @@ class HttpServer:
         self._upstream_lifespan = upstream.app.router.lifespan_context
         upstream.app.router.lifespan_context = self._lifespan
         upstream.app.include_router(router)
+        upstream.app.add_middleware(WhileDown, is_up=lambda: self._keeper.is_up)
         self._wrap_health()
 
     def run(self) -> None:
@@ -141,6 +157,7 @@ class HttpServer:
                     ports.instance_id = server._processes.instance_id  # names a file in shared memory
                     launched = super()._launch_subprocesses(server_args=server_args, port_args=ports, **kwargs)
                 server._manager, server._template_manager = launched[:2]
+                server._ports = ports
                 server._init_info = launched[3].scheduler_infos[0]
                 return launched
 
@@ -150,8 +167,10 @@ class HttpServer:
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         self._manager.auto_create_handle_loop()
-        self._manager.on_death = lambda: setattr(self, "_dying", loop.create_task(self._die()))
-        self._runtime = ServerRuntime(self._manager, self._template_manager, self._args, self._init_info, loop)
+        self._keeper.watch(self._manager, self._ports, loop)
+        self._runtime = ServerRuntime(
+            self._manager, self._template_manager, self._args, self._init_info, loop, self._keeper
+        )
         async with self._upstream_lifespan(app):
             app.state.openai_serving_completion = ServingCompletion(self._manager, self._template_manager)
             self._end_in_order()
@@ -180,6 +199,7 @@ class HttpServer:
 
     async def _end_batches(self) -> None:
         """Batches end while the engine still answers. Whoever calls this again waits for the same end."""
+        self._keeper.stop()
         if self._ending is None:
             self._ending = asyncio.create_task(asyncio.to_thread(self._when_down, False))
         await self._ending
@@ -189,8 +209,7 @@ class HttpServer:
         self._when_up(self._runtime)
 
     async def _die(self) -> None:
-        """A process of the engine has ended: so does the server, for whoever watches it to start another."""
-        logger.error("a process of the engine has ended, its log is above; the server ends")
+        """The engine has ended and cannot be started again: so does the server, for whoever watches it."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.to_thread(self._when_down, True), _STOP_TIMEOUT_S)
         self._processes.end(self._manager)
@@ -204,6 +223,8 @@ class HttpServer:
         router.routes.remove(stock)
 
         async def health(request: Request) -> Response:
+            if not self._keeper.is_up:
+                return JSONResponse({"status": "the engine is started again"}, status_code=503)
             response: Response = await stock.endpoint(request)
             if response.status_code != 200:
                 return response

@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from multiprocessing.context import ForkContext
+from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class EngineProcesses:
 
     @contextlib.contextmanager
     def starting(self, server_args: Any) -> Iterator[None]:
-        """Processes started in here, and temporary files made, belong to this engine.
+        """Processes started in here, and temporary files made, belong to this engine; those of before are ended.
 
         They are forks of this process where that is safe (`batchllm.srt.fork_safety`), else they import SGLang again.
         """
-        _remove_files_of_the_dead()
-        self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-", dir=_socket_parent())
+        if self._socket_dir is None:
+            _remove_files_of_the_dead()
+            self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-", dir=_socket_parent())
+        self._kill_children()
         before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
         before_us = {child.pid for child in psutil.Process().children()}
         # A kernel library makes a temporary directory in every process at import and leaves it there.
@@ -91,10 +93,7 @@ class EngineProcesses:
         """
         if self._socket_dir is None:
             return
-        for child in self._children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(self._children, timeout=_STOP_TIMEOUT_S)
+        self._kill_children()
         if manager is not None:
             for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer):
                 socket.close(linger=0)
@@ -103,14 +102,19 @@ class EngineProcesses:
         shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._socket_dir = None
 
+    def _kill_children(self) -> None:
+        for child in self._children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(self._children, timeout=_STOP_TIMEOUT_S)
+        self._children = []
+
 
 @contextlib.contextmanager
 def _start_method(server_args: Any) -> Iterator[None]:
     """Have SGLang start processes as it is safe here; it would spawn them."""
-    if process_state() is not None or launch_state(server_args) is not None:
-        yield
-        return
-    before, upstream.mp = upstream.mp, _Forking()
+    is_safe = process_state() is None and launch_state(server_args) is None
+    before, upstream.mp = upstream.mp, _Forking() if is_safe else _Spawning()
     try:
         yield
     finally:
@@ -119,6 +123,13 @@ def _start_method(server_args: Any) -> Iterator[None]:
 
 class _Forking(ForkContext):
     """Forks, whatever start method it is told to use."""
+
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        pass
+
+
+class _Spawning(SpawnContext):
+    """Spawns, whatever start method it is told to use."""
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
         pass

@@ -11,10 +11,11 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
-from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+from sglang.srt.managers.io_struct import AbortReq, UnloadLoRAAdapterReqInput
 from sglang.srt.managers.tokenizer_manager import SignalHandler, TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
@@ -34,6 +35,8 @@ class BatchTokenizerManager(TokenizerManager):
     def init_running_status(self) -> None:
         super().init_running_status()
         self._death: EngineDiedError | None = None
+        self.num_planned_answers = 0
+        """Of all jobs so far."""
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
         self._job_adapters: dict[int, set[str]] = {}
         self._leaving_adapters: set[str] = set()
@@ -133,7 +136,18 @@ class BatchTokenizerManager(TokenizerManager):
         if self.on_death is not None:
             self.on_death()
 
+    def fail_live(self, reason: str) -> None:
+        """End every request outside jobs: 503, or the end of its stream."""
+        for rid in list(self.rid_to_state):
+            told = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": reason}
+            self._handle_abort_req(AbortReq(rid=rid, finished_reason=told))
+
+    def revive(self) -> None:
+        """Processes of the engine have been started again."""
+        self._death = None
+
     def _handle_planned_output(self, output: PlannedBatchOutput) -> None:
+        self.num_planned_answers += sum(reason["type"] != "abort" for reason in output.finish_reasons)
         queue = self._planned_outputs.get(output.job_id)
         if queue is not None:
             queue.put_nowait(output)

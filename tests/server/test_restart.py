@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,14 +10,19 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
 import pytest
 
+from batchllm.errors import EngineDiedError
+from batchllm.offline.event_loop import LoopThread
+from batchllm.offline.joint_jobs import JointJobs
+from batchllm.offline.runtime import FinishedRequests
+from batchllm.server import BatchOptions
 from tests.cli.instant_engine import Settings
 from tests.cli.jobs import SubmissionLog, environment_of, recorded_rows
 from tests.server.api_rows import (
@@ -33,8 +39,9 @@ from tests.server.api_rows import (
     wait_for_rows,
 )
 from tests.server.conftest import Serve
-from tests.server.instant_server import KILLER
+from tests.server.instant_server import KILLER, Api, SharedRuntime
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 
 
@@ -179,6 +186,63 @@ def test_a_batch_that_runs_whenever_the_engine_dies_is_given_up(serve: Serve) ->
     api = serve()
     batch = wait_for(api.client, batch_id)
     assert (batch.status, counts_of(batch)) == ("failed", (5, 0, 5))
+
+
+class _MortalRuntime(SharedRuntime):
+    """An engine that dies under rows that end with `KILLER`, with all that run beside them, and is there again at once.
+
+    Attributes:
+        num_deaths: How often it has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Settings(batch=3, delay_s=0.01))
+        self.loop_thread = LoopThread("jobs")
+        self.num_deaths = 0
+        self._generation: dict[int, int] = {}
+
+    def open_job(self) -> int:
+        job_id = super().open_job()
+        self._generation[job_id] = self.num_deaths
+        return job_id
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        if self._generation[job_id] == self.num_deaths and KILLER in self._jobs[job_id]._last_ids.values():
+            await asyncio.sleep(0.02)  # others are answered meanwhile
+            self.num_deaths += 1
+        if self._generation[job_id] < self.num_deaths:
+            raise EngineDiedError("it is dead")
+        return await self._jobs[job_id].receive(job_id)
+
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
+        return self.loop_thread.iterate(stream)
+
+
+def test_rows_that_kill_the_engine_are_found_and_all_others_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server stays, and so do rows of batches that happened to run beside them."""
+    monkeypatch.setattr("batchllm.offline.recovery._FIRST_PAUSE_S", 0.01)
+    runtime = _MortalRuntime()
+    api = Api(BatchOptions(storage=tmp_path / "storage"), runtime, is_started=False)
+    jobs = JointJobs(runtime)
+    api.service.start(lambda: runtime, jobs.make_job)
+    try:
+        file_id = upload(api.client, [*rows_of(40), row(40, prompt=[KILLER]), row(41, prompt=[5, KILLER])])
+        bad = api.client.batches.create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h").id
+        good = [begin(api.client, rows_of(30)).id for _ in range(2)]
+        for batch_id in good:
+            batch = wait_for(api.client, batch_id)
+            assert (batch.status, counts_of(batch)) == ("completed", (30, 30, 0))
+        batch = wait_for(api.client, bad)
+        assert (batch.status, counts_of(batch)) == ("completed", (42, 40, 2))
+        failed = lines_of(api.client, batch.error_file_id)
+        assert {line["custom_id"] for line in failed} == {"r40", "r41"}
+        assert {line["response"]["body"]["error"]["code"] for line in failed} == {"engine_died"}
+        assert runtime.num_deaths >= 4  # each of the two alone, twice
+    finally:
+        api.stop()
+        runtime.loop_thread.close()
 
 
 def test_rows_that_were_done_when_the_server_stopped_are_not_asked_again(serve: Serve, tmp_path: Path) -> None:
