@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,7 +20,8 @@ from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.host.runtime import HostedRuntime
-from batchllm.offline.job import Job
+from batchllm.offline.event_loop import aiterate_on
+from batchllm.offline.job import FinishedSamples, Job
 from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
 from batchllm.offline.report import RunReport
 from batchllm.offline.stats import make_trace
@@ -37,6 +39,8 @@ class BatchEngine:
     """Runs batches of prompts on one SGLang runtime, each globally planned.
 
     Use it as a context manager, or call `shutdown`. It may be used from any thread, and where an event loop runs.
+    Batches that run at once are planned each by itself and share the engine: an earlier one comes first, a later one
+    fills what it leaves. Ctrl-C ends the batch that it interrupts, and the engine goes on.
 
     Args:
         model_path: A Hugging Face model, a directory or a hub name; the embedded model when None.
@@ -124,56 +128,46 @@ class BatchEngine:
         """Like `batch_generate`, but yields each completion as it finishes. Dropping the iterator aborts the
         rest.
         """
-        fields: dict[str, Sequence[Any] | None] = {
-            "prompt": prompts,
-            "input_ids": input_ids,
-            "messages": messages,
-        }
-        given = {name: values for name, values in fields.items() if values is not None}
-        if len(given) != 1:
-            raise ConfigError("give exactly one of prompts, input_ids and messages")
-        ((field, values),) = given.items()
-        if isinstance(values, str):
-            raise ConfigError("prompts must be a list of texts, not one text")
-        inputs = _Inputs(
-            field=field,
-            values=values,
-            sampling=_spread(sampling_params, len(values)),
-            expected=_per_prompt("expected_new_tokens", expected_new_tokens, len(values), None),
-            tasks=_per_prompt("tasks", tasks, len(values), ""),
+        return self._generate(
+            _inputs_of(
+                prompts,
+                sampling_params,
+                input_ids=input_ids,
+                messages=messages,
+                expected_new_tokens=expected_new_tokens,
+                tasks=tasks,
+            )
         )
-        return self._generate(inputs)
+
+    async def abatch_generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        """Like `batch_generate`, for a caller on an event loop, which goes on meanwhile."""
+        completions = [completion async for completion in self.abatch_generate_iter(*args, **kwargs)]
+        return sorted(completions, key=lambda c: (c.index, c.sample))
+
+    async def abatch_generate_iter(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Completion, None]:
+        """Like `batch_generate_iter`, for a caller on an event loop, which goes on meanwhile."""
+        inputs = _inputs_of(*args, **kwargs)
+        batch = await asyncio.to_thread(_Batch, self.runtime, inputs, self._job_options)
+        with closing(batch):
+            for completion in batch.rejected:
+                yield completion
+            async with aclosing(aiterate_on(self.runtime.loop, batch.job.run())) as stream:
+                async for finished in stream:
+                    for completion in batch.take(finished):
+                        yield completion
+        self._end(batch)
 
     def _generate(self, inputs: _Inputs) -> Iterator[Completion]:
-        started = time.perf_counter()
-        with closing(TokenStore(None, _IN_MEMORY)) as store:
-            rows = JobRows(self.runtime.info, self.runtime.tokenizer, store)
-            requests, rejected = _make_requests(inputs)
-            for first in range(0, len(requests), ENCODE_SLICE):
-                requests_slice = requests[first : first + ENCODE_SLICE]
-                errors = zip(requests_slice, rows.add(requests_slice), strict=True)
-                rejected += [(request.index, error) for request, error in errors if error is not None]
-            tokenize_s = time.perf_counter() - started
-            for index, error in rejected:
-                yield _rejection(index, error)
-            job = Job(self.runtime, rows, **self._job_options)
-            job.stats.tokenize_s = tokenize_s
-            failed = {index for index, _ in rejected}
-            started_at = time.monotonic()
-            for finished in self.runtime.iterate(job.run()):
-                for row, sample, completion in zip(finished.rows, finished.samples, finished.completions, strict=True):
-                    index = int(rows.index[row])
-                    if completion.finish_reason == "abort":
-                        failed.add(index)
-                    yield msgspec.structs.replace(completion, index=index, sample=sample)
-        self.last_report = job.stats.report(
-            self.runtime.info,
-            num_requests=len(inputs.values),
-            num_failed=len(failed),
-            elapsed_s=time.perf_counter() - started,
-        )
+        with closing(_Batch(self.runtime, inputs, self._job_options)) as batch:
+            yield from batch.rejected
+            for finished in self.runtime.iterate(batch.job.run()):
+                yield from batch.take(finished)
+        self._end(batch)
+
+    def _end(self, batch: _Batch) -> None:
+        self.last_report = batch.report()
         if self._trace_path is not None:
-            trace = make_trace("batch_generate", job.steps or [], self.runtime.info, started_at)
+            trace = make_trace("batch_generate", batch.job.steps or [], self.runtime.info, batch.started_at)
             trace.write(self._trace_path)
 
     def shutdown(self) -> None:
@@ -217,6 +211,84 @@ class _Inputs:
     sampling: Sequence[Sampling]
     expected: Sequence[int | None]
     tasks: Sequence[str]
+
+
+def _inputs_of(
+    prompts: Sequence[str] | None = None,
+    sampling_params: Sampling | Sequence[Sampling] | None = None,
+    *,
+    input_ids: Sequence[Sequence[int]] | None = None,
+    messages: Sequence[Sequence[dict[str, Any]]] | None = None,
+    expected_new_tokens: Sequence[int | None] | None = None,
+    tasks: Sequence[str] | None = None,
+) -> _Inputs:
+    fields: dict[str, Sequence[Any] | None] = {
+        "prompt": prompts,
+        "input_ids": input_ids,
+        "messages": messages,
+    }
+    given = {name: values for name, values in fields.items() if values is not None}
+    if len(given) != 1:
+        raise ConfigError("give exactly one of prompts, input_ids and messages")
+    ((field, values),) = given.items()
+    if isinstance(values, str):
+        raise ConfigError("prompts must be a list of texts, not one text")
+    return _Inputs(
+        field=field,
+        values=values,
+        sampling=_spread(sampling_params, len(values)),
+        expected=_per_prompt("expected_new_tokens", expected_new_tokens, len(values), None),
+        tasks=_per_prompt("tasks", tasks, len(values), ""),
+    )
+
+
+class _Batch:
+    """A batch on its way, and what has come of it.
+
+    Attributes:
+        rejected: Completions of prompts that cannot run.
+        job: The others.
+        started_at: When it began to run, on the monotonic clock.
+    """
+
+    def __init__(self, runtime: HostedRuntime, inputs: _Inputs, job_options: dict[str, Any]) -> None:
+        self._started = time.perf_counter()
+        self._info = runtime.info
+        self._num_requests = len(inputs.values)
+        self._store = TokenStore(None, _IN_MEMORY)
+        self._rows = JobRows(runtime.info, runtime.tokenizer, self._store)
+        requests, rejected = _make_requests(inputs)
+        for first in range(0, len(requests), ENCODE_SLICE):
+            requests_slice = requests[first : first + ENCODE_SLICE]
+            errors = zip(requests_slice, self._rows.add(requests_slice), strict=True)
+            rejected += [(request.index, error) for request, error in errors if error is not None]
+        tokenize_s = time.perf_counter() - self._started
+        self.rejected = [_rejection(index, error) for index, error in rejected]
+        self._failed = {index for index, _ in rejected}
+        self.job = Job(runtime, self._rows, **job_options)
+        self.job.stats.tokenize_s = tokenize_s
+        self.started_at = time.monotonic()
+
+    def take(self, finished: FinishedSamples) -> Iterator[Completion]:
+        """Completions of samples, each with the number of its prompt."""
+        for row, sample, completion in zip(finished.rows, finished.samples, finished.completions, strict=True):
+            index = int(self._rows.index[row])
+            if completion.finish_reason == "abort":
+                self._failed.add(index)
+            yield msgspec.structs.replace(completion, index=index, sample=sample)
+
+    def report(self) -> RunReport:
+        """What it has cost."""
+        return self.job.stats.report(
+            self._info,
+            num_requests=self._num_requests,
+            num_failed=len(self._failed),
+            elapsed_s=time.perf_counter() - self._started,
+        )
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._store.close()
 
 
 def _per_prompt(name: str, values: Sequence[T] | None, num_prompts: int, default: T) -> Sequence[T]:

@@ -49,17 +49,32 @@ async def _end_all() -> None:
 def iterate_on(loop: asyncio.AbstractEventLoop, stream: AsyncGenerator[T, None]) -> Iterator[T]:
     """An asynchronous generator as an ordinary iterator, driven on a loop that runs in another thread.
 
+    It is closed when this returns, whatever interrupts the caller.
+
     Raises:
         EngineDiedError: The loop has been closed.
     """
+    turn = asyncio.Lock()
     try:
-        while True:
-            items = run_on(loop, _next(stream))
-            if not items:
-                return
+        while items := run_on(loop, _next(stream, turn)):
             yield from items
     finally:
-        run_on(loop, stream.aclose())
+        run_on(loop, _close(stream, turn))
+
+
+async def aiterate_on(loop: asyncio.AbstractEventLoop, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The same for a caller on a loop of its own, which is not blocked meanwhile.
+
+    Raises:
+        EngineDiedError: The loop has been closed.
+    """
+    turn = asyncio.Lock()
+    try:
+        while items := await _arun_on(loop, _next(stream, turn)):
+            for item in items:
+                yield item
+    finally:
+        await asyncio.shield(_arun_on(loop, _close(stream, turn)))
 
 
 def run_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -79,9 +94,27 @@ def run_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -
         raise
 
 
-async def _next(stream: AsyncGenerator[T, None]) -> list[T]:
-    """The next item, or none at the end."""
-    try:
-        return [await anext(stream)]
-    except StopAsyncIteration:
-        return []
+async def _arun_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    if loop.is_closed():
+        coroutine.close()
+        raise EngineDiedError("the engine has ended")
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+
+async def _next(stream: AsyncGenerator[T, None], turn: asyncio.Lock) -> list[T]:
+    """The next item, or none at the end.
+
+    Args:
+        stream: A generator.
+        turn: Of whoever runs it: one that was cancelled needs it until the generator has cleaned up.
+    """
+    async with turn:
+        try:
+            return [await anext(stream)]
+        except StopAsyncIteration:
+            return []
+
+
+async def _close(stream: AsyncGenerator[T, None], turn: asyncio.Lock) -> None:
+    async with turn:
+        await stream.aclose()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
 import re
+import signal
+import threading
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
-from batchllm import BatchEngine
+from batchllm import BatchEngine, Completion
 from batchllm.errors import ConfigError
 from tests.srt.live import live_answer, run
 
@@ -410,3 +415,73 @@ def test_what_cannot_start_is_refused_by_name(engines: None, arguments: dict[str
     """Before a scheduler is started."""
     with pytest.raises(ConfigError, match=re.escape(word)):
         BatchEngine(**arguments)
+
+
+def test_a_caller_on_an_event_loop_is_not_held_up(engine: BatchEngine) -> None:
+    """Two batches at once, beside the caller's own timer; the answers are those of a caller that waits."""
+    prompts = [[[7 + i % 5, 20 + i, 30 + batch] for i in range(40)] for batch in range(2)]
+    greedy = {"temperature": 0, "max_new_tokens": 6}
+    expected = [[c.output_ids for c in engine.batch_generate(input_ids=own, sampling_params=greedy)] for own in prompts]
+
+    async def scenario() -> tuple[list[list[Completion]], int]:
+        num_ticks = 0
+
+        async def tick() -> None:
+            nonlocal num_ticks
+            while True:
+                await asyncio.sleep(0.001)
+                num_ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        done = await asyncio.gather(*(engine.abatch_generate(input_ids=own, sampling_params=greedy) for own in prompts))
+        ticking.cancel()
+        return done, num_ticks
+
+    done, num_ticks = asyncio.run(scenario())
+    assert [[c.output_ids for c in own] for own in done] == expected
+    assert num_ticks > 10
+
+
+def test_a_batch_that_is_cancelled_or_left_leaves_the_engine_as_it_was(engine: BatchEngine) -> None:
+    """A caller on an event loop is cancelled, or breaks out of the loop: pins and window are free again."""
+    prompts = [[9] * 300 + [20 + i] for i in range(200)]
+    long = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(engine.abatch_generate(input_ids=prompts, sampling_params=long))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def left() -> None:
+        async with aclosing(engine.abatch_generate_iter(input_ids=prompts, sampling_params=long)) as stream:
+            async for _ in stream:
+                break
+
+    for scenario in (cancelled, left):
+        asyncio.run(scenario())
+        (answer,) = engine.batch_generate(input_ids=[[3] * 1400], sampling_params={"max_new_tokens": 50})  # of 1500
+        assert answer.error is None
+        report = engine.last_report
+        assert report is not None and report.num_retractions == 0
+
+
+def test_ctrl_c_ends_the_batch_that_it_interrupts_and_the_engine_goes_on(engine: BatchEngine) -> None:
+    """At moments spread over a batch: while it is prepared, while it runs, between answers."""
+    prompts = [[9] * 300 + [20 + i] for i in range(200)]
+    long = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for delay_s in (0.001, 0.05, 0.2, 0.4, 0.6):
+            timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                engine.batch_generate(input_ids=prompts, sampling_params=long)
+            timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (answer,) = engine.batch_generate(input_ids=[[3] * 1400], sampling_params={"max_new_tokens": 50})  # of 1500
+    assert answer.error is None
+    report = engine.last_report
+    assert report is not None and report.num_retractions == 0
