@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,7 @@ class FinishedSamples:
         rows: Row numbers.
         samples: Which of its row's samples each is, from 0.
         completions: Their ``index`` and ``sample`` are still 0.
+        optimal_lens: Prompt tokens that an optimal schedule computes for each.
         num_prompt_tokens: Of these samples.
         num_output_tokens: Of these samples.
         num_computed_prompt_tokens: Prompt tokens computed since the last of these, counted in the scheduler.
@@ -44,6 +45,7 @@ class FinishedSamples:
     rows: list[int]
     samples: list[int]
     completions: list[Completion]
+    optimal_lens: Sequence[int] = ()
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_computed_prompt_tokens: int = 0
@@ -160,7 +162,7 @@ class Job:
         self._plan = self._make_plan(group_order)
         give_memory_back()
         self.stats.plan_s = time.perf_counter() - started
-        self.stats.num_optimal_prompt_tokens = self._plan.optimal_prefill_tokens
+        self._optimal_lens = self._plan.computed_lens()
         self._feeder = self._make_feeder()
 
     def _make_plan(self, group_order: GroupOrder) -> BatchPlan:
@@ -280,18 +282,23 @@ class Job:
             self.steps.append(finished.steps)
         table_rows = self._plan.order[finished.positions]
         rows, samples = self._samples.rows(table_rows).tolist(), self._samples.samples(table_rows).tolist()
+        optimal_lens = self._optimal_lens[finished.positions].tolist()
         completions = finished.completions
         if self.is_stopping:  # what was withdrawn has not been answered
             kept = [i for i, completion in enumerate(completions) if completion.finish_reason != "abort"]
-            rows, samples, completions = ([items[i] for i in kept] for items in (rows, samples, completions))
+            rows, samples, completions, optimal_lens = (
+                [items[i] for i in kept] for items in (rows, samples, completions, optimal_lens)
+            )
         num_prompt_tokens = sum([completion.prompt_tokens for completion in completions])
         num_output_tokens = sum([completion.completion_tokens for completion in completions])
         stats.num_prompt_tokens += num_prompt_tokens
         stats.num_output_tokens += num_output_tokens
+        stats.num_optimal_prompt_tokens += sum(optimal_lens)
         return FinishedSamples(
             rows=rows,
             samples=samples,
             completions=completions,
+            optimal_lens=optimal_lens,
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=num_output_tokens,
             num_computed_prompt_tokens=num_computed,

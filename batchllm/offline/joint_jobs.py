@@ -163,6 +163,7 @@ class JointJob:
                 rows=self._samples.rows(samples).tolist(),
                 samples=self._samples.samples(samples).tolist(),
                 completions=delivery.completions,
+                optimal_lens=delivery.optimal_lens,
                 num_prompt_tokens=stats.num_prompt_tokens,
                 num_output_tokens=stats.num_output_tokens,
                 num_computed_prompt_tokens=stats.num_computed_prompt_tokens,

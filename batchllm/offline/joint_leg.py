@@ -28,6 +28,7 @@ class Delivery:
         part: Number of the part.
         samples: Samples answered, by their number in the job. int64[num_answers].
         completions: Their answers.
+        optimal_lens: Prompt tokens that an optimal schedule computes for each.
         withdrawn: Samples that have not run.
         stats: What the message says that the part has cost.
     """
@@ -35,6 +36,7 @@ class Delivery:
     part: int
     samples: Int64Array
     completions: list[Completion]
+    optimal_lens: list[int]
     withdrawn: Int64Array
     stats: JobStats
 
@@ -128,11 +130,13 @@ class Leg:
             withdrawn, places = self._sample_at[places[~is_answer]], places[is_answer]
         stats.num_prompt_tokens = sum([completion.prompt_tokens for completion in completions])
         stats.num_output_tokens = sum([completion.completion_tokens for completion in completions])
-        stats.num_optimal_prompt_tokens = int(self._optimal_at[places].sum(dtype=np.int64))
+        optimal_lens = self._optimal_at[places].tolist()
+        stats.num_optimal_prompt_tokens = sum(optimal_lens)
         return Delivery(
             part=part,
             samples=self._sample_at[places],
             completions=completions,
+            optimal_lens=optimal_lens,
             withdrawn=withdrawn,
             stats=stats,
         )

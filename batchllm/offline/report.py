@@ -27,11 +27,12 @@ class RunReport:
     num_engine_restarts: int
     """Engines started in the place of one that died."""
     num_prompt_tokens: int
-    """Prompt tokens of the answered rows."""
+    """Prompt tokens of the rows that have a result, once each, however often they ran."""
     num_computed_prompt_tokens: int
-    """Prompt tokens whose KV was computed; the rest was reused."""
+    """Prompt tokens whose KV was computed, in vain too: for rows that ran again after a failure or a death."""
     num_optimal_prompt_tokens: int
-    """The fewest that any schedule can compute (`BatchPlan.optimal_prefill_tokens`)."""
+    """The fewest that any schedule can compute for these rows, as they were planned when they got their result
+    (`BatchPlan.computed_lens`)."""
     num_output_tokens: int
     elapsed_s: float
     """The whole job, reading to last line written."""
@@ -59,7 +60,7 @@ class RunReport:
 
     @property
     def reuse(self) -> float:
-        """Part of the prompt tokens that was not computed, 0 to 1."""
+        """Part of the prompt tokens that was not computed, 0 to 1; 0 where more was computed than there are."""
         return _saved(self.num_computed_prompt_tokens, self.num_prompt_tokens)
 
     @property
@@ -161,7 +162,7 @@ class RunReport:
 
 
 def _saved(num_computed: int, num_prompt: int) -> float:
-    return 1.0 - num_computed / num_prompt if num_prompt > 0 else 0.0
+    return max(0.0, 1.0 - num_computed / num_prompt) if num_prompt > 0 else 0.0
 
 
 def _ratio(count: int, seconds: float) -> float:

@@ -104,6 +104,7 @@ class Runner:
         self._store = TokenStore(folder, options.max_token_bytes)
         self._identical = IdenticalRows() if options.shares_answers else None
         self._samples: dict[int, list[Completion]] = {}
+        self._optimal_lens: Counter[int] = Counter()
         self._num_tries: Counter[int] = Counter()
         self._to_retry: list[int] = []
         self.runtime: Runtime | None = None
@@ -232,7 +233,9 @@ class Runner:
             self._recover(death, queue.split_after_death(work, unfinished, job.rows_in_flight()))
         finally:
             self._samples.clear()  # of rows that have not finished; they run whole again
-            self.stats += job.stats
+            self._optimal_lens.clear()
+            # Those are of attempts; rows are counted when they get their result.
+            self.stats += replace(job.stats, num_prompt_tokens=0, num_output_tokens=0, num_optimal_prompt_tokens=0)
             self.steps += job.steps or []
 
     def _run_job(self, job: RunningJob, job_rows: JobRows) -> None:
@@ -279,9 +282,10 @@ class Runner:
         )
         num_samples = job_rows.num_samples(np.array(finished.rows, np.int64)).tolist()
         answered: list[tuple[int, RowHead, list[Completion]]] = []
-        for row, sample, completion, num in zip(
-            finished.rows, finished.samples, finished.completions, num_samples, strict=True
+        for row, sample, completion, optimal_len, num in zip(
+            finished.rows, finished.samples, finished.completions, finished.optimal_lens, num_samples, strict=True
         ):
+            self._optimal_lens[row] += optimal_len
             if num == 1:
                 answered.append((row, self._spool.read(row), [completion]))
                 continue
@@ -308,12 +312,16 @@ class Runner:
     def _finish(self, row: int, head: RowHead, completions: list[Completion]) -> None:
         assert self.runtime is not None
         bad = find_abort(head, completions)
+        optimal_len = self._optimal_lens.pop(row)
+        if bad is not None and bad.status_code >= 500 and self._num_tries[row] < self._options.num_retries:
+            self._num_tries[row] += 1
+            self._to_retry.append(row)
+            return
+        self.stats.num_optimal_prompt_tokens += optimal_len
+        self.stats.num_prompt_tokens += sum([completion.prompt_tokens for completion in completions])
+        self.stats.num_output_tokens += sum([completion.completion_tokens for completion in completions])
         if bad is not None:
-            if bad.status_code >= 500 and self._num_tries[row] < self._options.num_retries:
-                self._num_tries[row] += 1
-                self._to_retry.append(row)
-            else:
-                self._fail(row, bad)
+            self._fail(row, bad)
             return
         for number in self._with_followers(row):
             head = head if number == row else self._spool.read(number)

@@ -21,7 +21,7 @@ class JobStats:
     num_prompt_tokens: int = 0
     """Of the samples that have finished."""
     num_optimal_prompt_tokens: int = 0
-    """Of the plans that were made."""
+    """Of these samples, as they were planned."""
     num_computed_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_retractions: int = 0
@@ -81,7 +81,8 @@ class JobStats:
             num_engine_restarts=num_engine_restarts,
             num_prompt_tokens=self.num_prompt_tokens,
             num_computed_prompt_tokens=self.num_computed_prompt_tokens,
-            num_optimal_prompt_tokens=self.num_optimal_prompt_tokens,
+            # Below it is what an earlier batch left in the cache, or a part of a plan that did not run whole.
+            num_optimal_prompt_tokens=min(self.num_optimal_prompt_tokens, self.num_computed_prompt_tokens),
             num_output_tokens=self.num_output_tokens,
             elapsed_s=elapsed_s,
             num_retractions=self.num_retractions,

@@ -490,6 +490,8 @@ def test_whatever_happens_each_row_has_one_result_in_the_end(
     folder = tmp_path_factory.mktemp("job")
     world = World(death_chance=death_chance, random=random.Random(seed))
     order: list[Any] = []
+    num_prompt_tokens = num_output_tokens = 0
+    is_counted = True
     for _ in range(30):
         stop_at = world.num_answered + rng.randrange(60)
         signals = iter([True])
@@ -502,13 +504,26 @@ def test_whatever_happens_each_row_has_one_result_in_the_end(
         try:
             ran = _run(rows, folder, world, num_retries=rng.randrange(2))
         except EngineDiedError:
+            is_counted = False  # what it had counted is not told
             continue
         assert ran.order[: len(order)] == order, "a recorded result was touched"
         order = ran.order
+        report = ran.runner.stats.report(ran.runner.info, num_requests=num_rows, num_failed=0, elapsed_s=1.0)
+        assert 0.0 <= report.reuse <= report.optimal_reuse < 1.0
+        num_prompt_tokens += report.num_prompt_tokens
+        num_output_tokens += report.num_output_tokens
         if ran.is_complete:
             break
     assert ran.is_complete
     assert len(ran.order) == len(ran.lines) == num_rows
+    if is_counted:  # rows, not attempts
+        sampled = [
+            row.request
+            for row, line in zip(rows, ran.lines, strict=True)
+            if isinstance(row, Row) and ("error" not in line or line["error"]["code"] == "aborted")
+        ]
+        num_samples = sum(request.sampling.n for request in sampled)
+        assert (num_prompt_tokens, num_output_tokens) == (4 * num_samples, num_samples)
 
 
 # Rows that are run once for many
