@@ -28,13 +28,14 @@ BOM = b"\xef\xbb\xbf"
 def check_reading(data: bytes, columns: ColumnMap | None = None) -> list[Row | BadRow]:
     """Reads, and checks the room's invariant against an independent count of the lines."""
     lines = data.removeprefix(BOM).split(b"\n")
+    is_array = lines[0].lstrip().startswith(b"[")  # read as one, by items; what is around them may end it
     expected = [number for number, line in enumerate(lines, start=1) if line.strip()]
     rows: list[Row | BadRow] = []
     try:
         rows.extend(read_rows(io.BytesIO(data), defaults=SamplingParams(), columns=columns))
     except WorkloadError:
-        assert not expected
-    assert [row.line for row in rows] == expected
+        assert not expected or is_array
+    assert is_array or [row.line for row in rows] == expected
     for position, row in enumerate(rows):
         assert (row.request.index if isinstance(row, Row) else row.index) == position
         if isinstance(row, BadRow):

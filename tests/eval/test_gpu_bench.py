@@ -218,6 +218,7 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.thorough
 def test_a_dry_run_measures_ours_against_stock_and_leaves_nothing(tmp_path: Path) -> None:
     """Real engines on a CPU, in the processes and through the report of the real run."""
     before = ownerless()
