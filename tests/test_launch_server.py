@@ -18,6 +18,7 @@ import openai
 import psutil
 import pytest
 
+from tests.hostile_rows import completion_rows
 from tests.live_server import KEY, Server, answers, create, rows, text_of, wait, wait_for_answers
 
 pytestmark = pytest.mark.engine
@@ -207,6 +208,21 @@ def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server)
     num_computed = server.metric("batchllm_scheduler_prompt_tokens_total", **live) - before
     optimum = 1 + 5 * 200 + 200 * 2
     assert num_computed <= 1.25 * optimum
+
+
+def test_no_row_ends_the_engine(server: Server) -> None:
+    """500 rows with values at and beyond the limits: each is answered or refused by itself, by the same processes."""
+    assert server.process is not None
+    before = {child.pid for child in psutil.Process(server.process.pid).children()}
+    batch = wait(server, create(server, completion_rows(500, seed=1)).id)
+    counts = batch.request_counts
+    assert (batch.status, counts.total) == ("completed", 500)
+    found = [answers(server, file_id) for file_id in (batch.output_file_id, batch.error_file_id)]
+    assert sorted([*found[0], *found[1]]) == sorted(f"r{i}" for i in range(500))
+    assert len(found[0]) > 80
+    codes = {record["response"]["body"]["error"]["code"] for record in found[1].values()}
+    assert not codes & {"engine_died", "aborted"}, codes
+    assert {child.pid for child in psutil.Process(server.process.pid).children()} == before
 
 
 @pytest.mark.parametrize("victim", ["scheduler", pytest.param("detokenizer", marks=pytest.mark.thorough)])
