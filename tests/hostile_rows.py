@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -45,7 +46,7 @@ _SCHEMAS: list[Any] = [
 ]
 _COMPLETION: dict[str, list[Any]] = {
     **_SHARED,
-    "max_tokens": [1, 8, 0, -1, 2**31, 2**63, 1.5, 3.0, 4000, 10**6],
+    "max_tokens": [1, 8, 0, -1, 2**31, 2**63, 1.5, 3.0, 200, 10**6],
     "min_tokens": [0, 1, 4, 10**6, -1],
     "logprobs": [0, 1, 20, 21, -1, True, 2**31],
     "echo": [True, 1],
@@ -76,3 +77,12 @@ def completion_rows(num: int, seed: int) -> list[dict[str, Any]]:
             body[name] = draw.choice(_COMPLETION[name])
         rows.append({"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body})
     return rows
+
+
+def is_unicode(row: dict[str, Any]) -> bool:
+    """Whether the row has no half character; as a line of a file it would be no JSON."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

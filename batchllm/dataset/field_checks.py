@@ -29,6 +29,9 @@ T = TypeVar("T")
 MAX_INT32 = 2**31 - 1
 """Token ids and lengths are int32 everywhere inside."""
 MAX_INT64 = 2**63 - 1
+MAX_FLOAT32 = float.fromhex("0x1.fffffep+127")
+MIN_FLOAT32 = float.fromhex("0x1p-126")
+"""The least above 0 that is held with full precision."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60
@@ -86,7 +89,7 @@ def integer(low: int, high: int = MAX_INT32) -> Check:
 
 
 def number(low: float, high: float = math.inf, *, low_open: bool = False) -> Check:
-    """A check for a finite number in ``[low, high]``, or ``(low, high]`` where ``low_open``."""
+    """A check for a number in ``[low, high]``, or ``(low, high]`` where ``low_open``, that 32 bits can hold."""
     wanted = f"a number above {low:g}" if low_open else f"a number of at least {low:g}"
     if high != math.inf:
         wanted += f" and at most {high:g}"
@@ -95,13 +98,12 @@ def number(low: float, high: float = math.inf, *, low_open: bool = False) -> Che
         value = unboxed(value)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise wrong_type(name, "a number", value)
-        try:
-            finite = math.isfinite(value)
-        except OverflowError:  # an int too large for a float
-            finite = False
         in_range = low < value <= high if low_open else low <= value <= high
-        if not (finite and in_range):
+        if not in_range:
             raise out_of_range(name, wanted, value)
+        # The engine has it in 32 bits: one beyond would end it, and a small one would be 0 there.
+        if not -MAX_FLOAT32 <= value <= MAX_FLOAT32 or (low_open and value - low < MIN_FLOAT32):
+            raise out_of_range(name, f"{wanted}, as a float of 32 bits", value)
         return float(value)
 
     return check

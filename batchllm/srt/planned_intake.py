@@ -14,6 +14,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import Scheduler
 
+from batchllm.dataset.field_checks import MAX_FLOAT32
 from batchllm.scheduler import Decision
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
@@ -138,6 +139,10 @@ class PlannedIntake(Scheduler):
         """Every request enters a queue here: new, with its grammar compiled, or retracted."""
         if not isinstance(req, PlannedReq):
             prepare_live(req)
+            if any(abs(bias) > MAX_FLOAT32 for bias in (req.sampling_params.logit_bias or {}).values()):
+                # SGLang takes it, and ends when it makes a tensor of it; a request that is refused runs a step too.
+                req.set_finish_with_abort("logit_bias has a value that a float of 32 bits cannot hold")
+                req.sampling_params.logit_bias = None
             super()._add_request_to_queue(req, is_retracted)
             if self.live_queue is not None and self.waiting_queue and self.waiting_queue[-1] is req:
                 self.live_queue.add(req)

@@ -223,6 +223,24 @@ def test_half_a_character_is_refused_by_name_and_place(name: str) -> None:
     assert "at 2" in error.message
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 1e39),
+        ("temperature", 10**400),
+        ("repetition_penalty", 1e-60),
+        ("top_p", 1e-60),
+        ("logit_bias", {"5": -1e308}),
+        ("logit_bias", {"5": 10**400}),
+    ],
+)
+def test_numbers_that_the_engine_cannot_hold_are_refused(name: str, value: Any) -> None:
+    """It has floats of 32 bits; one that does not fit ended the scheduler."""
+    error = refused({name: value})
+    assert error.code == "parameter_out_of_range"
+    assert "32 bits" in error.message
+
+
 def test_half_a_character_in_a_schema_is_refused_by_name() -> None:
     error = refused({"json_schema": {"const": "\ud83d"}})
     assert (error.code, error.param) == ("lone_surrogate", "json_schema.const")

@@ -347,3 +347,9 @@ def test_pausing_takes_the_kv_of_all_and_going_on_answers_all(engine: BatchEngin
     done, answers = run(engine, both())
     assert done == dict(enumerate(expected))
     assert [list(answer["output_ids"]) for answer in answers] == expected_live
+
+
+def test_a_live_request_with_a_number_that_cannot_be_held_ends_alone(engine: BatchEngine) -> None:
+    with pytest.raises(ValueError, match="32 bits"):
+        run(engine, live_request(engine, input_ids=[5, 6, 7], sampling_params=GREEDY | {"logit_bias": {"5": -1e308}}))
+    assert run(engine, live_answer(engine, [5, 6, 7]))["output_ids"]
