@@ -233,8 +233,11 @@ def test_a_dead_engine_is_started_again_behind_the_server(server: Server, victim
     body = {"model": "m", "prompt": "a b c", "max_tokens": 3000, "ignore_eos": True}
     in_flight: list[httpx.Response] = []
     asking = threading.Thread(target=lambda: in_flight.append(post(server, body)))
+    started = server.metric(_STARTED, kind="live", source="computed")
     asking.start()
-    time.sleep(0.5)
+    deadline = time.monotonic() + 30
+    while server.metric(_STARTED, kind="live", source="computed") == started and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert server.process is not None
     (process,) = [
         child for child in psutil.Process(server.process.pid).children() if victim in " ".join(child.cmdline())
@@ -254,6 +257,9 @@ def test_a_dead_engine_is_started_again_behind_the_server(server: Server, victim
     assert (done.status, done.request_counts.completed) == ("completed", 240)
     assert len(answers(server, done.output_file_id)) == 240
     assert json.loads(server.get("/health"))["scheduler"] == "BatchScheduler"
+
+
+_STARTED = "batchllm_scheduler_prompt_tokens_total"
 
 
 def post(server: Server, body: dict[str, Any]) -> httpx.Response:

@@ -7,9 +7,10 @@ is wrong with them.
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
+
+import xxhash
 
 from batchllm.offline.fingerprint import model_identity
 
@@ -19,6 +20,8 @@ _ENGINE_FLAGS_OF_ANSWERS = (
     *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "random-seed"),
 )
 """Engine flags that change answers. The others change how fast they come, and may change from run to run."""
+_PATHS = ("tokenizer-path", "chat-template")
+"""Those that name a file or a folder, or a name that SGLang knows."""
 
 
 def with_config(server_flags: list[str]) -> list[str]:
@@ -42,13 +45,17 @@ def with_config(server_flags: list[str]) -> list[str]:
 def flags_of_answers(server_flags: list[str]) -> list[str]:
     """The flags that answers depend on; a file or a folder is told by what is in it."""
     found = {name: flag_value(server_flags, name) for name in _ENGINE_FLAGS_OF_ANSWERS}
-    return [f"--{name} {_identity(value)}" for name, value in found.items() if value is not None]
+    return [
+        f"--{name} {_identity(value) if name in _PATHS else value}"
+        for name, value in found.items()
+        if value is not None
+    ]
 
 
-def adapters(server_flags: list[str]) -> dict[str, str]:
+def adapter_identities(server_flags: list[str]) -> dict[str, str]:
     """What tells each LoRA adapter from others, by the name that rows give it."""
     folders: dict[str, str] = {}
-    for value in _values(server_flags, "lora-paths"):
+    for value in _values(server_flags, "lora-paths") or ():
         name, _, folder = value.partition("=")
         if value.startswith("{"):
             with suppress(ValueError, LookupError, TypeError):  # the engine says what is wrong with it
@@ -58,31 +65,28 @@ def adapters(server_flags: list[str]) -> dict[str, str]:
     return folders
 
 
-def _identity(value: str) -> str:
-    return model_identity(value) if os.path.exists(value) else value
+def flag_value(flags: list[str], name: str) -> str | None:
+    """Value of the last such flag, "" where it has none; None where it is not given."""
+    values = _values(flags, name)
+    return None if values is None else (values or [""])[0]
 
 
-def _values(flags: list[str], name: str) -> list[str]:
-    """Values of the last such flag, which takes several."""
-    values: list[str] = []
+def _values(flags: list[str], name: str) -> list[str] | None:
+    """Values of the last such flag; None where it is not given."""
+    values: list[str] | None = None
     takes = False
     for flag in flags:
         if flag.startswith("--"):
             takes = flag.partition("=")[0] == f"--{name}"
             if takes:
                 values = flag.split("=", 1)[1:]
-        elif takes:
+        elif takes and values is not None:
             values.append(flag)
     return values
 
 
-def flag_value(flags: list[str], name: str) -> str | None:
-    """Value of the last such flag, "" where it has none; None where it is not given."""
-    value = None
-    for i, flag in enumerate(flags):
-        if flag.startswith(f"--{name}="):
-            value = flag.partition("=")[2]
-        elif flag == f"--{name}":
-            following = flags[i + 1] if i + 1 < len(flags) else "--"
-            value = "" if following.startswith("--") else following
-    return value
+def _identity(value: str) -> str:
+    path = Path(value)
+    if path.is_file():
+        return f"local {xxhash.xxh3_128_hexdigest(path.read_bytes())}"
+    return model_identity(value) if path.is_dir() else value

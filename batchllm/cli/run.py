@@ -19,8 +19,7 @@ from typing import Any
 
 import psutil
 
-from batchllm.cli.engine_flags import adapters as adapters_of
-from batchllm.cli.engine_flags import flag_value, flags_of_answers, with_config
+from batchllm.cli.engine_flags import adapter_identities, flag_value, flags_of_answers, with_config
 from batchllm.cli.inputs import rows_of
 from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed, show
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
@@ -289,7 +288,7 @@ def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Inpu
     # A job that an earlier version began has not every flag.
     columns = {name: getattr(args, name, None) for name in _COLUMN_FLAGS}
     server_flags = with_config(server_flags)
-    adapters = adapters_of(server_flags)
+    adapters = adapter_identities(server_flags)
     parts = {
         "input": source.content_hash(),
         "model": model_identity(_model_path(args, server_flags)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
+from batchllm.dataset.field_checks import show
 from batchllm.errors import RowError
 from batchllm.request import SamplingParams
 
@@ -116,7 +117,7 @@ def check_adapter(adapter: str | None, loaded: Collection[str] | None) -> None:
         return
     names = f"loaded are {', '.join(sorted(loaded))}" if loaded else "none is loaded"
     raise RowError(
-        f"the row asks for the adapter {adapter!r}, and {names}; load it with --lora-paths {adapter}=FOLDER, or name "
+        f"the row asks for the adapter {show(adapter)}, and {names}; load it with --lora-paths NAME=FOLDER, or name "
         "the base model (a model called base:name asks for an adapter)",
         code="unknown_adapter",
         param="lora_path",

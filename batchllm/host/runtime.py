@@ -24,7 +24,7 @@ from batchllm.offline.event_loop import LoopThread
 from batchllm.offline.runtime import Answer, Chat, FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import ChatPrompt, Completion
 
-SCHEDULER_PROCESS = "batchllm.srt.scheduler:run_scheduler_process"
+SCHEDULER_PROCESS = "batchllm.srt.scheduler_process:run_scheduler_process"
 """Target of the scheduler's process."""
 _STOP_TIMEOUT_S = 30
 T = TypeVar("T")

@@ -71,6 +71,8 @@ class Journal:
                 fingerprint, command = self._one("SELECT fingerprint, command FROM job")
                 self.fingerprint = Fingerprint(dict(json.loads(fingerprint)))
                 self.command: dict[str, Any] = json.loads(command)
+            self._files = self._identities()
+            self._take_back()
         except BaseException:
             self._db.close()
             raise
@@ -80,12 +82,6 @@ class Journal:
                 f"{wal_path(folder)}: a run was cut off in the middle of a commit, which has been dropped "
                 f"({num_dropped} pages); {self.num_rows} rows are safe, all others run again"
             )
-        self._files = self._identities()
-        try:
-            self._take_back()
-        except BaseException:
-            self._db.close()
-            raise
 
     @staticmethod
     def exists(folder: Path) -> bool:

@@ -310,7 +310,7 @@ class Runner:
             completions[:] = [next(parsed) for _ in completions]
 
     def _finish(self, row: int, head: RowHead, completions: list[Completion]) -> None:
-        assert self.runtime is not None
+        assert self.info is not None
         bad = find_abort(head, completions)
         optimal_len = self._optimal_lens.pop(row)
         if bad is not None and bad.status_code >= 500 and self._num_tries[row] < self._options.num_retries:
@@ -328,7 +328,7 @@ class Runner:
             self._recorder.answer(
                 head,
                 completions,
-                model=self.runtime.info.model_name,
+                model=self.info.model_name,
                 decode=self._decode,
                 decode_prompt=self._decode_prompt,
             )

@@ -86,9 +86,9 @@ def invalid(error: RequestValidationError | ValidationError) -> ApiError:
         return ApiError(400, f"{param} is missing", code="missing_required_parameter", param=param)
     if kind == "extra_forbidden":
         return ApiError(400, f"unknown parameter {param!r}", code="unknown_parameter", param=param)
-    if param is None:
-        kind = {dict: "an object", list: "an array", type(None): "null"}.get(type(first["input"]), "a value")
-        return ApiError(400, f"the body must be an object, not {kind}", code="invalid_value")
+    if kind == "model_type":
+        found = {list: "an array", type(None): "null"}.get(type(first["input"]), "a value")
+        return ApiError(400, f"the body must be an object, not {found}", code="invalid_value")
     what = first["msg"][:1].lower() + first["msg"][1:]
     return ApiError(400, f"{param}: {what}", code="invalid_value", param=param)
 

@@ -116,8 +116,7 @@ class FileRoutes:
 
     async def _upload(self, request: Request, idempotency_key: IdempotencyKey = None) -> FileObject:
         """Upload a file."""
-        options = self._options
-        if self._num_open >= options.max_open_uploads:
+        if self._num_open >= self._options.max_open_uploads:
             message = f"{self._num_open} files are being uploaded; try again soon"
             raise ApiError(503, message, code="too_many_uploads")
         self._num_open += 1
@@ -128,7 +127,7 @@ class FileRoutes:
 
     async def _receive(self, request: Request, idempotency_key: str | None) -> FileObject:
         options = self._options
-        await run_in_threadpool(self._check_room, 0)
+        await run_in_threadpool(self._check_room, 1)  # where nothing fits, nothing is received
         stream, path = await run_in_threadpool(self._files.open_incoming)
         try:
             with stream:
@@ -149,12 +148,12 @@ class FileRoutes:
         found = self._find(key, digest)
         if found is not None:
             return found
-        self._check_room(upload.num_bytes)
         file_id = self._files.place(upload.path)
         try:
             with self._database.transaction():
                 found = self._find(key, digest)  # two at once
                 if found is None:
+                    self._check_room(upload.num_bytes)
                     self._keys.add("file", key, digest, file_id)
                     return self._files.add(
                         file_id, filename=upload.filename, purpose=INPUT_PURPOSE, lifetime_s=lifetime_s
@@ -167,7 +166,7 @@ class FileRoutes:
 
     def _check_room(self, num_bytes: int) -> None:
         limit = self._options.storage_limit
-        if limit is not None and self._files.num_bytes() + num_bytes >= limit:
+        if limit is not None and self._files.num_bytes() + num_bytes > limit:
             message = f"files may have {limit} bytes together; delete some, or wait until they expire"
             raise ApiError(507, message, code="storage_full")
 

@@ -38,4 +38,5 @@ def install() -> None:
     for name in _MAKERS:
         setattr(unpinned, name, _unpinned(getattr(torch, name)))
     layers.torch = torch_backend.torch = unpinned
+    # Adapters' weights pin themselves by the method. torch has no other way to leave that out.
     torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign]

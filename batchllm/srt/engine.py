@@ -18,7 +18,7 @@ from batchllm.srt import compat
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.processes import EngineProcesses
 from batchllm.srt.runtime import ManagedRuntime
-from batchllm.srt.scheduler import run_scheduler_process
+from batchllm.srt.scheduler_process import run_scheduler_process
 from batchllm.srt.server_args import make_server_args
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
 

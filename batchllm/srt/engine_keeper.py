@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from batchllm.errors import EngineError
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.processes import EngineProcesses
-from batchllm.srt.scheduler import run_server_scheduler_process
+from batchllm.srt.scheduler_process import run_server_scheduler_process
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,11 @@ _MAX_FRUITLESS = 12
 """Deaths in a row, nothing answered between and none up for `_LONG_S`, before the server ends. Jobs need some to find
 the row that kills engines."""
 _LONG_S = 60.0
+_PAUSES_S = (0.0, 2.0, 5.0, 10.0)
+"""Before each try to start: the memory of a device may not be free at once."""
 _UP_TIMEOUT_S = 600.0
+_LOOK_EVERY_S = 0.5
+_DOWN = "the engine has ended and is started again; send the request again"
 _WITHOUT_ENGINE = ("/v1/files", "/v1/batches", "/v1/models", "/health", "/metrics", "/docs", "/openapi.json")
 """Paths that are served while the engine is down."""
 
@@ -46,9 +50,6 @@ class EngineKeeper:
         server_args: SGLang's, with which the first were started.
         processes: Knows the processes.
         end: Ends the server, where starting again is not worth trying.
-
-    Attributes:
-        num_restarts: Times that it has.
     """
 
     def __init__(self, server_args: Any, processes: EngineProcesses, end: Callable[[], Awaitable[None]]) -> None:
@@ -63,7 +64,6 @@ class EngineKeeper:
         self._num_fruitless = 0
         self._task: asyncio.Task[None] | None = None
         self._is_ending = False
-        self.num_restarts = 0
 
     @property
     def is_up(self) -> bool:
@@ -92,8 +92,10 @@ class EngineKeeper:
         Raises:
             EngineError: It does not come up.
         """
-        if not self._up.wait(_UP_TIMEOUT_S):
-            raise EngineError("the engine has ended and does not come up again")
+        deadline = time.monotonic() + _UP_TIMEOUT_S
+        while not self._up.wait(_LOOK_EVERY_S):
+            if self._is_ending or time.monotonic() > deadline:
+                raise EngineError("the engine has ended and does not come up again")
 
     def _note_up(self) -> None:
         self._up_since = time.monotonic()
@@ -105,28 +107,46 @@ class EngineKeeper:
             self._task = asyncio.create_task(self._restart())
 
     async def _restart(self) -> None:
-        manager = self._manager
-        answered = manager.num_planned_answers > self._num_answered
-        self._num_answered = manager.num_planned_answers
-        is_fruitful = answered or time.monotonic() - self._up_since >= _LONG_S
-        self._num_fruitless = 0 if is_fruitful else self._num_fruitless + 1
-        if self._num_fruitless >= _MAX_FRUITLESS:
-            logger.error("the engine has died %d times in a row; the server ends", self._num_fruitless)
-            await self._end()
-            return
-        logger.error("a process of the engine has ended, its log is above; the engine is started again")
-        manager.fail_live("the engine has ended and is started again; send the request again")
         try:
-            await asyncio.to_thread(self._start)
-        except (EngineError, OSError, RuntimeError, EOFError) as error:
-            logger.error("the engine does not start again (%s); the server ends", error)
+            self._check_worth()
+            logger.error("a process of the engine has ended, its log is above; the engine is started again")
+            self._manager.fail_live(_DOWN)
+            if self._args.enable_lora:
+                adapters = await self._manager.forget_lost_adapters()
+                self._args.override("batchllm", lora_paths=adapters or self._args.lora_paths)
+            await self._try_to_start()
+        except Exception as error:  # whatever it is: nobody else would hear of it, and the server would stay down
+            logger.error("the engine is not started again, and the server ends: %s", error)
             await self._end()
             return
-        self.num_restarts += 1
-        manager.revive()
+        self._manager.revive()
         self._task = None
         self._note_up()
         logger.warning("the engine is up again")
+
+    def _check_worth(self) -> None:
+        """Count a death.
+
+        Raises:
+            EngineError: There were too many.
+        """
+        answered = self._manager.num_planned_answers > self._num_answered
+        self._num_answered = self._manager.num_planned_answers
+        is_fruitful = answered or time.monotonic() - self._up_since >= _LONG_S
+        self._num_fruitless = 0 if is_fruitful else self._num_fruitless + 1
+        if self._num_fruitless >= _MAX_FRUITLESS:
+            raise EngineError(f"it has died {self._num_fruitless} times in a row")
+
+    async def _try_to_start(self) -> None:
+        for number, pause_s in enumerate(_PAUSES_S, start=1):
+            await asyncio.sleep(pause_s)
+            try:
+                await asyncio.to_thread(self._start)
+                return
+            except (OSError, RuntimeError, EOFError) as error:  # of a process that does not come up
+                if number == len(_PAUSES_S) or self._is_ending:
+                    raise
+                logger.error("the engine does not come up (%s); it is tried again", error)
 
     def _start(self) -> None:
         """In a thread: it takes as long as the first start did."""
@@ -174,7 +194,7 @@ class WhileDown:
             await self._app(scope, receive, send_marked)
             return
         error = {
-            "message": "the engine has ended and is started again; send the request again",
+            "message": _DOWN,
             "type": "server_error",
             "param": None,
             "code": "engine_down",

@@ -30,7 +30,7 @@ from batchllm.srt.engine import launch_errors
 from batchllm.srt.engine_keeper import EngineKeeper, WhileDown
 from batchllm.srt.processes import EngineProcesses
 from batchllm.srt.runtime import ManagedRuntime
-from batchllm.srt.scheduler import run_server_scheduler_process
+from batchllm.srt.scheduler_process import run_server_scheduler_process
 from batchllm.srt.serving_chat import ServingCompletion
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
 
@@ -195,6 +195,7 @@ class HttpServer:
             await shut_down(sockets)
             await batches
 
+        # SGLang makes the server itself, so that a class of ours has no way in.
         server.shutdown = shutdown  # type: ignore[method-assign]
 
     async def _end_batches(self) -> None:

@@ -9,12 +9,9 @@ what it took is settled with the cache afterwards.
 from __future__ import annotations
 
 import gc
-import logging
-import os
 from typing import Any, cast
 
 import numpy as np
-import sglang.srt.managers.scheduler as upstream
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 from sglang.srt.managers.scheduler import NextBatchPlan
 from sglang.srt.mem_cache.common import release_kv_cache
@@ -24,16 +21,6 @@ from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.turns import Turns
 from batchllm.scheduler.window import RequestWindow
-from batchllm.srt import (
-    attention_backend,
-    child_process,
-    compat,
-    cpu_lora,
-    cpu_ops,
-    filled_parameters,
-    radix_cache,
-    sampling,
-)
 from batchllm.srt.grammars import quiet_row_faults
 from batchllm.srt.io_struct import (
     PlannedAbortReqInput,
@@ -48,9 +35,8 @@ from batchllm.srt.planned_jobs import PlannedJobs
 from batchllm.srt.planned_run import RunReader
 from batchllm.srt.radix_cache import PlannedRadixCache
 from batchllm.srt.schedule_batch import DecodingReqs, PlannedReq
-from batchllm.srt.schedule_policy import PlannedPrefillAdder
 from batchllm.srt.scheduler_metrics import SchedulerMetrics
-from batchllm.srt.server_args import ATTENTION_BACKEND, kv_limit_tokens
+from batchllm.srt.server_args import kv_limit_tokens
 from batchllm.srt.shared_prefixes import SharedPrefixes
 from batchllm.srt.step_clock import step_clock
 from batchllm.srt.step_layout import SharesPrefixes
@@ -349,55 +335,3 @@ def _is_at_its_limit(req: Any) -> bool:
     # The last token has no slot; the prompt's step samples the first.
     num_launched = req.kv_committed_len - len(req.origin_input_ids) + 1
     return bool(num_launched >= req.sampling_params.max_new_tokens)
-
-
-class OfflineBatchScheduler(BatchScheduler):
-    """Without a server beside it: nobody reads the load snapshots that each prefill step would write."""
-
-    num_live_adapters = 0
-
-    def init_ipc_channels(self, port_args: Any) -> None:
-        super().init_ipc_channels(port_args)
-        writer = self.load_snapshot_writer
-        if writer is not None:
-            self.load_snapshot_writer = None
-            writer.close()
-            os.unlink(writer.path)
-
-
-def run_server_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Target of the scheduler process of a server, like `run_scheduler_process`."""
-    child_process.begin("scheduler")
-    install(server_args, BatchScheduler)
-    upstream.run_scheduler_process(server_args, *args, **kwargs)
-
-
-def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Target of the scheduler process of an offline engine: install our parts, then run SGLang's own
-    function.
-    """
-    child_process.begin("scheduler")
-    install(server_args, OfflineBatchScheduler)
-    upstream.run_scheduler_process(server_args, *args, **kwargs)
-
-
-def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchScheduler) -> None:
-    """Put our parts where SGLang's scheduler process looks for them, and verify the ground they stand on."""
-    compat.check_once()
-    # What we warn of is rare and worth a line, whatever level SGLang's own many lines have.
-    level = logging.getLevelNamesMapping().get(server_args.log_level.upper(), logging.WARNING)
-    logging.getLogger("batchllm").setLevel(min(logging.WARNING, level))
-    if server_args.shares_attention:
-        attention_backend.register()
-        cpu_ops.install()
-    elif server_args.attention_backend == ATTENTION_BACKEND:
-        from batchllm.srt import gpu_attention_backend  # Triton's kernels, which a CPU has no use for
-
-        gpu_attention_backend.register()
-    if server_args.enable_lora and server_args.device == "cpu":
-        cpu_lora.install()
-    filled_parameters.install()
-    radix_cache.register()
-    sampling.install()
-    upstream.Scheduler = scheduler_class
-    upstream.PrefillAdder = PlannedPrefillAdder

@@ -8,6 +8,7 @@ bulk and are handed to the job that asked.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import AbortReq, UnloadLoRAAdapterReqInput
 from sglang.srt.managers.tokenizer_manager import SignalHandler, TokenizerManager
 from sglang.utils import TypeBasedDispatcher
@@ -22,6 +24,11 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.errors import EngineDiedError
 from batchllm.srt.io_struct import PlannedBatchOutput
 from batchllm.srt.serving_chat import ServingChat
+
+logger = logging.getLogger(__name__)
+
+_GIVEN_AS_TENSORS = "__tensor__"
+"""What SGLang calls the folder of such an adapter (``TokenizerControlMixin.load_lora_adapter_from_tensors``)."""
 
 
 class BatchTokenizerManager(TokenizerManager):
@@ -141,6 +148,20 @@ class BatchTokenizerManager(TokenizerManager):
         for rid in list(self.rid_to_state):
             told = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": reason}
             self._handle_abort_req(AbortReq(rid=rid, finished_reason=told))
+
+    async def forget_lost_adapters(self) -> list[LoRARef]:
+        """Forget adapters that were given as tensors, which end with the engine; returns the others.
+
+        Requests for an adapter that the next engine does not have would end it.
+        """
+        kept = []
+        for ref in self.lora_registry.get_all_adapters().values():
+            if ref.lora_path == _GIVEN_AS_TENSORS:
+                logger.warning("the adapter %r was given as tensors; load it again", ref.lora_name)
+                await self.lora_registry.unregister(ref.lora_name)
+            else:
+                kept.append(ref)
+        return kept
 
     def revive(self) -> None:
         """Processes of the engine have been started again."""

@@ -220,7 +220,7 @@ def test_another_adapter_of_the_same_name_is_another_job(
     refused = command("run", "-i", source, "-o", out, *flags, f"a={adapters[1]}").check(2)
     assert "adapters was " in refused.stderr
     assert "adapters was " in command("run", "-i", source, "-o", out, *flags, f"b={adapters[0]}").check(2).stderr
-    template.write_text("another")
+    template.write_text("two")  # of the same length
     named = json.dumps({"lora_name": "a", "lora_path": str(adapters[0])})
     assert "engine was " in command("run", "-i", source, "-o", out, *flags, named).check(2).stderr
     template.write_text("one")

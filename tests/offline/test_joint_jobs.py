@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 from batchllm.dataset import Row
 from batchllm.errors import EngineDiedError
-from batchllm.offline import joint_jobs
+from batchllm.offline import joint_job, joint_jobs
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.job import TICK_S, Job, RunningJob
 from batchllm.offline.job_rows import JobRows
-from batchllm.offline.joint_jobs import JointJob, JointJobs
+from batchllm.offline.joint_job import JointJob
+from batchllm.offline.joint_jobs import JointJobs
 from batchllm.offline.joint_leg import divide
 from batchllm.offline.joint_plan import JointPlan, Part
 from batchllm.offline.journal import Journal
@@ -699,7 +700,7 @@ def test_rows_that_may_run_a_few_at_a_time_run_while_no_others_do() -> None:
 
 def test_nothing_more_is_submitted_while_results_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that waits for its disk must not fill the memory. One that leaves holds up nobody."""
-    monkeypatch.setattr(joint_jobs, "_MAX_UNREAD", 10)
+    monkeypatch.setattr(joint_job, "_MAX_UNREAD", 10)
     engine = SteppingEngine()
     joint = JointJobs(engine)
     window = 200  # what the feeder has in flight of rows this small; without the bound some 500 are unread

@@ -34,7 +34,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from batchllm.srt import child_process, gpu_attention_backend, server_args
 from batchllm.srt.platform_cpu import CpuPlatform
-from batchllm.srt.scheduler import OfflineBatchScheduler, install
+from batchllm.srt.scheduler_process import OfflineBatchScheduler, install
 from batchllm.trace.whole_file import write_whole
 
 COUNTS = "EMULATED_GPU_COUNTS"
