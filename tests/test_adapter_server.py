@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -122,3 +124,23 @@ def test_adapters_come_and_go_and_batches_know(server: Server, adapters: dict[st
     assert text_of(answers(server, batch.output_file_id)["c"]) == of_live
     assert live(server, {"lora_name": "c"}, "/unload_lora_adapter").status_code == 200
     assert wait(server, create(server, [line("c", model="m:c")]).id).request_counts.failed == 1
+
+
+@pytest.mark.thorough
+def test_an_engine_that_is_started_again_has_the_adapters_that_were_loaded(
+    server: Server, adapters: dict[str, Path]
+) -> None:
+    """Those that came later too; requests for one that it lacked would end it."""
+    assert live(server, {"lora_name": "c", "lora_path": str(adapters["c"])}, "/load_lora_adapter").status_code == 200
+    bodies = [line("", model=name)["body"] for name in ("m", "b", "c")]
+    before = [live(server, body).json()["choices"][0]["text"] for body in bodies]
+    assert server.process is not None
+    (scheduler,) = [
+        child for child in psutil.Process(server.process.pid).children() if "scheduler" in " ".join(child.cmdline())
+    ]
+    scheduler.kill()
+    scheduler.wait(30)
+    deadline = time.monotonic() + 120
+    while live(server, bodies[0]).status_code != 200 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [live(server, body).json()["choices"][0]["text"] for body in bodies] == before

@@ -211,7 +211,8 @@ def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server)
 
 
 def test_no_row_ends_the_engine(server: Server) -> None:
-    """500 rows with values at and beyond the limits: each is answered or refused by itself, by the same processes."""
+    """500 rows with values at and beyond the limits, in a batch and live: each is answered or refused by itself, by the
+    same processes."""
     assert server.process is not None
     before = {child.pid for child in psutil.Process(server.process.pid).children()}
     lines = [row for row in completion_rows(520, seed=1) if is_unicode(row)]
@@ -222,6 +223,8 @@ def test_no_row_ends_the_engine(server: Server) -> None:
     assert len(found[0]) > 80
     codes = {record["response"]["body"]["error"]["code"] for record in found[1].values()}
     assert not codes & {"engine_died", "aborted"}, codes
+    for line in lines[:200]:
+        assert post(server, line["body"]).status_code != 503, line
     assert {child.pid for child in psutil.Process(server.process.pid).children()} == before
 
 

@@ -14,10 +14,10 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import Scheduler
 
-from batchllm.dataset.field_checks import MAX_FLOAT32
 from batchllm.scheduler import Decision
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
+from batchllm.srt import live_sampling
 from batchllm.srt.grammars import hold_stops
 from batchllm.srt.io_struct import JobCounters, PlannedAbortReqInput, PlannedCloseReqInput, PlannedRunReqInput
 from batchllm.srt.live_queue import LiveQueue
@@ -138,11 +138,8 @@ class PlannedIntake(Scheduler):
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         """Every request enters a queue here: new, with its grammar compiled, or retracted."""
         if not isinstance(req, PlannedReq):
+            self._check_live(req)
             prepare_live(req)
-            if any(abs(bias) > MAX_FLOAT32 for bias in (req.sampling_params.logit_bias or {}).values()):
-                # SGLang takes it, and ends when it makes a tensor of it; a request that is refused runs a step too.
-                req.set_finish_with_abort("logit_bias has a value that a float of 32 bits cannot hold")
-                req.sampling_params.logit_bias = None
             super()._add_request_to_queue(req, is_retracted)
             if self.live_queue is not None and self.waiting_queue and self.waiting_queue[-1] is req:
                 self.live_queue.add(req)
@@ -162,6 +159,13 @@ class PlannedIntake(Scheduler):
         else:
             req.is_ready = True
             self._hold_stops(req)
+
+    def _check_live(self, req: Any) -> None:
+        """Refuse a live request that would end the engine."""
+        fault = live_sampling.fault(req, self.model_config.vocab_size)
+        if fault is not None:
+            req.set_finish_with_abort(fault)
+            live_sampling.make_harmless(req, self.tokenizer)
 
     def _finish_planned(self, req: PlannedReq) -> JobCounters:
         counters = self.planned_jobs.finish(req)

@@ -349,7 +349,28 @@ def test_pausing_takes_the_kv_of_all_and_going_on_answers_all(engine: BatchEngin
     assert [list(answer["output_ids"]) for answer in answers] == expected_live
 
 
-def test_a_live_request_with_a_number_that_cannot_be_held_ends_alone(engine: BatchEngine) -> None:
-    with pytest.raises(ValueError, match="32 bits"):
-        run(engine, live_request(engine, input_ids=[5, 6, 7], sampling_params=GREEDY | {"logit_bias": {"5": -1e308}}))
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        ({"logit_bias": {"5": -1e308}}, "32 bits"),
+        ({"temperature": 1e39}, "32 bits"),
+        ({"temperature": 1.0, "top_k": 2**63}, "top_k"),
+        ({"sampling_seed": 2**63}, "sampling_seed"),
+        ({"min_new_tokens": 2, "stop_token_ids": [10**6]}, "vocabulary"),
+    ],
+)
+def test_a_live_request_that_would_end_the_engine_ends_alone(
+    engine: BatchEngine, sampling: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(engine, live_request(engine, input_ids=[5, 6, 7], sampling_params=GREEDY | sampling))
+    assert run(engine, live_answer(engine, [5, 6, 7]))["output_ids"]
+
+
+@pytest.mark.parametrize("fields", [{"top_logprobs_num": 2**31}, {"token_ids_logprob": [10**6]}])
+def test_a_live_request_for_log_probabilities_of_no_tokens_ends_alone(
+    engine: BatchEngine, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="vocabulary"):
+        run(engine, live_request(engine, input_ids=[5, 6, 7], sampling_params=GREEDY, return_logprob=True, **fields))
     assert run(engine, live_answer(engine, [5, 6, 7]))["output_ids"]
