@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _MEASURE = Path(__file__).with_name("measure.py")
+_ROOT = Path(__file__).parents[1]
 Result = dict[str, Any]
 
 
@@ -52,10 +55,20 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def _origin() -> str:
+    """Where figures come from: the command, the commit, the day, the machine."""
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], _ROOT), *sys.argv[1:]])
+    git = ["git", "-C", str(_ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "batchllm"], capture_output=True).returncode
+    state = f"commit {commit}{', with changes of its own' if changes else ''}"
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    return f"`{command}`, {state}, {datetime.date.today()}, {machine}."
+
+
 def write(path: str | None, title: str, text: str, results: list[Result]) -> None:
     """Print the tables; with a path, write them there, and every single result beside them as JSON lines."""
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
     print(text)
     if path is not None:
-        Path(path).write_text(f"# {title}\n\n{machine}.\n\n{text}\n")
+        Path(path).write_text(f"# {title}\n\n{_origin()}\n\n{text}\n")
         Path(path).with_suffix(".jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))

@@ -75,12 +75,14 @@ class JobCounters(BaseReq):
     Attributes:
         num_computed_prompt_tokens: Prompt tokens that went through a forward pass.
         num_retractions: Requests that lost their KV and had to start again.
+        num_recomputed_for_live: Tokens computed again since live requests took their KV.
         peak_kv_tokens: Most KV slots in use at the start of any step.
         prediction: How far off expected output lengths were, where they had to be learned.
     """
 
     num_computed_prompt_tokens: int = 0
     num_retractions: int = 0
+    num_recomputed_for_live: int = 0
     peak_kv_tokens: int = 0
     prediction: PredictionError = msgspec.field(default_factory=PredictionError)
 

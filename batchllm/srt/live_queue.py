@@ -68,6 +68,12 @@ class LiveQueue:
             beside=beside,
         )
 
+    def num_uncached(self, req: Any) -> int:
+        """Tokens of a request in the order that are to be computed when it starts."""
+        prompt = self._prompts[req]
+        num_all = len(req.origin_input_ids) + len(req.output_ids)
+        return num_all - min(self._prefixes.cached_len(prompt, req.extra_key), num_all - 1)
+
     @property
     def num_tokens(self) -> int:
         """Prompt tokens of all that wait."""

@@ -45,18 +45,18 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
     Args:
         scheduler: A `BatchScheduler`.
         running: Requests that decode.
-        num_step_tokens: From `step_budget`.
+        num_step_tokens: Prompt tokens that the coming step may compute of planned requests that start in it.
     """
     chunked, page_size = scheduler.chunked_req, scheduler.page_size
     chunk_tokens, is_mixed = _chunk_tokens(scheduler), scheduler.is_mixed_chunk
     lag = 0
     num_free_slots = scheduler.get_num_allocatable_reqs(len(running))
-    admitted = [*scheduler.ending_reqs, *running]
+    aside = [] if scheduler.coserving is None else scheduler.coserving.aside.reqs
+    admitted = [*scheduler.ending_reqs, *running, *aside]
     shared_tokens = scheduler.max_total_num_tokens - free_kv_tokens(scheduler)
     if chunked is not None:
         admitted.append(chunked)
         num_left = chunked.seqlen - len(chunked.prefix_indices)
-        num_step_tokens -= num_left
         num_free_slots -= 1
         lag = decode_lag(num_left, chunk_tokens, is_mixed=is_mixed)
     stored = [req.kv.kv_allocated_len for req in admitted]

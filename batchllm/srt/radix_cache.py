@@ -183,6 +183,26 @@ class PlannedRadixCache(RadixCache):
             row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
             req.prefix_indices = row[: req.extend_range.end].to(dtype=torch.int64, copy=True)
 
+    def keep_computed(self, req: PlannedReq) -> int:
+        """Leave in the tree what a planned prompt in pieces has computed of its prefixes; anyone may evict it.
+
+        Returns:
+            Tokens that it has computed beside those: they are lost when it gives up its KV.
+        """
+        num_computed, start = len(req.prefix_indices), req.cache_protected_len
+        end = min(num_computed, self.ledger.end_len(req.led_prefix_ids[-1])) if req.led_prefix_ids else start
+        end = end // self.page_size * self.page_size
+        if end <= start:
+            return num_computed - start
+        key = RadixKey(req.origin_input_ids[:end], req.extra_key)
+        indices = req.prefix_indices[:end]
+        result = self.insert(InsertParams(key=key, value=indices))
+        if result.prefix_len > start:  # somebody else has put the same tokens there
+            self.token_to_kv_pool_allocator.free_segment(indices[start : result.prefix_len], start_pos=start)
+        self._set_withdrawn(result.last_device_node)
+        req.cache_protected_len = end
+        return num_computed - end
+
     def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         """Free a planned request's private KV; if it has finished, also what nobody needs any more.
 

@@ -25,7 +25,12 @@ class PlannedReq(Req):
         min_new_len: Fewest tokens before a stop may match; a grammar may end earlier.
         is_counted_off: True once the ledger knows that it needs its prefix no more.
         seed: Sampling seed.
+        piece_tokens: Most tokens that the coming step may compute of it while it is in pieces; None without a limit.
+        num_lost_for_live: Tokens whose KV it has lost to live requests, and that were not computed again yet.
     """
+
+    piece_tokens: int | None = None
+    num_lost_for_live = 0
 
     def __init__(
         self,

@@ -21,6 +21,9 @@ class PlannedPrefillAdder(PrefillAdder):
 
     def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
         if not isinstance(req, PlannedReq):
+            num_tokens = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+            if has_chunked_req and self.rem_chunk_tokens is not None and num_tokens > self.rem_chunk_tokens:
+                return AddReqResult.OTHER  # one prompt at a time may be in pieces
             num_taken = len(self.can_run_list)
             result = super().add_one_req(req, has_chunked_req, truncation_align_size)
             self.takes_live = self.takes_live or len(self.can_run_list) > num_taken
@@ -53,14 +56,22 @@ class PlannedPrefillAdder(PrefillAdder):
 
     def add_chunked_req(self, req: Any) -> Any:
         """Go on with a prompt in pieces, in all that is left of the chunk; returns it unless this was the last."""
-        if not isinstance(req, PlannedReq):
-            return super().add_chunked_req(req)
-        num_cached = len(req.prefix_indices)
-        num_tokens = len(req.full_untruncated_fill_ids) - num_cached
         assert self.rem_chunk_tokens is not None
-        is_cut = num_tokens > self.rem_chunk_tokens
+        limit, req.piece_tokens = getattr(req, "piece_tokens", None), None
+        limit = self.rem_chunk_tokens if limit is None else min(limit, self.rem_chunk_tokens)
+        num_cached = len(req.prefix_indices)
+        if limit < self.page_size:  # the step has no time for it
+            req.set_extend_range(num_cached, num_cached)
+            return req
+        if not isinstance(req, PlannedReq):
+            num_beside, self.rem_chunk_tokens = self.rem_chunk_tokens - limit, limit
+            req = super().add_chunked_req(req)
+            self.rem_chunk_tokens += num_beside
+            return req
+        num_tokens = len(req.full_untruncated_fill_ids) - num_cached
+        is_cut = num_tokens > limit
         if is_cut:
-            num_tokens = self.rem_chunk_tokens // self.page_size * self.page_size
+            num_tokens = limit // self.page_size * self.page_size
         req.set_extend_range(num_cached, num_cached + num_tokens)
         self.can_run_list.append(req)
         self._update_prefill_budget(0, num_tokens, 0, req.retracted_stain)

@@ -21,6 +21,7 @@ from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.turns import Turns
 from batchllm.scheduler.window import RequestWindow
+from batchllm.srt.coserving import Coserving, PrefillShare
 from batchllm.srt.grammars import quiet_row_faults
 from batchllm.srt.io_struct import (
     PlannedAbortReqInput,
@@ -40,6 +41,7 @@ from batchllm.srt.server_args import kv_limit_tokens
 from batchllm.srt.shared_prefixes import SharedPrefixes
 from batchllm.srt.step_clock import step_clock
 from batchllm.srt.step_layout import SharesPrefixes
+from batchllm.srt.step_measurement import start_coserving
 from batchllm.srt.step_recorder import StepRecorder
 
 
@@ -63,13 +65,16 @@ class BatchScheduler(PlannedIntake):
         is_ours = self.server_args.orders_live and not (self.enable_priority_scheduling or self.enable_lora)
         self.live_queue = LiveQueue(self.tree_cache, self.max_total_num_tokens) if is_ours else None
         self._settled = None
+        self.coserving: Coserving | None = None  # once steps can be measured, where a bound was asked for
         self.ending_reqs: list[Any] = []  # dropped, and not known to have ended yet
         self.shared_prefixes = SharedPrefixes(
             self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token), self.page_size
         )
         self.tree_cache.readers = self.shared_prefixes
         self.attention = self.tp_worker.model_runner.attn_backend
-        self.metrics = SchedulerMetrics() if self.server_args.enable_metrics and self.ps.tp_rank == 0 else None
+        has_metrics = self.server_args.enable_metrics and self.ps.tp_rank == 0
+        has_bound = self.server_args.max_tbt_ms is not None
+        self.metrics = SchedulerMetrics(has_bound=has_bound) if has_metrics else None
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
         self.planned_runs = RunReader(
@@ -89,7 +94,7 @@ class BatchScheduler(PlannedIntake):
         return max(1, self.max_loras_per_batch - manager.num_pinned_loras - self.num_live_adapters)
 
     def run_event_loop(self) -> None:
-        self.step_recorder = StepRecorder(self.attention, step_clock(self))
+        self.step_recorder = StepRecorder(self.attention, self.step_clock)
         # A collection would walk a million objects that torch and SGLang made at import.
         gc.collect()
         gc.freeze()
@@ -105,7 +110,15 @@ class BatchScheduler(PlannedIntake):
             ]
         )
 
+    def pause_generation(self, recv_req: Any) -> None:
+        if self.coserving is not None:
+            self.running_batch = self.coserving.aside.bring_back(self.running_batch)
+        super().pause_generation(recv_req)
+
     def get_init_info(self) -> dict[str, Any]:
+        self.step_clock = step_clock(self)
+        if self.server_args.max_tbt_ms is not None:
+            self.coserving = start_coserving(self)
         parts = {"scheduler": self, "radix_cache": self.tree_cache, "attention": self.attention}
         names = {name: type(part).__name__ for name, part in parts.items()}
         return super().get_init_info() | {"batchllm": names | {"max_running": self.max_running_requests}}
@@ -128,26 +141,45 @@ class BatchScheduler(PlannedIntake):
     # What runs next
 
     def get_new_batch_prefill(self, running_batch: Any) -> NextBatchPlan:
+        """The prompts that the coming step computes, and the rows that decode in it or after it."""
+        self._take_arrivals()
+        if self.coserving is not None:
+            running_batch = self.coserving.start_step(running_batch)
+        self._drop_ended(running_batch)
+        plan = self._prefill(running_batch)
+        if self.coserving is not None and plan.batch_to_run is None and plan.running_batch.is_empty():
+            # Rows that were to make room for a prompt which did not fit.
+            plan = NextBatchPlan(batch_to_run=None, running_batch=self.coserving.aside.bring_back(plan.running_batch))
+        return plan
+
+    def _take_arrivals(self) -> None:
+        """Forget live requests that have gone, and take in those whose grammar has been compiled."""
         if self.live_queue is not None:
             self.live_queue.drop_gone(self.waiting_queue)
         if self.grammar_manager.has_waiting_grammars():
             for req in self.grammar_manager.get_ready_grammar_requests():
                 self._add_request_to_queue(req)
-        self._drop_ended(running_batch)
+
+    def _prefill(self, running_batch: Any) -> NextBatchPlan:
         running = running_batch.reqs
-        budget = step_budget(self, running)
-        if budget == 0:  # what decodes needs the last slots: a prompt in pieces waits, and SGLang makes room
-            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         is_planned_turn = self.turns.is_planned
-        if running_batch.batch_is_full and self._waits_for_room(running) and not is_planned_turn:
-            if self.planned_window:
+        is_for_live = running_batch.batch_is_full and self._waits_for_room(running) and not is_planned_turn
+        if (
+            is_for_live
+            and self.coserving is not None
+            and self.coserving.make_room(self.waiting_queue[0], running_batch)
+        ):
+            running, is_for_live = running_batch.reqs, False
+        share = self._share(running_batch)
+        live = share.live
+        if is_for_live or share.num_tokens == 0:
+            if is_for_live and self.planned_window:
                 self.turns.wait()
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-        live = self._live_to_start(len(running), budget)
         if not live or not self.planned_window:
             self.turns.reset()
             is_planned_turn = False
-        decision = self._decide(running_batch, budget, live)
+        decision = self._decide(running_batch, share.num_planned_tokens, live)
         planned = [admission.request for admission in decision.admissions]
         if is_planned_turn and decision.lacks_room:
             self.turns.wait()
@@ -160,7 +192,7 @@ class BatchScheduler(PlannedIntake):
         if planned:
             running_batch.batch_is_full = False
         in_pieces = self.chunked_req
-        plan, refused = self._show(queue, budget, running_batch)
+        plan, refused = self._show(queue, share.num_tokens, running_batch)
         batch = plan.batch_to_run
         if self.live_queue is not None and in_pieces is not None and self.chunked_req is not in_pieces:
             self.live_queue.complete(in_pieces)
@@ -174,6 +206,39 @@ class BatchScheduler(PlannedIntake):
         if refused and batch is None and plan.running_batch.batch_is_full:
             self._make_room(refused[0], plan.running_batch)
         return plan
+
+    def _share(self, running_batch: Any) -> PrefillShare:
+        """What the coming step may compute of prompts."""
+        budget = step_budget(self, running_batch.reqs)
+        if self.coserving is not None:
+            return self.coserving.compose(running_batch, budget)
+        if budget == 0:  # what decodes needs the last slots: a prompt in pieces waits, and SGLang makes room
+            return PrefillShare()
+        return PrefillShare(self.live_to_start(len(running_batch.reqs), budget), budget, budget)
+
+    def put_back_chunk(self) -> None:
+        """Let a planned prompt in pieces wait again: the prefixes that it has computed so far stay in the tree."""
+        req = self.chunked_req
+        req.num_lost_for_live = self.tree_cache.keep_computed(req)
+        release_kv_cache(req, self.tree_cache, is_insert=False)
+        req.reset_for_retract()
+        self.chunked_req = None
+        self.planned_window.add(req)
+        self._settled = None
+
+    def num_uncached(self, req: Any) -> int:
+        """Prompt tokens of a live request that waits which are to be computed."""
+        if self.live_queue is None:
+            return len(req.origin_input_ids) + len(req.output_ids)
+        return self.live_queue.num_uncached(req)
+
+    def num_free_kv_tokens(self) -> int:
+        """Slots that are free, or hold KV that nobody planned and nobody runs on."""
+        return free_kv_tokens(self)
+
+    def get_num_allocatable_reqs(self, running_bs: int) -> int:
+        num_aside = 0 if self.coserving is None else len(self.coserving.aside.reqs)
+        return int(super().get_num_allocatable_reqs(running_bs + num_aside))
 
     def _drop_ended(self, running_batch: Any) -> None:
         """Drop what runs no further step: what has ended, and what ends with the step in flight, at its limit.
@@ -201,13 +266,16 @@ class BatchScheduler(PlannedIntake):
             self.chunked_prefill_size = budget + (len(running_batch.reqs) if self.is_mixed_chunk else 0)
         plan = super().get_new_batch_prefill(running_batch)
         self.chunked_prefill_size = chunk
+        batch, in_pieces = plan.batch_to_run, self.chunked_req
+        if batch is not None and in_pieces is not None and in_pieces not in batch.reqs:
+            in_pieces.inflight_middle_chunks -= 1  # SGLang has counted a piece, and the step had no time for one
         left = [req for req in self.waiting_queue if not isinstance(req, PlannedReq)]
         shown = set(queue)  # the pass may have put others behind them
         self.waiting_queue = [req for req in waiting if req.req_pool_idx is None]
         self.waiting_queue += [req for req in left if req not in shown]
         return plan, left
 
-    def _live_to_start(self, num_running: int, budget: int) -> list[Any]:
+    def live_to_start(self, num_running: int, budget: int) -> list[Any]:
         """Live requests that may start in the coming step, in order."""
         if self.live_queue is None or not self.waiting_queue:
             return self.waiting_queue
@@ -222,13 +290,25 @@ class BatchScheduler(PlannedIntake):
     def _decide(self, running_batch: Any, budget: int, live: list[Any]) -> Decision:
         num_running = len(running_batch.reqs)
         live_lacks_room = live and num_running and running_batch.batch_is_full
-        if not self.planned_window or (live_lacks_room and not self.turns.is_planned):
+        if not self.planned_window or not budget or (live_lacks_room and not self.turns.is_planned):
             return Decision()
         if self._settled is not None and self._settled[1] == num_running:
             return self._settled[0]
+        budget -= self._chunk_tokens_of(budget)
         decision = self.planned_policy.decide(make_view(self, running_batch.reqs, budget))
-        self._settled = None if decision.admissions else (decision, num_running)
+        is_settled = not decision.admissions and (self.coserving is None or decision.lacks_room)
+        self._settled = (decision, num_running) if is_settled else None
         return decision
+
+    def _chunk_tokens_of(self, budget: int) -> int:
+        """What a prompt in pieces takes of the budget of planned requests."""
+        req = self.chunked_req
+        if req is None:
+            return 0
+        num_left = int(req.seqlen - len(req.prefix_indices))
+        if self.coserving is None:
+            return num_left
+        return min(num_left, budget) if isinstance(req, PlannedReq) else 0
 
     def _make_room(self, req: Any, running_batch: Any) -> None:
         """A live request was refused: give up pins if it would not fit though all that runs had finished."""
@@ -297,12 +377,15 @@ class BatchScheduler(PlannedIntake):
             self.attention.begin_step(batch.req_pool_indices_cpu.numpy().astype(np.int32))
         if self.metrics is not None:
             self.metrics.count_step(self, batch)
-        if not self.planned_jobs.any_unfinished():
-            return super().run_batch(batch, pp_proxy_tensors)
-        self._count(batch)
-        self.step_recorder.begin(self, batch)
+        is_recorded = self.planned_jobs.any_unfinished()
+        if is_recorded:
+            self._count(batch)
+            self.step_recorder.begin(self, batch)
         result = super().run_batch(batch, pp_proxy_tensors)
-        self.step_recorder.end()
+        if is_recorded:
+            self.step_recorder.end()
+        if self.coserving is not None:
+            self.coserving.note_step(batch)
         return result
 
     def _count(self, batch: Any) -> None:
@@ -312,13 +395,21 @@ class BatchScheduler(PlannedIntake):
         if not batch.forward_mode.is_extend():
             return
         for req, cached_len, num_tokens in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+            if not isinstance(req, PlannedReq):
+                continue
+            if req.num_lost_for_live:
+                num_again = min(req.num_lost_for_live, num_tokens)
+                req.num_lost_for_live -= num_again
+                self.planned_jobs.counters(req.job_id).num_recomputed_for_live += num_again
             # Not the generated tokens: those of decoding rows of a mixed step, or of a retracted request.
-            if isinstance(req, PlannedReq) and cached_len < req.num_prompt_tokens:
+            if cached_len < req.num_prompt_tokens:
                 num_tokens = min(cached_len + num_tokens, req.num_prompt_tokens) - cached_len
                 self.planned_jobs.counters(req.job_id).num_computed_prompt_tokens += num_tokens
 
     def on_idle(self) -> None:
         self.step_recorder.pause()
+        if self.coserving is not None:
+            self.coserving.pause()
         if self.metrics is not None:
             self.metrics.measure(self)
         super().on_idle()

@@ -14,9 +14,12 @@ class SchedulerMetrics:
     """Counters and gauges of one scheduler process; made there, after the server has said where the files are.
 
     Names begin with ``batchllm_scheduler_``; ``kind`` is planned or live.
+
+    Args:
+        has_bound: Whether the steps that carry live requests are bounded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_bound: bool) -> None:
         # It looks for the folder of the files when it is imported.
         from prometheus_client import Counter, Gauge
 
@@ -44,6 +47,14 @@ class SchedulerMetrics:
         self._retracted = counter("retractions", "Planned requests that lost their KV and had to start again.")
         self._given_up = counter("given_up_tokens", "Pinned KV tokens given up for live requests.")
         self._num_given_up = 0
+        if not has_bound:
+            return
+        self._bound = gauge("live_bound_seconds", "Bound on the time of a step that carries a live request.")
+        live_steps = counter("live_steps", "Steps that carried a live request.")
+        late_steps = counter("live_steps_over_bound", "Steps that carried a live request and exceeded the bound.")
+        self._live_steps = (live_steps, late_steps)
+        self._num_live_steps = (0, 0)
+        self._num_aside = gauge("rows_aside", "Planned rows that sit out the step for live requests.")
 
     def measure(self, scheduler: Any) -> None:
         """Set the gauges: before each step, and when there is none to run: what was before the last one is over."""
@@ -59,9 +70,19 @@ class SchedulerMetrics:
             for gauge, value in zip(self._gauges, values, strict=True):
                 gauge.set(value)
 
+    def _count_bounded(self, coserving: Any) -> None:
+        self._bound.set(coserving.bound_s)
+        self._num_aside.set(len(coserving.aside.reqs))
+        now = (coserving.num_live_steps, coserving.num_late_steps)
+        for counter, num, num_before in zip(self._live_steps, now, self._num_live_steps, strict=True):
+            counter.inc(num - num_before)
+        self._num_live_steps = now
+
     def count_step(self, scheduler: Any, batch: Any) -> None:
         """A step is about to run."""
         self.measure(scheduler)
+        if scheduler.coserving is not None:
+            self._count_bounded(scheduler.coserving)
         self._retracted.inc(scheduler.step_recorder.num_retracted)
         num_given_up = scheduler.tree_cache.num_given_up_tokens
         self._given_up.inc(num_given_up - self._num_given_up)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -47,6 +48,15 @@ class BatchServerArgs(ServerArgs):
         ),
         NS("batchllm"),
     ] = "learned"
+    max_tbt_ms: A[  # type: ignore[valid-type]
+        Optional[str],  # noqa: UP045
+        Arg(
+            help="Bound in ms on the time between two tokens of a live request: no step that carries one takes longer. "
+            "Batches have what time is left, an eighth of it at least. auto: five times the decode step measured at "
+            "start. (default: none)"
+        ),
+        NS("batchllm"),
+    ] = None
     shares_attention: bool = False
     """Whether the scheduler process computes with `batchllm.srt.attention_backend`: by ``attention_backend``."""
     orders_live: bool = True
@@ -59,7 +69,9 @@ def kv_limit_tokens(server_args: Any, kv_capacity_tokens: int) -> int:
     return kv_capacity_tokens if limit is None else min(limit, kv_capacity_tokens)
 
 
-_OWN = ("kv_limit", "output_lengths")
+AUTO_TBT = "auto"
+
+_OWN = ("kv_limit", "max_tbt_ms", "output_lengths")
 _OWN_TITLE = "batchllm"
 
 # Argument, the value that is fine, what to call it.
@@ -284,9 +296,27 @@ def _check_batching(server_args: dict[str, Any]) -> None:
         )
     if server_args.get("enable_mixed_chunk") and (server_args.get("chunked_prefill_size") or 1) < 0:
         raise ConfigError("--enable-mixed-chunk needs chunks: drop it, or --chunked-prefill-size -1")
+    _check_tbt(server_args)
     lengths = server_args.get("output_lengths", "learned")
     if lengths not in ("learned", "bounded"):
         raise ConfigError(f"--output-lengths {lengths}: must be learned or bounded")
+
+
+def _check_tbt(server_args: dict[str, Any]) -> None:
+    bound = server_args.get("max_tbt_ms")
+    if bound is None:
+        return
+    if bound != AUTO_TBT:
+        try:
+            is_right = 0 < float(bound) < math.inf
+        except (TypeError, ValueError):
+            is_right = False
+        if not is_right:
+            raise ConfigError(f"--max-tbt-ms {bound}: must be a number of milliseconds above 0, or auto")
+    if (server_args.get("chunked_prefill_size") or 1) < 0:
+        raise ConfigError("--max-tbt-ms needs prompts in pieces: drop it, or --chunked-prefill-size -1")
+    if server_args.get("tp_size", 1) != 1:
+        raise ConfigError("--max-tbt-ms: not with --tp-size, whose ranks would have to agree on times; drop one")
 
 
 def _check_environment() -> None:

@@ -1,0 +1,141 @@
+"""What may a step carry, so that nobody who reads a stream waits longer than a bound for the next token?
+
+Sarathi-Serve's stall-free batching (Agrawal et al., OSDI 2024, arXiv 2403.02310, section 4, algorithm 3), with a bound
+in seconds in place of a constant number of tokens, and with a plan beside the live requests. A step takes, in this
+order: every live row that decodes; prompt tokens of live requests, of a prompt in pieces first; planned rows that
+decode, in plan order; prompt tokens of planned requests. Each takes what time is left; that may be nothing.
+
+Knows counts and the step-time model. Must not know requests, KV, clocks.
+
+INVARIANT: a step that carries a live row is predicted to stay within the bound, unless its live rows alone exceed it,
+or planned work was overdue; while planned work waits it is in one step of `PATIENCE_STEPS` at least.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from batchllm.scheduler.step_time import StepLoad, StepTimeModel
+
+PLANNED_SHARE = 1 / 8
+"""Part of the time beside the live rows that is kept for planned work, while there is some."""
+PATIENCE_STEPS = 64
+"""Planned work that no step has carried for so long is carried by the next, whatever that takes."""
+NO_LIVE_STRETCH = 3.0
+"""A step without live requests may take so many times the bound: one that arrives waits for its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What there is to do.
+
+    Attributes:
+        live: The live rows that decode.
+        live_waits: Whether live prompts are to be computed.
+        live_cached_len: Tokens in front of the first of these that have KV.
+        planned_kv_lens: Tokens that each planned row which could decode attends to, in plan order. int64[num_rows].
+        planned_waits: Whether planned prompts are to be computed.
+        planned_cached_len: Tokens in front of the first of these that have KV.
+        mixes: Whether a step may carry rows that decode beside prompt tokens.
+        page_size: Prompts are cut at a page.
+    """
+
+    live: StepLoad
+    live_waits: bool
+    live_cached_len: int = 0
+    planned_kv_lens: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    planned_waits: bool = False
+    planned_cached_len: int = 0
+    mixes: bool = True
+    page_size: int = 1
+
+    @property
+    def has_live(self) -> bool:
+        """Somebody waits for a token."""
+        return self.live_waits or self.live.num_decode_rows > 0
+
+    @property
+    def has_planned(self) -> bool:
+        """The plan has something to do."""
+        return self.planned_waits or len(self.planned_kv_lens) > 0
+
+
+class StallFree:
+    """Budgets of steps under a bound.
+
+    Args:
+        bound_s: Most seconds of a step that carries a live row.
+        model: Predicts them.
+    """
+
+    def __init__(self, bound_s: float, model: StepTimeModel) -> None:
+        self.bound_s = bound_s
+        self.model = model
+        self._num_steps_without_planned = 0
+
+    @property
+    def is_overdue(self) -> bool:
+        """Planned work has waited for as many steps as it may."""
+        return self._num_steps_without_planned >= PATIENCE_STEPS
+
+    def limit_s(self, work: Work) -> float:
+        """Seconds that a step may take."""
+        return self.bound_s if work.has_live else NO_LIVE_STRETCH * self.bound_s
+
+    def live_tokens(self, work: Work) -> int:
+        """Prompt tokens of live requests that the coming step may carry.
+
+        A page at least where no live row waits for the step.
+        """
+        if not work.live_waits:
+            return 0
+        limit = self.limit_s(work)
+        if work.has_planned:
+            limit -= PLANNED_SHARE * max(limit - self.model.upper(work.live), 0.0)
+        num_tokens = self.model.prefill_that_fits(work.live, work.live_cached_len, limit)
+        if not work.live.num_decode_rows:
+            num_tokens = max(num_tokens, work.page_size)
+        return _page_floor(num_tokens, work.page_size)
+
+    def planned(self, work: Work, num_live_tokens: int) -> tuple[int, int]:
+        """Planned rows, and prompt tokens of planned requests, that the coming step may carry.
+
+        Args:
+            work: As of `live_tokens`.
+            num_live_tokens: Prompt tokens of live requests that the step will carry.
+
+        Returns:
+            The first so many of ``planned_kv_lens``, and tokens. Where steps are not mixed, and nobody live is there,
+            the tokens are those of a step in which no row decodes.
+        """
+        limit = self.limit_s(work)
+        load = work.live.with_prefill(num_live_tokens, work.live_cached_len) if num_live_tokens else work.live
+        num_rows = self.model.rows_that_fit(load, work.planned_kv_lens, limit)
+        if len(work.planned_kv_lens) and num_rows == 0 and (self.is_overdue or not work.has_live):
+            num_rows = 1
+        if work.mixes or work.has_live:
+            load = load.with_rows(num_rows, int(work.planned_kv_lens[:num_rows].sum()))
+        num_tokens = 0
+        if work.planned_waits:
+            num_tokens = self.model.prefill_that_fits(load, work.planned_cached_len, limit)
+            if num_rows == 0 and (self.is_overdue or not work.has_live):
+                num_tokens = max(num_tokens, work.page_size)
+        return num_rows, _page_floor(num_tokens, work.page_size)
+
+    def note(self, *, has_planned: bool, carries_planned: bool) -> None:
+        """A step is about to run.
+
+        Args:
+            has_planned: Whether planned work was there.
+            carries_planned: Whether the step does some of it.
+        """
+        self._num_steps_without_planned = (
+            self._num_steps_without_planned + 1 if has_planned and not carries_planned else 0
+        )
+
+
+def _page_floor(num_tokens: int, page_size: int) -> int:
+    return num_tokens // page_size * page_size
