@@ -21,7 +21,7 @@ import numpy.typing as npt
 from batchllm.scheduler.step_time import StepLoad, StepTimeModel
 
 PLANNED_SHARE = 1 / 8
-"""Part of the time beside the live rows that is kept for planned work, while there is some."""
+"""Part of each step that live prompts leave to planned work, while there is some."""
 PATIENCE_STEPS = 64
 """Planned work that no step has carried for so long is carried by the next, whatever that takes."""
 NO_LIVE_STRETCH = 3.0
@@ -94,7 +94,7 @@ class StallFree:
             return 0
         limit = self.limit_s(work)
         if work.has_planned:
-            limit -= PLANNED_SHARE * max(limit - self.model.upper(work.live), 0.0)
+            limit *= 1.0 - PLANNED_SHARE
         num_tokens = self.model.prefill_that_fits(work.live, work.live_cached_len, limit)
         if not work.live.num_decode_rows:
             num_tokens = max(num_tokens, work.page_size)

@@ -21,11 +21,11 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 
 _NUM_FEATURES = 6
-_MEMORY = 0.99
-"""What an observation weighs after each further one of its kind: the last hundred or so count."""
+_MEMORY = 0.98
+"""What an observation weighs after each further one of its kind: the last fifty or so count."""
 _FIT_ALWAYS, _FIT_EVERY = 64, 4
 """A fit after each of the first observations, and then after so many."""
-_SWEEPS = 8
+_SWEEPS = 16
 """Of coordinate descent at each fit, which begins where the last one ended."""
 _QUANTILE = 0.99
 """Part of the steps that are to stay within their prediction times `StepTimeModel.margin`."""

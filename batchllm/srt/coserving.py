@@ -9,7 +9,8 @@ INVARIANT: a live row decodes in every step that SGLang can mix; planned rows th
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,24 @@ class Coserving:
     def bound_s(self) -> float:
         """Seconds that a step with a live row may take."""
         return self._stall_free.bound_s
+
+    def show_all_rows(self) -> None:
+        """Let SGLang's own accounts of KV and of load see what holds KV without being in the step."""
+        scheduler = self._scheduler
+        scheduler.invariant_checker.get_running_batch = self._all_rows
+        scheduler.load_inquirer = replace(scheduler.load_inquirer, get_running_batch=self._all_rows)
+
+    def _all_rows(self) -> Any:
+        """The running batch as SGLang's accounts read it, which skip it where it is the batch that ran last."""
+        scheduler = self._scheduler
+        running, last, chunked = scheduler.running_batch, scheduler.last_batch, scheduler.chunked_req
+        beside = list(self.aside.reqs)
+        if chunked is not None and last is not None and chunked not in last.reqs and chunked not in running.reqs:
+            beside.append(chunked)
+        if not beside:
+            return running
+        reqs = beside if running is last else [*running.reqs, *beside]
+        return SimpleNamespace(reqs=reqs, is_empty=lambda: not reqs)
 
     # What the coming step carries
 

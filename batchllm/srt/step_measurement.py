@@ -44,12 +44,15 @@ def start_coserving(scheduler: Any) -> Coserving:
             f"--max-tbt-ms {asked}: the smallest step takes {1e3 * least_s:.1f} ms on this machine; "
             f"give at least {1e3 * 2 * least_s:.0f}, or auto"
         )
-    return Coserving(scheduler, StallFree(bound_s, model), scheduler.step_clock)
+    coserving = Coserving(scheduler, StallFree(bound_s, model), scheduler.step_clock)
+    coserving.show_all_rows()
+    return coserving
 
 
 def _measure(scheduler: Any, model: StepTimeModel) -> float:
     """Show the model prefill and decode steps of a single row; returns the seconds of such a decode step."""
     metrics, scheduler.metrics = scheduler.metrics, None
+    scheduler.schedule_stream = scheduler.device_module.current_stream()  # SGLang makes its own with its event loop
     longest = min(
         scheduler.chunked_prefill_size,
         scheduler.max_total_num_tokens // 4,
@@ -94,7 +97,10 @@ def _run_prompt(scheduler: Any, num_tokens: int, seed: int) -> list[tuple[StepLo
             batch.prepare_for_extend()
         else:
             batch.prepare_for_decode()
-        req.output_ids.extend(scheduler.run_batch(batch).next_token_ids.tolist())  # waits for the device
+        result = scheduler.run_batch(batch)
+        if result.copy_done is not None:
+            result.copy_done.synchronize()
+        req.output_ids.extend(result.next_token_ids.tolist())
         load = StepLoad(1, num_tokens + i) if i else StepLoad().with_prefill(num_tokens, 0)
         steps.append((load, time.monotonic() - start))
     release_kv_cache(req, scheduler.tree_cache, is_insert=False)
