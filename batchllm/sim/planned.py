@@ -1,7 +1,7 @@
 """Our scheduler on a KV pool of counts: the real policy, ledger and learned lengths, carried out.
 
-Knows: what the runtime does with a decision: chunks, decode growth, retraction, pins. Must not know: how decisions are
-made. One thing is simpler than in the runtime: a request that ends gives its KV back at once, not a step later.
+Knows: what the runtime does with a decision: chunks, decode growth, retraction, pins, results that are known a step
+late. Must not know: how decisions are made.
 Invariant: where output lengths are known, each step stays within the KV limit and nothing is retracted.
 """
 
@@ -13,9 +13,10 @@ from batchllm.errors import ConfigError
 from batchllm.planner import BatchPlan
 from batchllm.prefix_cache import PinLedger
 from batchllm.scheduler import Admission, PlannedPolicy, SchedulerView
-from batchllm.scheduler.admission import RunningKv, footprint
+from batchllm.scheduler.admission import footprint
 from batchllm.scheduler.output_length import OutputLengths, PredictionError
-from batchllm.scheduler.token_batching import decode_lag, prefill_budget
+from batchllm.scheduler.running_kv import PromptInPieces, project
+from batchllm.scheduler.token_batching import prefill_budget
 from batchllm.sim.kv_pool import Columns, Outcome, StepCount, StepRecorder
 from batchllm.sim.window import PlannedRequest, PlanWindow
 from batchllm.sim.workload import SimWorkload
@@ -33,6 +34,7 @@ class PlannedScheduler:
         is_mixed: Whether decoding rows are part of steps that prefill; else they wait meanwhile.
         max_running: Requests that may run at once. None: as many as the KV holds.
         shares_reads: Whether attention reads KV that rows share once a step.
+        has_overlap: Whether a step starts before the results of the one before it are known.
 
     Raises:
         ConfigError: A request cannot fit the KV limit, or a chunk is smaller than a page.
@@ -48,6 +50,7 @@ class PlannedScheduler:
         is_mixed: bool,
         max_running: int | None,
         shares_reads: bool,
+        has_overlap: bool = False,
     ) -> None:
         self._recorder = recorder
         self._page_size = plan.page_size
@@ -55,6 +58,7 @@ class PlannedScheduler:
         self._is_mixed = is_mixed
         self._max_running = plan.num_requests if max_running is None else max_running
         self._shares_reads = shares_reads
+        self._has_overlap = has_overlap
         self._policy = PlannedPolicy()
         self._ledger = PinLedger()
         self._lengths = OutputLengths()
@@ -69,6 +73,10 @@ class PlannedScheduler:
             raise ConfigError(f"chunk_tokens {chunk_tokens} is smaller than a page of {plan.page_size}")
         self._decoding: list[PlannedRequest] = []
         self._in_pieces: PlannedRequest | None = None
+        # Whose next token is being sampled: in the step that runs, or with overlap in the one before it too.
+        self._in_flight: list[PlannedRequest] = []
+        # Rows beside which the last decision admitted nothing; -1 when something has changed since.
+        self._num_settled_beside = -1
         # How many running requests read each prefix, and the reads spared where each is read once.
         self._num_readers: dict[int, int] = {}
         self._num_spared_reads = 0
@@ -76,7 +84,8 @@ class PlannedScheduler:
     def run(self) -> Outcome:
         """To the end."""
         while not self._window.is_done:
-            self._window.refill()
+            if self._window.refill():
+                self._num_settled_beside = -1
             self._step()
         assert not len(self._ledger), "a prefix outlived its consumers"
         return Outcome(self._recorder, self._columns, self._predictions)
@@ -84,38 +93,60 @@ class PlannedScheduler:
     # One step
 
     def _step(self) -> None:
-        num_retracted = self._make_room() if self._is_mixed else 0
-        admissions: tuple[Admission, ...] = ()
-        budget = self._budget()
+        going_on = self._going_on()
+        budget = self._budget(len(going_on))
         piece = self._next_piece(budget)
-        if not num_retracted and self._window.waiting:
+        admissions: tuple[Admission, ...] = ()
+        if budget and self._window.waiting and self._num_settled_beside != len(going_on):
             admissions = self._policy.decide(self._view(budget - piece)).admissions
-        if not self._is_mixed and not piece and not admissions:
-            num_retracted = self._make_room()
+            self._num_settled_beside = -1 if admissions else len(going_on)
+        num_retracted = 0
+        if not piece and not admissions:
+            num_retracted = self._make_room(going_on)
+        decoding = going_on if self._is_mixed or not (piece or admissions) else []
         count = StepCount()
-        decoding = self._decoding if self._is_mixed or not (piece or admissions) else []
         ended = self._prefill(piece, admissions, count)
         positions = self._positions(decoding)
         self._columns.kv_len[positions] += 1
         count.decode(self._columns.kv_len[positions])
-        if self._shares_reads and len(decoding) == len(self._decoding):
+        if self._shares_reads and len(decoding) == len(going_on):
             count.num_saved_reads = self._num_spared_reads
-        self._record(count, num_retracted)
+        self._decoding += ended
+        launched = [*decoding, *ended]
+        if count.num_sampled or count.num_prefill_tokens or not self._in_flight:  # else results are all there is to do
+            self._record(count, len(going_on) + len(ended) + (self._in_pieces is not None), num_retracted)
+        known, self._in_flight = (self._in_flight, launched) if self._has_overlap else (launched, [])
+        self._take_results(known)
+
+    def _going_on(self) -> list[PlannedRequest]:
+        """Rows that decode in the coming step if any do: not those that end with the step in flight, at their limit.
+
+        These decode once more where slots are so short that one of all of them has to lose its own.
+        """
+        if not self._in_flight:
+            return list(self._decoding)
+        columns, ending = self._columns, set()
+        for request in self._in_flight:
+            if columns.num_generated[request.position] + 1 >= columns.max_new_len[request.position]:
+                ending.add(request)
+        if ending:
+            self._num_settled_beside = -1
+        going_on = [request for request in self._decoding if request not in ending]
+        num_free = self._recorder.kv_capacity_tokens - self._num_used()
+        return list(self._decoding) if num_free < len(going_on) * self._page_size else going_on
+
+    def _take_results(self, requests: list[PlannedRequest]) -> None:
+        positions = self._positions(requests)
         self._columns.num_generated[positions] += 1
         is_end = self._columns.num_generated[positions] >= self._columns.output_len[positions]
-        for i in np.flatnonzero(is_end)[::-1].tolist():
-            self._finish(decoding.pop(i))
-        for request in ended:
-            self._columns.num_generated[request.position] += 1
-            if self._columns.num_generated[request.position] >= self._columns.output_len[request.position]:
-                self._finish(request)
-            else:
-                self._decoding.append(request)
+        for i in np.flatnonzero(is_end).tolist():
+            self._decoding.remove(requests[i])
+            self._finish(requests[i])
 
-    def _budget(self) -> int:
+    def _budget(self, num_decoding: int) -> int:
         return prefill_budget(
             chunk_tokens=self._chunk_tokens,
-            num_decoding=len(self._decoding),
+            num_decoding=num_decoding,
             kv_free_tokens=self._recorder.kv_capacity_tokens - self._num_used(),
             is_mixed=self._is_mixed,
             page_size=self._page_size,
@@ -129,33 +160,27 @@ class PlannedScheduler:
         return rest if rest <= budget else budget // self._page_size * self._page_size
 
     def _view(self, num_step_tokens: int) -> SchedulerView:
-        running = [*self._decoding]
-        if self._in_pieces is not None:
-            running.append(self._in_pieces)
+        running, in_pieces = [*self._decoding], None
+        if (request := self._in_pieces) is not None:
+            running.append(request)
+            led_tokens = sum(map(self._ledger.num_tokens, request.led))
+            in_pieces = PromptInPieces(request.prefill_len, led_tokens, self._chunk_tokens, self._is_mixed)
         positions = self._positions(running)
-        estimates = [request.output for request in running]
-        generated = self._columns.num_generated[positions].tolist()
-        self._lengths.refresh(estimates, generated)
-        expected = self._lengths.expected_lens(estimates, generated)
-        max_new = self._columns.max_new_len[positions]
-        known = np.array([estimate.known_len for estimate in estimates], np.int64)
-        remaining = expected - self._columns.num_generated[positions]
-        private = self._columns.kv_len[positions] - self._shared_len[positions]
-        if self._in_pieces is not None:
-            # It samples a token at the end of its prompt, and owns no prefix that it computes.
-            led = sum(map(self._ledger.num_tokens, self._in_pieces.led))
-            private[-1] = self._in_pieces.prefill_len - self._in_pieces.shared_len - led
-            num_left = self._in_pieces.prefill_len - int(self._columns.kv_len[self._in_pieces.position])
-            remaining[-1] += decode_lag(num_left, self._chunk_tokens, is_mixed=self._is_mixed) - 1
         return SchedulerView(
             waiting=self._window.waiting,
             ledger=self._ledger,
             lengths=self._lengths,
-            running=RunningKv(
-                private,
-                remaining,
-                (expected < max_new) & (known == 0),
-                max((request.total_len for request in running), default=0),
+            running=project(
+                self._lengths,
+                [request.output for request in running],
+                prompt_len=self._columns.prompt_len[positions],
+                num_generated=self._columns.num_generated[positions],
+                stored_len=self._columns.kv_len[positions],
+                shared_len=self._shared_len[positions],
+                longest_total_len=max((request.total_len for request in running), default=0),
+                page_size=self._page_size,
+                release_lag=int(self._has_overlap),
+                in_pieces=in_pieces,
             ),
             kv_limit_tokens=self._recorder.kv_limit_tokens,
             kv_shared_tokens=self._ledger.num_open_tokens,
@@ -165,6 +190,7 @@ class PlannedScheduler:
             can_chunk=self._in_pieces is None,
             is_mixed=self._is_mixed,
             page_size=self._page_size,
+            release_lag=int(self._has_overlap),
         )
 
     # Prefill
@@ -204,6 +230,7 @@ class PlannedScheduler:
         while request.led and self._ledger.end_len(request.led[0]) <= after:
             prefix_id = request.led.pop(0)
             self._ledger.mark_resident(prefix_id)
+            self._num_settled_beside = -1
             request.shared_len = self._ledger.end_len(prefix_id)
             self._shared_len[request.position] = request.shared_len
             self._read(request, [prefix_id])
@@ -221,6 +248,9 @@ class PlannedScheduler:
 
     def _release(self, request: PlannedRequest) -> None:
         """Its private KV is free; a prefix that it had not completed is for the next to compute."""
+        self._num_settled_beside = -1
+        if request in self._in_flight:
+            self._in_flight.remove(request)
         for prefix_id in request.led:
             self._ledger.abandon(prefix_id)
         for prefix_id in request.pinned_ids:
@@ -242,28 +272,27 @@ class PlannedScheduler:
         self._columns.finished.append(request.position)
         self._window.finish(request.position)
 
-    def _make_room(self) -> int:
-        """Take KV from requests until those that decode find their slots; the least generated first.
+    def _make_room(self, going_on: list[PlannedRequest]) -> int:
+        """Take KV from requests until those that decode find their slots.
 
-        Returns how many lost theirs.
+        A prompt in pieces goes first, then the least generated, then the longest prompt, then the last to start.
+
+        Args:
+            going_on: Rows that are to decode; those that lose their KV are removed.
+
+        Returns:
+            How many lost theirs.
         """
-        num_retracted = 0
-        while self._num_used() + self._decode_growth() > self._recorder.kv_capacity_tokens:
-            if len(self._decoding) > 1 or self._in_pieces is None:
-                columns = self._columns
-                # Of those that have generated equally little, the longest prompt frees most.
-                index = min(
-                    range(len(self._decoding)),
-                    key=lambda i: (
-                        columns.num_generated[self._decoding[i].position],
-                        -self._decoding[i].prompt_len,
-                    ),
-                )
-                request = self._decoding.pop(index)
-            else:
+        columns, num_retracted = self._columns, 0
+        while self._num_used() + self._decode_growth(going_on) > self._recorder.kv_capacity_tokens:
+            if self._in_pieces is not None:
                 request, self._in_pieces = self._in_pieces, None
+            else:
+                request = min(reversed(going_on), key=lambda r: (columns.num_generated[r.position], -r.prompt_len))
+                going_on.remove(request)
+                self._decoding.remove(request)
             self._release(request)
-            request.num_generated = int(self._columns.num_generated[request.position])
+            request.num_generated = int(columns.num_generated[request.position])
             self._window.put_back(request)
             num_retracted += 1
         return num_retracted
@@ -281,15 +310,15 @@ class PlannedScheduler:
     def _num_used(self) -> int:
         return self._ledger.num_pinned_tokens + self._num_private()
 
-    def _decode_growth(self) -> int:
+    def _decode_growth(self, going_on: list[PlannedRequest]) -> int:
         """Slots that a decode step takes: a page for each row whose last one is full."""
-        kv_len = self._columns.kv_len[self._positions(self._decoding)]
+        kv_len = self._columns.kv_len[self._positions(going_on)]
         return int((kv_len % self._page_size == 0).sum()) * self._page_size
 
-    def _record(self, count: StepCount, num_retracted: int) -> None:
+    def _record(self, count: StepCount, num_running: int, num_retracted: int) -> None:
         self._recorder.record(
             count.work(),
-            num_running=len(self._decoding) + (self._in_pieces is not None),
+            num_running=num_running,
             num_waiting=len(self._window.waiting),
             kv_pinned_tokens=self._ledger.num_pinned_tokens,
             kv_private_tokens=self._num_private(),

@@ -50,6 +50,7 @@ def simulate(
     max_running: int | None = None,
     is_exact_cut: bool = True,
     shares_reads: bool = False,
+    has_overlap: bool = False,
 ) -> SimResult:
     """Run a workload to its end.
 
@@ -67,6 +68,7 @@ def simulate(
             paper's method, what SGLang takes for long contexts (4096), none for ours.
         is_exact_cut: For ``one-level``: the best one-level groups, or the paper's greedy ones.
         shares_reads: Whether attention reads KV that rows share once a step; for ``batchllm`` and ``one-level``.
+        has_overlap: Whether our steps start before the results of the one before are known, as on a GPU.
 
     Raises:
         ConfigError: No such scheduler, a number below 1, or a request that cannot fit the KV pool.
@@ -89,6 +91,7 @@ def simulate(
             is_mixed=is_mixed,
             max_running=max_running,
             shares_reads=shares_reads,
+            has_overlap=has_overlap,
         )
         return _result(scheduler, workload, plan, cost_model, planned.run())
     plan = plan_batch(workload.table, page_size=_VLLM_PAGE_SIZE if scheduler.startswith("vllm") else page_size)

@@ -115,22 +115,23 @@ class PlanWindow:
         """Everything has been submitted and has finished."""
         return self._next_position == self._plan.num_requests and self._num_outstanding == 0
 
-    def refill(self) -> None:
-        """Take in more of the plan, if enough of the window is free."""
+    def refill(self) -> bool:
+        """Take in more of the plan, if enough of the window is free. Returns whether any came."""
         first, num_requests = self._next_position, self._plan.num_requests
         if first == num_requests or not self._has_room():
-            return
+            return False
         free_cost = self._window_cost - self._outstanding_cost
         last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right")) - 1
         last = min(last, first + _MAX_WINDOW_REQUESTS - self._num_outstanding, num_requests)
         if last <= first:
             if self._num_outstanding:
-                return
+                return False
             last = first + 1  # larger than the window by itself, and it has to run
         self._next_position = last
         self._num_outstanding += last - first
         self._outstanding_cost += int(self._cumulative_cost[last] - self._cumulative_cost[first])
         self._take_in(first, last)
+        return True
 
     def start(self, request: PlannedRequest) -> None:
         """It has been admitted."""

@@ -7,9 +7,9 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from batchllm.scheduler import SchedulerView
-from batchllm.scheduler.admission import RunningKv, page_ceil
-from batchllm.scheduler.output_length import OutputLengths
-from batchllm.scheduler.token_batching import decode_lag, prefill_budget
+from batchllm.scheduler.admission import page_ceil
+from batchllm.scheduler.running_kv import PromptInPieces, project
+from batchllm.scheduler.token_batching import prefill_budget
 from batchllm.srt.schedule_batch import PlannedReq
 
 
@@ -49,31 +49,39 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
     """
     chunked, page_size = scheduler.chunked_req, scheduler.page_size
     chunk_tokens, is_mixed = _chunk_tokens(scheduler), scheduler.is_mixed_chunk
-    lag = 0
     num_free_slots = scheduler.get_num_allocatable_reqs(len(running))
     aside = [] if scheduler.coserving is None else scheduler.coserving.aside.reqs
     admitted = [*scheduler.ending_reqs, *running, *aside]
     shared_tokens = scheduler.max_total_num_tokens - free_kv_tokens(scheduler)
+    in_pieces = None
     if chunked is not None:
         admitted.append(chunked)
-        num_left = chunked.seqlen - len(chunked.prefix_indices)
         num_free_slots -= 1
-        lag = decode_lag(num_left, chunk_tokens, is_mixed=is_mixed)
-    stored = [req.kv.kv_allocated_len for req in admitted]
-    owned = [page_ceil(n, page_size) - req.cache_protected_len for n, req in zip(stored, admitted, strict=True)]
-    shared_tokens -= sum(owned)
-    if chunked is not None:
         # It will own what is left of its prompt, and the tree the prefixes that it leads.
         led = chunked.led_prefix_ids if isinstance(chunked, PlannedReq) else ()
         led_tokens = scheduler.tree_cache.ledger.end_len(led[-1]) - chunked.cache_protected_len if led else 0
         shared_tokens += led_tokens
-        stored[-1] = chunked.seqlen
-        owned[-1] = page_ceil(chunked.seqlen, page_size) - chunked.cache_protected_len - led_tokens
+        in_pieces = PromptInPieces(chunked.seqlen, led_tokens, chunk_tokens, is_mixed)
+    stored = [req.kv.kv_allocated_len for req in admitted]
+    shared = [req.cache_protected_len for req in admitted]
+    shared_tokens -= sum(page_ceil(n, page_size) for n in stored) - sum(shared)
     return SchedulerView(
         waiting=scheduler.planned_window,
         ledger=scheduler.tree_cache.ledger,
         lengths=scheduler.output_lengths,
-        running=_running_kv(scheduler, admitted, stored, owned, lag),
+        running=project(
+            scheduler.output_lengths,
+            [req.output for req in admitted],
+            prompt_len=[len(req.origin_input_ids) for req in admitted],
+            num_generated=[len(req.output_ids) for req in admitted],
+            stored_len=stored,
+            shared_len=shared,
+            longest_total_len=max((req.total_len for req in admitted if isinstance(req, PlannedReq)), default=0),
+            page_size=page_size,
+            release_lag=release_lag(scheduler),
+            in_pieces=in_pieces,
+            fixed_remaining=[_live_remaining(scheduler, req) for req in admitted],
+        ),
         kv_limit_tokens=scheduler.kv_limit_tokens,
         kv_shared_tokens=shared_tokens,
         num_free_slots=num_free_slots,
@@ -93,39 +101,13 @@ def release_lag(scheduler: Any) -> int:
     return int(scheduler.enable_overlap)
 
 
-def _running_kv(scheduler: Any, admitted: list[Any], stored: list[int], owned: list[int], prompt_lag: int) -> RunningKv:
-    """KV of what has been admitted.
+def _live_remaining(scheduler: Any, req: Any) -> int:
+    """Decode steps left of a request outside any plan as SGLang reckons them, -1 for a planned one.
 
-    Args:
-        scheduler: A `BatchScheduler`.
-        admitted: The requests; one in pieces is the last.
-        stored: Tokens of each that have a slot, or will have when its prompt is computed.
-        owned: Slots that each owns, or will own when its prompt is computed.
-        prompt_lag: Decode steps of the others until the one in pieces begins to decode.
+    Most name a limit far beyond what they will need. One that needs it takes it from what it decodes with, or from pins
+    that nobody reads, so it is no reason to open nothing.
     """
-    lengths: OutputLengths = scheduler.output_lengths
-    lag = release_lag(scheduler)
-    estimates = [req.output for req in admitted]
-    generated = [len(req.output_ids) for req in admitted]
-    lengths.refresh(estimates, generated)
-    expected = lengths.expected_lens(estimates, generated)
-    remaining, longest = [], 0
-    for i, req in enumerate(admitted):
-        if isinstance(req, PlannedReq):
-            # By what is stored: what has been generated is known a step late. The last token is never stored.
-            num_left = len(req.origin_input_ids) + int(expected[i]) - 1 - stored[i]
-            longest = max(longest, req.total_len)
-        else:
-            # As SGLang reckons with it: most name a limit far beyond what they will need. One that needs it takes it
-            # from what it decodes with, or from pins that nobody reads, so it is no reason to open nothing.
-            left = min(max(req.output.max_new_len - generated[i], 1), CLIP_MAX_NEW_TOKENS)
-            num_left = int(left * scheduler.new_token_ratio_tracker.current)
-        remaining.append(max(num_left, 0) + lag)
-    if prompt_lag:
-        remaining[-1] += prompt_lag
-    return RunningKv.of(
-        owned,
-        remaining,
-        [e < o.max_new_len and not o.known_len for e, o in zip(expected.tolist(), estimates, strict=True)],
-        longest,
-    )
+    if isinstance(req, PlannedReq):
+        return -1
+    left = min(max(req.output.max_new_len - len(req.output_ids), 1), CLIP_MAX_NEW_TOKENS)
+    return int(left * scheduler.new_token_ratio_tracker.current)

@@ -257,6 +257,7 @@ class BatchScheduler(PlannedIntake):
         if len(going_on) < len(reqs):
             running_batch.filter_batch(keep_indices=going_on)
             running_batch.batch_is_full = False
+            self._settled = None
 
     def _show(self, queue: list[Any], budget: int, running_batch: Any) -> tuple[NextBatchPlan, list[Any]]:
         """Have SGLang take what it can of ``queue``. Returns its plan, and the live requests that it left."""

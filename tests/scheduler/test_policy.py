@@ -20,7 +20,8 @@ from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler import Admission, Decision, PlannedPolicy, SchedulerView
 from batchllm.scheduler.admission import RunningKv, footprint, page_ceil
 from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
-from batchllm.scheduler.token_batching import decode_lag, prefill_budget
+from batchllm.scheduler.running_kv import PromptInPieces, project
+from batchllm.scheduler.token_batching import prefill_budget
 from batchllm.scheduler.window import RequestWindow
 from batchllm.tokens import TokenTable
 from tests.sizes import sized
@@ -654,27 +655,24 @@ class _World:
         )
 
     def running_kv(self) -> RunningKv:
-        """What each runs on and is still expected to add; a prompt in pieces as if it were computed."""
-        private = [request.num_private(self.page_size) for request in self.running]
+        admitted, in_pieces = self.running, None
         if self.chunked is not None:
-            shared_len = self.ledger.end_len(self.chunked.led[-1]) if self.chunked.led else self.chunked.shared_len
-            place = self.running.index(self.chunked)
-            private[place] = page_ceil(self.chunked.prefill_len, self.page_size) - shared_len
-        estimates = [request.output for request in self.running]
-        generated = [request.num_generated for request in self.running]
-        self.lengths.refresh(estimates, generated)
-        expected = self.lengths.expected_lens(estimates, generated)
-        is_guess = [e < o.max_new_len and not o.known_len for e, o in zip(expected, estimates, strict=True)]
-        longest = max((request.total_len for request in self.running), default=0)
-        stored = np.array([request.kv_len for request in self.running], np.int64)
-        if self.chunked is not None:
-            stored[place] = self.chunked.prefill_len
-        ends = np.array([len(request.tokens) for request in self.running], np.int64) + expected - 1
-        remaining = np.maximum(ends - stored, 0) + self.has_overlap
-        if self.chunked is not None:
-            num_left = self.chunked.prefill_len - self.chunked.kv_len
-            remaining[place] += decode_lag(num_left, self.step_tokens, is_mixed=self.is_mixed)
-        return RunningKv.of(private, remaining, is_guess, longest)
+            request = self.chunked
+            admitted = [*(r for r in self.running if r is not request), request]
+            led_tokens = sum(map(self.ledger.num_tokens, request.led))
+            in_pieces = PromptInPieces(request.prefill_len, led_tokens, self.step_tokens, self.is_mixed)
+        return project(
+            self.lengths,
+            [request.output for request in admitted],
+            prompt_len=[len(request.tokens) for request in admitted],
+            num_generated=[request.num_generated for request in admitted],
+            stored_len=[request.kv_len for request in admitted],
+            shared_len=[request.shared_len for request in admitted],
+            longest_total_len=max((request.total_len for request in admitted), default=0),
+            page_size=self.page_size,
+            release_lag=int(self.has_overlap),
+            in_pieces=in_pieces,
+        )
 
     def view(self) -> SchedulerView:
         in_pieces = 0 if self.chunked is None else self.chunked.prefill_len - self.chunked.kv_len

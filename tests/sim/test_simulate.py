@@ -69,7 +69,7 @@ def _run(workload: SimWorkload, scheduler: Any, **arguments: Any) -> SimResult:
     return simulate(workload, scheduler=scheduler, cost_model=_COST_MODEL, **arguments)
 
 
-def _check_accounts(result: SimResult) -> None:
+def _check_accounts(result: SimResult, *, has_overlap: bool = False) -> None:
     """What holds of every run."""
     steps = result.trace.steps
     used = steps["kv_pinned_tokens"] + steps["kv_private_tokens"]
@@ -77,8 +77,10 @@ def _check_accounts(result: SimResult) -> None:
     assert (steps["num_prefill_tokens"] + steps["num_decode_tokens"] > 0).all()
     np.testing.assert_allclose(steps["start_s"][1:], np.cumsum(steps["duration_s"])[:-1])
     # Each request samples its first token at the end of a prefill: once, and once more for each time it lost its KV.
+    # With overlap a row that ends by itself decodes once too often, and one that is retracted loses a token in flight.
+    num_late = result.num_requests + result.num_retractions if has_overlap else 0
     num_decoded = result.num_output_tokens - result.num_requests
-    assert num_decoded - result.num_retractions <= steps["num_decode_tokens"].sum() <= num_decoded
+    assert num_decoded - result.num_retractions <= steps["num_decode_tokens"].sum() <= num_decoded + num_late
     assert steps["num_prefill_tokens"].sum() >= result.num_computed_prompt_tokens
     assert result.elapsed_s >= result.lower_bound_s > 0
     assert 0 < result.bound_ratio <= 1
@@ -100,17 +102,18 @@ def test_ours_computes_the_optimum_within_the_limit_and_retracts_nothing_where_l
         is_mixed=is_mixed,
         group_order=data.draw(st.sampled_from(GROUP_ORDERS)),
         shares_reads=data.draw(st.booleans()),
+        has_overlap=(has_overlap := data.draw(st.booleans())),
     )
     assert result.num_computed_prompt_tokens == result.num_optimal_prompt_tokens
     assert result.num_retractions == 0
     assert result.trace.occupancy.max() <= 1
-    _check_accounts(result)
+    _check_accounts(result, has_overlap=has_overlap)
 
 
-@given(_workloads(), st.sampled_from([1, 16]), st.integers(0, 300), st.booleans())
+@given(_workloads(), st.sampled_from([1, 16]), st.integers(0, 300), st.booleans(), st.booleans())
 @_quick
 def test_ours_ends_where_lengths_are_learned_and_never_holds_more_than_there_is(
-    workload: SimWorkload, page_size: int, spare: int, is_mixed: bool
+    workload: SimWorkload, page_size: int, spare: int, is_mixed: bool, has_overlap: bool
 ) -> None:
     result = _run(
         workload,
@@ -119,9 +122,10 @@ def test_ours_ends_where_lengths_are_learned_and_never_holds_more_than_there_is(
         chunk_tokens=64,
         page_size=page_size,
         is_mixed=is_mixed,
+        has_overlap=has_overlap,
     )
     assert result.num_computed_prompt_tokens >= result.num_optimal_prompt_tokens
-    _check_accounts(result)
+    _check_accounts(result, has_overlap=has_overlap)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -15,6 +15,7 @@ import pytest
 
 from batchllm import BatchEngine
 from batchllm.trace import StepTrace
+from tests.recorded_steps import read_jobs, run_rows
 from tests.srt.live import GREEDY, answers_of, job_of, live_answer, run
 
 pytestmark = pytest.mark.engine
@@ -69,6 +70,17 @@ def test_prefill_goes_on_where_decoding_rows_fill_the_chunk(mixed: BatchEngine) 
     steps = _trace(mixed).steps
     full = steps["num_decode_tokens"] >= _CHUNK
     assert (full & (steps["num_prefill_tokens"] > 0)).any()
+
+
+@pytest.mark.parametrize("name", read_jobs())
+def test_steps_are_those_that_were_recorded(mixed: BatchEngine, engine: BatchEngine, name: str) -> None:
+    """The simulator is held to the recording (`tests/sim/test_recorded.py`), so it must be what engines do today."""
+    has_overlap = mixed.runtime.info.num_unstored_tokens == 0
+    job = read_jobs()[name]
+    for kind, each in (("mixed, overlap" if has_overlap else "mixed", mixed), ("not mixed", engine)):
+        outputs, steps = run_rows(each, job.rows)
+        assert [len(ids) for ids in outputs] == job.output_len
+        assert steps == job.steps[kind]
 
 
 def test_outputs_are_those_of_steps_that_are_not_mixed(mixed: BatchEngine, engine: BatchEngine) -> None:
