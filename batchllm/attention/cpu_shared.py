@@ -12,8 +12,8 @@ import torch
 
 from batchllm.attention.base import StepAttention
 from batchllm.attention.layout import AttentionLayout
+from batchllm.attention.pieces import ordered_rows
 from batchllm.attention.torch_shared import TorchSharedAttention
-from batchllm.attention.work_list import ordered_rows
 from batchllm.kernels import cpu
 
 

@@ -18,14 +18,12 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from batchllm.attention.layout import AttentionLayout
-from batchllm.attention.work_list import ordered_rows, sum_of_enclosing
+from batchllm.attention.pieces import indptr, ordered_rows, sum_of_enclosing
 from batchllm.errors import ConfigError
-
-Int64Array = npt.NDArray[np.int64]
+from batchllm.tokens import Int32Array, Int64Array
 
 _MAX_LEVELS = 3
 
@@ -75,16 +73,16 @@ def _batch(
     rows: Int64Array,
     first: Int64Array,
     last: Int64Array,
-    table_row: npt.NDArray[np.int32],
-    kv_start: npt.NDArray[np.int32],
-    kv_end: npt.NDArray[np.int32],
+    table_row: Int32Array,
+    kv_start: Int32Array,
+    kv_end: Int32Array,
     *,
     is_causal: bool,
 ) -> Batch:
     """Of the entries that have query tokens; entry ``b`` has ``rows[first[b]:last[b]]``."""
     kept = last > first
     first, num_rows = first[kept], (last - first)[kept]
-    qo_indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_rows)])
+    qo_indptr = indptr(num_rows)
     tokens = rows[np.arange(qo_indptr[-1]) + np.repeat(first - qo_indptr[:-1], num_rows)]
     row, start, end = (array[kept].astype(np.int64) for array in (table_row, kv_start, kv_end))
     return Batch(tokens, qo_indptr, row, start, end, is_causal)
@@ -145,7 +143,7 @@ class FlashInferSharedAttention:
         self._num_tokens = int(layout.qo_indptr[-1])
         for wrapper, batch in zip(self._wrappers, level_batches(layout, self._max_levels), strict=False):
             kv_len = batch.kv_end - batch.kv_start
-            kv_indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(kv_len)])
+            kv_indptr = indptr(kv_len)
             wrapper.plan(
                 torch.from_numpy(batch.qo_indptr.astype(np.int32)),
                 torch.from_numpy(kv_indptr.astype(np.int32)),

@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from batchllm.attention.segments import deepest_cached, plan_segments
 from batchllm.errors import LayoutError, PlanError
-
-Int32Array = npt.NDArray[np.int32]
+from batchllm.tokens import Int32Array
 
 
 @dataclass(frozen=True, slots=True)

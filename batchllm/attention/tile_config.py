@@ -17,6 +17,7 @@ import torch
 import triton
 
 from batchllm.errors import ConfigError
+from batchllm.trace.whole_file import write_whole
 
 # Raised with every change of the kernels that may change which sizes are best.
 _KERNEL_VERSION = 1
@@ -85,10 +86,7 @@ def save_config(
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries[config_key(num_heads, num_kv_heads, head_dim, dtype)] = asdict(config)
-    # Several processes may read it meanwhile: they see the old file or the new one.
-    written = path.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(entries, indent=1))
-    written.replace(path)
+    write_whole(path, [json.dumps(entries, indent=1).encode()])
     return path
 
 

@@ -19,14 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.merge_state import merge_states
-from batchllm.attention.work_list import ordered_rows, sum_of_enclosing
-
-Int64Array = npt.NDArray[np.int64]
+from batchllm.attention.pieces import Pieces, ordered_rows, row_positions, sum_of_enclosing, within
+from batchllm.tokens import Int64Array
 
 # More rows make a product no faster, and in a prompt each block reads only as far as its last row sees.
 _BLOCK_ROWS = 128
@@ -39,19 +37,14 @@ _MIN_ALONE = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
-class _Pieces:
-    """All [P]; ``wave``: how many pieces the rows have before this one. Rows are in the layout's order."""
+class _Cuts(Pieces):
+    """Pieces cut further; ``wave``: how many of them their rows have before this one."""
 
-    first_row: Int64Array
-    num_rows: Int64Array
-    table_row: Int64Array
-    start: Int64Array
-    end: Int64Array
     wave: Int64Array
 
-    def take(self, index: Int64Array) -> _Pieces:
+    def take(self, index: Int64Array) -> _Cuts:
         fields = (self.first_row, self.num_rows, self.table_row, self.start, self.end, self.wave)
-        return _Pieces(*(field[index] for field in fields))
+        return _Cuts(*(field[index] for field in fields))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +93,7 @@ class TorchSharedAttention:
     def plan(self, layout: AttentionLayout, table: torch.Tensor) -> None:
         """Cut a step into batches of matrix products; as of `StepAttention`."""
         _, tokens = ordered_rows(layout)
-        positions = _positions(layout)
+        positions = row_positions(layout)
         pieces = _cut(layout, positions, self._num_heads, self._sizes_of_position())
         self._num_tokens = len(tokens)
         self._batches = [
@@ -112,7 +105,7 @@ class TorchSharedAttention:
         """Numbers that keys and values of a position are."""
         return 2 * self._num_kv_heads * self._head_dim
 
-    def _make_batch(self, pieces: _Pieces, tokens: Int64Array, positions: Int64Array, table: torch.Tensor) -> _Batch:
+    def _make_batch(self, pieces: _Cuts, tokens: Int64Array, positions: Int64Array, table: torch.Tensor) -> _Batch:
         num_rows, length = int(pieces.num_rows.max()), pieces.end - pieces.start
         num_positions = int(length.max())
         rows = pieces.first_row[:, None] + np.minimum(np.arange(num_rows), pieces.num_rows[:, None] - 1)
@@ -203,49 +196,33 @@ class TorchSharedAttention:
         return cache[batch.slots].to(dtype).transpose(1, 2)
 
 
-def _positions(layout: AttentionLayout) -> Int64Array:
-    """[T] position in its sequence of each row, in the layout's order."""
-    num_tokens = np.diff(layout.qo_indptr).astype(np.int64)[layout.order]
-    return np.repeat(layout.kv_len[layout.order] - num_tokens, num_tokens) + _within(num_tokens)
-
-
-def _within(counts: Int64Array) -> Int64Array:
-    """0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ..."""
-    first = np.cumsum(counts) - counts
-    return np.arange(counts.sum(), dtype=np.int64) - np.repeat(first, counts)
-
-
-def _cut(layout: AttentionLayout, positions: Int64Array, num_heads: int, size_of_position: int) -> _Pieces:
+def _cut(layout: AttentionLayout, positions: Int64Array, num_heads: int, size_of_position: int) -> _Cuts:
     """Segments and private parts in blocks of rows and, where they are very long, ranges of positions."""
-    order, num_segments = layout.order, len(layout.segment_span)
-    row_indptr, _ = ordered_rows(layout)
-    first, last = layout.segment_readers.T
-    first_row = np.concatenate([row_indptr[first], row_indptr[:-1]])
-    num_rows = np.concatenate([row_indptr[last], row_indptr[1:]]) - first_row
-    table_row = np.concatenate([layout.segment_table_row, layout.table_rows[order]]).astype(np.int64)
-    start = np.concatenate([layout.segment_span[:, 0], layout.private_start[order]]).astype(np.int64)
-    end = np.concatenate([layout.segment_span[:, 1], layout.kv_len[order]]).astype(np.int64)
+    pieces, num_segments = Pieces.of(layout), len(layout.segment_span)
+    num_rows, start, end = pieces.num_rows, pieces.start, pieces.end
     max_len = np.maximum(1, _MAX_PIECE_SIZE // (np.minimum(num_rows, _BLOCK_ROWS) * num_heads + size_of_position))
     num_ranges = -(-(end - start) // max_len)
     wave = np.concatenate(sum_of_enclosing(layout, num_ranges[:num_segments]))
 
     num_blocks = -(-num_rows // _BLOCK_ROWS)
     part = np.repeat(np.arange(len(num_rows)), num_blocks)
-    block_row = _within(num_blocks) * _BLOCK_ROWS
+    block_row = within(num_blocks) * _BLOCK_ROWS
     block_rows = np.minimum(num_rows[part] - block_row, _BLOCK_ROWS)
-    block_row += first_row[part]
+    block_row += pieces.first_row[part]
     # No row of the block reads beyond the last row's own position.
     block_end = np.minimum(end[part], positions[block_row + block_rows - 1] + 1)
 
     num_ranges = -(-(block_end - start[part]) // max_len[part])
     block = np.repeat(np.arange(len(part)), num_ranges)
-    part, number = part[block], _within(num_ranges)
+    part, number = part[block], within(num_ranges)
     range_start = start[part] + number * max_len[part]
     range_end = np.minimum(range_start + max_len[part], block_end[block])
-    return _Pieces(block_row[block], block_rows[block], table_row[part], range_start, range_end, wave[part] + number)
+    return _Cuts(
+        block_row[block], block_rows[block], pieces.table_row[part], range_start, range_end, wave[part] + number
+    )
 
 
-def _group(pieces: _Pieces, num_heads: int, size_of_position: int) -> Iterator[Int64Array]:
+def _group(pieces: _Cuts, num_heads: int, size_of_position: int) -> Iterator[Int64Array]:
     """Pieces of a batch, wave by wave: their sizes differ by less than two and fit into memory, padded."""
     length = pieces.end - pieces.start
     is_alone = pieces.num_rows * length >= _MIN_ALONE

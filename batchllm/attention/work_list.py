@@ -4,9 +4,9 @@ Knows: the layout of the step, tile sizes, how many programs will run. Must not 
 Invariant: every (query token, position it may read) is in exactly one tile, and a query token's tiles write its
 partial results into neighbouring slots, in the order outer segments, inner segments, private part.
 
-A piece is a segment with its readers, or a sequence with its private part. Its query rows are cut into row blocks
-(a block reads the KV once for all its rows), its KV range into splits. Splitting a long prefix is what the BatchLLM
-kernel leaves open (paper, section 5: a common part much longer than the distinct parts needs split-K).
+The query rows of a piece (`pieces.py`) are cut into row blocks, each of which reads the KV once for all its rows, and
+its KV range into splits. Splitting a long prefix is what the BatchLLM kernel leaves open (paper, section 5: a common
+part much longer than the distinct parts needs split-K).
 
 Rows are numbered in the order of the layout, in which the readers of every segment are neighbours; the batch index of
 each row stands in ``q_rows``. As the readers of a segment are cut at the same KV positions, each of them has the same
@@ -20,12 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from batchllm.attention.layout import AttentionLayout
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
+from batchllm.attention.pieces import Pieces, indptr, ordered_rows, row_positions, sum_of_enclosing, within
+from batchllm.tokens import Int32Array, Int64Array
 
 # Columns of a tile: first row, number of rows, row of the request-to-token table, KV positions [start, end), and the
 # slot of its partial result, counted from the first slot of each of its rows. Two are spare: 32 bytes load at once.
@@ -79,21 +77,6 @@ class WorkList:
         return int(self.slot_indptr[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """Segments, then private parts in the order of the layout; all [P]. ``num_readers`` counts query tokens."""
-
-    first_row: Int64Array
-    num_readers: Int64Array
-    table_row: Int64Array
-    kv_start: Int64Array
-    kv_end: Int64Array
-
-    def rows_per_block(self, shape: TileShape) -> Int64Array:
-        rows: Int64Array = np.where(self.num_readers > shape.rows_narrow, shape.rows_wide, shape.rows_narrow)
-        return rows
-
-
 def build_work_list(
     layout: AttentionLayout, shape: TileShape, num_kv_heads: int, max_slots: int | None = None
 ) -> WorkList:
@@ -108,79 +91,53 @@ def build_work_list(
     Raises:
         ValueError: Even without any split there are more partial results than ``max_slots``.
     """
-    order = layout.order.astype(np.int64)
-    row_indptr, q_rows = ordered_rows(layout)
-    num_tokens = np.diff(row_indptr)
-    q_pos = np.repeat(layout.kv_len[order] - num_tokens, num_tokens) + _within(num_tokens)
-
-    pieces = _pieces(layout, order, row_indptr)
+    _, q_rows = ordered_rows(layout)
+    q_pos = row_positions(layout)
+    pieces = Pieces.of(layout)
     split_len = _split_len(pieces, shape, num_kv_heads)
     while True:
         tiles, num_wide, slots_per_row = _cut(layout, pieces, q_pos, split_len, shape)
         num_slots = int(slots_per_row.sum())
         if max_slots is None or num_slots <= max_slots:
             break
-        if (split_len >= pieces.kv_end - pieces.kv_start).all():
+        if (split_len >= pieces.end - pieces.start).all():
             raise ValueError(f"the step has {num_slots} partial results, but there is room for {max_slots}")
         split_len = 2 * split_len
     return WorkList(
-        tiles, num_wide, q_rows.astype(np.int32), q_pos.astype(np.int32), _indptr(slots_per_row).astype(np.int32)
+        tiles, num_wide, q_rows.astype(np.int32), q_pos.astype(np.int32), indptr(slots_per_row).astype(np.int32)
     )
 
 
-def ordered_rows(layout: AttentionLayout) -> tuple[Int64Array, Int64Array]:
-    """[S + 1] where the rows of each sequence begin, in the layout's order; [T] the batch index of each row."""
-    num_tokens = np.diff(layout.qo_indptr).astype(np.int64)[layout.order]
-    return _indptr(num_tokens), np.repeat(layout.qo_indptr[layout.order], num_tokens) + _within(num_tokens)
+def _rows_per_block(pieces: Pieces, shape: TileShape) -> Int64Array:
+    rows: Int64Array = np.where(pieces.num_rows > shape.rows_narrow, shape.rows_wide, shape.rows_narrow)
+    return rows
 
 
-def _indptr(counts: Int64Array) -> Int64Array:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
-def _within(counts: Int64Array) -> Int64Array:
-    """0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ..."""
-    indptr = _indptr(counts)
-    return np.arange(indptr[-1], dtype=np.int64) - np.repeat(indptr[:-1], counts)
-
-
-def _pieces(layout: AttentionLayout, order: Int64Array, row_indptr: Int64Array) -> _Pieces:
-    first, last = layout.segment_readers[:, 0], layout.segment_readers[:, 1]
-    first_row = np.concatenate([row_indptr[first], row_indptr[:-1]])
-    return _Pieces(
-        first_row,
-        np.concatenate([row_indptr[last], row_indptr[1:]]) - first_row,
-        np.concatenate([layout.segment_table_row, layout.table_rows[order]]).astype(np.int64),
-        np.concatenate([layout.segment_span[:, 0], layout.private_start[order]]).astype(np.int64),
-        np.concatenate([layout.segment_span[:, 1], layout.kv_len[order]]).astype(np.int64),
-    )
-
-
-def _split_len(pieces: _Pieces, shape: TileShape, num_kv_heads: int) -> Int64Array:
+def _split_len(pieces: Pieces, shape: TileShape, num_kv_heads: int) -> Int64Array:
     """[P] longest split of each piece, so that the tiles are about ``target_tiles`` of equal cost."""
-    is_wide = pieces.num_readers > shape.rows_narrow
-    num_blocks = -(-pieces.num_readers // pieces.rows_per_block(shape))
+    is_wide = pieces.num_rows > shape.rows_narrow
+    num_blocks = -(-pieces.num_rows // _rows_per_block(pieces, shape))
     cost = np.where(is_wide, _WIDE_COST, 1)
-    total = int((num_blocks * (pieces.kv_end - pieces.kv_start) * cost).sum()) * num_kv_heads
+    total = int((num_blocks * (pieces.end - pieces.start) * cost).sum()) * num_kv_heads
     share = -(-total // (shape.target_tiles * cost))
     split_len: Int64Array = np.maximum(share, np.where(is_wide, shape.min_split_wide, shape.min_split))
     return split_len
 
 
 def _cut(
-    layout: AttentionLayout, pieces: _Pieces, q_pos: Int64Array, split_len: Int64Array, shape: TileShape
+    layout: AttentionLayout, pieces: Pieces, q_pos: Int64Array, split_len: Int64Array, shape: TileShape
 ) -> tuple[Int32Array, int, Int64Array]:
     """Tiles, how many are wide, and the number of partial results of each row."""
     num_segments = len(layout.segment_readers)
-    rows_per_block = pieces.rows_per_block(shape)
-    num_blocks = -(-pieces.num_readers // rows_per_block)
+    rows_per_block = _rows_per_block(pieces, shape)
+    num_blocks = -(-pieces.num_rows // rows_per_block)
     piece = np.repeat(np.arange(len(num_blocks)), num_blocks)
-    first = _within(num_blocks) * rows_per_block[piece]
-    block_rows = np.minimum(rows_per_block[piece], pieces.num_readers[piece] - first)
+    first = within(num_blocks) * rows_per_block[piece]
+    block_rows = np.minimum(rows_per_block[piece], pieces.num_rows[piece] - first)
     block_first = pieces.first_row[piece] + first
-    kv_start = pieces.kv_start[piece]
+    kv_start = pieces.start[piece]
     # No row of the block reads beyond the last row's own position. Segments end before any of their readers' rows.
-    kv_end = np.minimum(pieces.kv_end[piece], q_pos[block_first + block_rows - 1] + 1)
+    kv_end = np.minimum(pieces.end[piece], q_pos[block_first + block_rows - 1] + 1)
 
     # Splits of the same length rather than a short one at the end.
     kv_len = kv_end - kv_start
@@ -193,11 +150,11 @@ def _cut(
     is_shared = piece < num_segments
     splits_of_segment[piece[is_shared]] = num_splits[is_shared]
     before, shared_slots = sum_of_enclosing(layout, splits_of_segment)
-    slots_per_row = np.repeat(shared_slots, pieces.num_readers[num_segments:])
+    slots_per_row = np.repeat(shared_slots, pieces.num_rows[num_segments:])
     slots_per_row += np.repeat(num_splits[~is_shared], block_rows[~is_shared])
 
     block = np.repeat(np.arange(len(num_splits)), num_splits)
-    split = _within(num_splits)
+    split = within(num_splits)
     start = kv_start[block] + split * block_split[block]
     end = np.minimum(start + block_split[block], kv_end[block])
     tile_is_wide = (block_rows > shape.rows_narrow)[block]
@@ -210,20 +167,3 @@ def _cut(
     # Stable: the row blocks of one KV range stay together, so that only the first of them reads it from memory.
     longest_first = np.lexsort((start - end, ~tile_is_wide))
     return tiles[longest_first], int(tile_is_wide.sum()), slots_per_row
-
-
-def sum_of_enclosing(layout: AttentionLayout, values: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Of a number for each segment: [G] its sum over all segments around each; [S] over those around each sequence.
-
-    The second is in the layout's order. Readers of two segments are nested or disjoint, so what encloses a segment is
-    what opened before it and is still open where its readers begin.
-    """
-    first, last = layout.segment_readers[:, 0], layout.segment_readers[:, 1]
-    outer_first = np.lexsort((layout.segment_span[:, 0], first))
-    opened = np.empty_like(values)
-    opened[outer_first] = np.cumsum(values[outer_first]) - values[outer_first]
-    by_end = np.argsort(last, kind="stable")
-    closed = _indptr(values[by_end])[np.searchsorted(last[by_end], first, side="right")]
-    num_sequences = len(layout.order)
-    steps = np.bincount(first, values, num_sequences + 1) - np.bincount(last, values, num_sequences + 1)
-    return opened - closed, np.cumsum(steps[:-1]).astype(np.int64)

@@ -13,10 +13,7 @@ import numpy.typing as npt
 from numba import njit
 
 from batchllm.planner.plan import BatchPlan
-from batchllm.tokens import TokenTable
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from batchllm.tokens import Int32Array, Int64Array, TokenTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +42,20 @@ class PlannedRun:
 
     first_position: int
     first_prefix: int
-    prefix_parent: Int32
-    prefix_start_len: Int32
-    prefix_end_len: Int32
-    prefix_num_consumers: Int64
-    prefix_longest_consumer_len: Int64
-    prefix_end_position: Int64
-    prefix_tokens: Int32
-    request_prefix: Int32
-    request_max_new_len: Int64
-    request_known_len: Int64
-    request_task: Int32
-    request_row: Int64
-    private_len: Int64
-    private_tokens: Int32
+    prefix_parent: Int32Array
+    prefix_start_len: Int32Array
+    prefix_end_len: Int32Array
+    prefix_num_consumers: Int64Array
+    prefix_longest_consumer_len: Int64Array
+    prefix_end_position: Int64Array
+    prefix_tokens: Int32Array
+    request_prefix: Int32Array
+    request_max_new_len: Int64Array
+    request_known_len: Int64Array
+    request_task: Int32Array
+    request_row: Int64Array
+    private_len: Int64Array
+    private_tokens: Int32Array
 
     def __len__(self) -> int:
         return len(self.request_prefix)
@@ -81,7 +78,7 @@ class RunCutter:
         table: TokenTable,
         max_new_len: npt.NDArray[np.integer],
         known_len: npt.NDArray[np.integer] | None = None,
-        task: Int32 | None = None,
+        task: Int32Array | None = None,
     ) -> None:
         self.plan = plan
         self.table = table
@@ -91,8 +88,8 @@ class RunCutter:
         self.known_len = no_known_len if known_len is None else known_len.astype(np.int32, copy=False)[plan.order]
         self.task = np.full(len(plan.order), -1, np.int32) if task is None else task[plan.order]
         self.prompt_len = plan.prompt_lens
-        total_len: Int64 = np.add(self.prompt_len, self.max_new_len, dtype=np.int64)
-        self.longest_consumer_len = _max_over_ranges(total_len, plan.first, plan.num_consumers)
+        total_len: Int64Array = np.add(self.prompt_len, self.max_new_len, dtype=np.int64)
+        self.longest_consumer_len = max_over_ranges(total_len, plan.first, plan.num_consumers)
         # An output that may end anywhere counts little: a window too long costs nothing, too short a one an idle pool.
         self.kv_cost = plan.computed_lens() + np.maximum(self.known_len, 1)
         """KV slots that each position is sure to add to the pool, shared prefixes counted at their leader."""
@@ -134,7 +131,7 @@ class RunCutter:
         )
 
 
-def _gather(tokens: Int32, starts: Int64, lens: npt.NDArray[np.integer]) -> Int32:
+def _gather(tokens: Int32Array, starts: Int64Array, lens: npt.NDArray[np.integer]) -> Int32Array:
     """``tokens[starts[i] : starts[i] + lens[i]]`` of every i, one after the other."""
     offsets = np.zeros(len(lens) + 1, np.int64)
     np.cumsum(lens, out=offsets[1:])
@@ -144,7 +141,7 @@ def _gather(tokens: Int32, starts: Int64, lens: npt.NDArray[np.integer]) -> Int3
 
 
 @njit(cache=True, nogil=True)
-def copy_runs(source: Int32, starts: Int64, target: Int32, offsets: Int64) -> None:
+def copy_runs(source: Int32Array, starts: Int64Array, target: Int32Array, offsets: Int64Array) -> None:
     """Fill ``target[offsets[i] : offsets[i + 1]]`` with what stands at ``source[starts[i]]``, for every i.
 
     Args:
@@ -160,11 +157,11 @@ def copy_runs(source: Int32, starts: Int64, target: Int32, offsets: Int64) -> No
             target[to + k] = source[start + k]
 
 
-def _max_over_ranges(values: Int64, first: Int64, num: Int64) -> Int64:
+def max_over_ranges(values: Int64Array, first: Int64Array, num: Int64Array) -> Int64Array:
     """``values[first[i] : first[i] + num[i]].max()`` of every i; ranges are not empty."""
     if len(first) == 0:
         return np.zeros(0, np.int64)
     # reduceat takes each index up to the next; the sentinel lets a range end at the last value.
     bounds = np.stack([first, first + num], axis=1).ravel()
-    longest: Int64 = np.maximum.reduceat(np.append(values, 0), bounds)[::2]
+    longest: Int64Array = np.maximum.reduceat(np.append(values, 0), bounds)[::2]
     return longest

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.prefix_cache import PinLedger
-
-Int64 = npt.NDArray[np.int64]
+from batchllm.tokens import Int64Array
 
 _SAFETY = 1.0
 """Standard deviations of what runs that admission leaves free where output lengths are guesses."""
@@ -55,8 +54,8 @@ class RunningKv:
         longest_total_len: Most slots that the longest of them may ever occupy, 0 without one.
     """
 
-    private_len: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    remaining_len: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    private_len: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    remaining_len: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
     is_guess: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     longest_total_len: int = 0
 
@@ -64,7 +63,7 @@ class RunningKv:
     def of(
         cls,
         private_len: Sequence[int],
-        remaining_len: Sequence[int] | Int64,
+        remaining_len: Sequence[int] | Int64Array,
         is_guess: Sequence[bool],
         longest_total_len: int,
     ) -> RunningKv:
@@ -98,7 +97,7 @@ class KvProjection:
         self._private_total = int(self._private.sum())
         self._end_total = self._private_total + int(self._remaining.sum())
         self._variance = float((self._remaining[running.is_guess[order]].astype(np.float64) ** 2).sum())
-        self._at_finish: Int64 | None = None
+        self._at_finish: Int64Array | None = None
         self._late: list[tuple[int, int]] = []  # added and not yet sorted in
         self._page_loss = page_size - 1
         self.shared_tokens = shared_tokens

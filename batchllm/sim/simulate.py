@@ -13,6 +13,7 @@ import numpy as np
 from batchllm.errors import ConfigError
 from batchllm.perf_model import CostModel, StepWork
 from batchllm.planner import DEFAULT_GROUP_ORDER, BatchPlan, GroupOrder, plan_batch
+from batchllm.planner.run import max_over_ranges
 from batchllm.sim.kv_pool import Outcome, StepRecorder
 from batchllm.sim.lru_tree import LruTree
 from batchllm.sim.one_level import OneLevelScheduler
@@ -21,7 +22,6 @@ from batchllm.sim.result import SimResult
 from batchllm.sim.sglang_fcfs import SglangScheduler
 from batchllm.sim.vllm_fcfs import VllmScheduler
 from batchllm.sim.workload import SimWorkload
-from batchllm.tokens import Int64Array
 
 SchedulerName = Literal["batchllm", "one-level", "sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
@@ -159,7 +159,7 @@ def least_work(workload: SimWorkload, plan: BatchPlan) -> StepWork:
     # The i-th decode step attends to the prompt and the i tokens generated before it.
     growth = num_decoded * (num_decoded + 1) // 2
     private_len = prompt_len - plan.end_len_of(plan.request_prefix)
-    shared_reads = (plan.end_len - plan.start_len) * _longest(num_decoded, plan.first, plan.num_consumers)
+    shared_reads = (plan.end_len - plan.start_len) * max_over_ranges(num_decoded, plan.first, plan.num_consumers)
     return StepWork(
         num_prefill_tokens=plan.optimal_prefill_tokens,
         num_decode_tokens=int(num_decoded.sum()),
@@ -168,12 +168,3 @@ def least_work(workload: SimWorkload, plan: BatchPlan) -> StepWork:
         decode_kv_tokens=int((prompt_len * num_decoded + growth).sum()),
         kv_read_tokens=int((private_len * num_decoded + growth).sum() + shared_reads.sum()),
     )
-
-
-def _longest(values: Int64Array, first: Int64Array, num: Int64Array) -> Int64Array:
-    """``values[first[i] : first[i] + num[i]].max()`` of every i; ranges are not empty."""
-    if not len(first):
-        return np.zeros(0, np.int64)
-    bounds = np.stack([first, first + num], axis=1).ravel()
-    longest: Int64Array = np.maximum.reduceat(np.append(values, 0), bounds)[::2]
-    return longest

@@ -1,7 +1,7 @@
 """The window of planned requests: what the scheduler has been told of, and does not run yet.
 
 Knows: a plan, in counts, and what its requests look like to the policy. Must not know: tokens, steps, time.
-Invariant: the window is in plan order, and about two KV pools' worth of requests are submitted and not finished.
+Invariant: the window is in plan order.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ import numpy as np
 from batchllm.planner import BatchPlan
 from batchllm.planner.run import RunCutter
 from batchllm.prefix_cache import PinLedger
+from batchllm.scheduler.feed_window import FeedWindow
 from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
 from batchllm.sim.workload import SimWorkload
-
-_WINDOW_POOLS = 2
-_MAX_WINDOW_REQUESTS = 8192
-# A run is worth a message only when this share of the window is free.
-_REFILL_SHARE = 0.25
 
 _plan_order = attrgetter("plan_order")
 
@@ -96,11 +92,7 @@ class PlanWindow:
         self._ledger = ledger
         self._lengths = lengths
         self._cutter = RunCutter(plan, workload.table, workload.max_new_len, workload.known_len, workload.task)
-        self._cumulative_cost = np.concatenate([[0], np.cumsum(self._cutter.kv_cost)])
-        self._window_cost = _WINDOW_POOLS * kv_capacity_tokens
-        self._next_position = 0
-        self._num_outstanding = 0
-        self._outstanding_cost = 0
+        self._feed = FeedWindow(self._cutter.kv_cost, kv_capacity_tokens)
         self.waiting: list[PlannedRequest] = []
 
     @property
@@ -113,25 +105,14 @@ class PlanWindow:
     @property
     def is_done(self) -> bool:
         """Everything has been submitted and has finished."""
-        return self._next_position == self._plan.num_requests and self._num_outstanding == 0
+        return self._feed.is_done
 
     def refill(self) -> bool:
         """Take in more of the plan, if enough of the window is free. Returns whether any came."""
-        first, num_requests = self._next_position, self._plan.num_requests
-        if first == num_requests or not self._has_room():
-            return False
-        free_cost = self._window_cost - self._outstanding_cost
-        last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right")) - 1
-        last = min(last, first + _MAX_WINDOW_REQUESTS - self._num_outstanding, num_requests)
-        if last <= first:
-            if self._num_outstanding:
-                return False
-            last = first + 1  # larger than the window by itself, and it has to run
-        self._next_position = last
-        self._num_outstanding += last - first
-        self._outstanding_cost += int(self._cumulative_cost[last] - self._cumulative_cost[first])
-        self._take_in(first, last)
-        return True
+        positions = self._feed.take_next()
+        if positions is not None:
+            self._take_in(*positions)
+        return positions is not None
 
     def start(self, request: PlannedRequest) -> None:
         """It has been admitted."""
@@ -145,16 +126,7 @@ class PlanWindow:
 
     def finish(self, position: int) -> None:
         """It has ended."""
-        self._num_outstanding -= 1
-        self._outstanding_cost -= int(self._cutter.kv_cost[position])
-
-    def _has_room(self) -> bool:
-        if self._num_outstanding == 0:
-            return True
-        return (
-            self._outstanding_cost <= (1 - _REFILL_SHARE) * self._window_cost
-            and self._num_outstanding <= (1 - _REFILL_SHARE) * _MAX_WINDOW_REQUESTS
-        )
+        self._feed.finish([position])
 
     def _take_in(self, first: int, last: int) -> None:
         plan, cutter = self._plan, self._cutter

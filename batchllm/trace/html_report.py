@@ -17,11 +17,11 @@ import jinja2
 import numpy as np
 
 from batchllm.trace.step_trace import StepTrace
+from batchllm.trace.steps import Float64Array
 from batchllm.trace.svg_path import (
     BOX_HEIGHT,
     BOX_WIDTH,
     Axis,
-    Float64Array,
     Tick,
     count_ticks,
     decade_ticks,

@@ -31,6 +31,8 @@ STEP_DTYPE = np.dtype(
 """One forward step. Counts of requests, prefixes and slots are those during the step, after its admissions."""
 
 StepArray = npt.NDArray[np.void]
+Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
 
 FIELD_NAMES: tuple[str, ...] = STEP_DTYPE.names or ()
 TIME_FIELDS = ("start_s", "duration_s", "host_s")

@@ -11,10 +11,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
+from batchllm.trace.steps import Float64Array, Int64Array
 
 BOX_WIDTH = 6000
 BOX_HEIGHT = 2000

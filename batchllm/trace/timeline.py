@@ -9,12 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from batchllm.trace.steps import FIELD_NAMES, StepArray, used_tokens
-
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
+from batchllm.trace.steps import FIELD_NAMES, Float64Array, Int64Array, StepArray, used_tokens
 
 MAX_BUCKETS = 1500
 

@@ -14,7 +14,8 @@ def write_whole(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
         OSError: The folder cannot be written. Nothing is left behind, and an older file stays.
     """
     target = Path(path)
-    temporary = target.with_name(target.name + ".tmp")
+    # Two processes that write the same file at once do not write into each other's.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.writelines(parts)

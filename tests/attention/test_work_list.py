@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchllm.attention.work_list import TileShape, build_work_list, sum_of_enclosing
+from batchllm.attention.pieces import sum_of_enclosing
+from batchllm.attention.work_list import TileShape, build_work_list
 from tests.attention.cases import CASES, make_case
 
 _SHAPES = [

@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.offline import feeder as feeder_module
 from batchllm.offline.feeder import Feeder
 from batchllm.planner import plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
@@ -88,9 +86,8 @@ def test_nothing_finished_changes_nothing() -> None:
     assert feeder.take_run() is None
 
 
-def test_the_number_of_requests_on_their_way_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeder_module, "_MAX_WINDOW_REQUESTS", 8)
-    feeder = Feeder(_cutter([1] * 20), kv_capacity_tokens=1000)
+def test_the_number_of_requests_on_their_way_is_bounded_too() -> None:
+    feeder = Feeder(_cutter([1] * 20), kv_capacity_tokens=1000, max_in_flight=8)
     assert _positions(feeder.take_run()) == list(range(8))
     feeder.finish([0])
     assert feeder.take_run() is None

@@ -1,0 +1,89 @@
+"""How much of a plan is submitted at any time: about two KV pools' worth of requests.
+
+The scheduler never sees a million waiting requests, and the driver never holds a million tasks: what follows is
+submitted as answers come back.
+
+Knows: the KV that each position of the plan adds. Must not know: tokens, messages, steps, time.
+Invariant: requests are submitted in plan order, each once, and the next is never held back while nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from batchllm.tokens import Int64Array
+
+# KV pools' worth of requests on their way. One is what runs; the other is what may start when it ends.
+_WINDOW_POOLS = 2
+MAX_IN_FLIGHT = 8192
+# More follows only when this share of the window is free, so that runs are long and messages few.
+_REFILL_SHARE = 0.25
+
+
+class FeedWindow:
+    """Says which positions of a plan to submit next.
+
+    Args:
+        kv_cost: KV slots that each position is sure to add. int64[num_requests]
+        kv_capacity_tokens: Slots of the KV pool.
+        max_run_requests: Most requests that are submitted together.
+        max_in_flight: Most requests submitted and not finished.
+
+    Attributes:
+        num_in_flight: Requests submitted and not finished.
+    """
+
+    def __init__(
+        self,
+        kv_cost: Int64Array,
+        kv_capacity_tokens: int,
+        *,
+        max_run_requests: int = MAX_IN_FLIGHT,
+        max_in_flight: int = MAX_IN_FLIGHT,
+    ) -> None:
+        self._kv_cost = kv_cost
+        self._cumulative_cost = np.zeros(len(kv_cost) + 1, np.int64)
+        np.cumsum(kv_cost, out=self._cumulative_cost[1:])
+        self._window_cost = _WINDOW_POOLS * kv_capacity_tokens
+        self._max_run_requests, self._max_in_flight = max_run_requests, max_in_flight
+        self._next_position = 0
+        self._cost_in_flight = 0
+        self.num_in_flight = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Everything has been submitted and has finished."""
+        return self._next_position == len(self._kv_cost) and self.num_in_flight == 0
+
+    def take_next(self) -> tuple[int, int] | None:
+        """Positions ``[first, last)`` to submit now; None while the window is full or nothing is left."""
+        first = self._next_position
+        if first == len(self._kv_cost) or not self._has_room():
+            return None
+        free_cost = self._window_cost - self._cost_in_flight
+        last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right")) - 1
+        num_more = min(self._max_run_requests, self._max_in_flight - self.num_in_flight)
+        last = min(last, first + num_more, len(self._kv_cost))
+        if last <= first:
+            if self.num_in_flight:
+                return None
+            last = first + 1  # larger than the window by itself, and it has to run
+        self._next_position = last
+        self.num_in_flight += last - first
+        self._cost_in_flight += int(self._cumulative_cost[last] - self._cumulative_cost[first])
+        return first, last
+
+    def finish(self, positions: Sequence[int]) -> None:
+        """These have finished."""
+        self.num_in_flight -= len(positions)
+        self._cost_in_flight -= int(self._kv_cost[positions].sum())
+
+    def _has_room(self) -> bool:
+        if self.num_in_flight == 0:
+            return True
+        return (
+            self._cost_in_flight <= (1 - _REFILL_SHARE) * self._window_cost
+            and self.num_in_flight <= (1 - _REFILL_SHARE) * self._max_in_flight
+        )
