@@ -113,6 +113,10 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as error:  # e.g. a name that the file system does not take
         say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return EXIT_CANNOT_RUN
+    except MemoryError as error:
+        words = "out of memory; run it where there is more, or with less of it for token ids (--token-memory)"
+        say("\n".join([words, *getattr(error, "__notes__", ())]))
+        return EXIT_CANNOT_RUN
     except KeyboardInterrupt as interrupt:
         say("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
         return EXIT_STOPPED

@@ -249,7 +249,7 @@ def _open_journal(
             check_same(folder.path, journal.fingerprint, fingerprint)
             yield journal
             return
-    except (BatchLLMError, OSError, KeyboardInterrupt) as error:
+    except (BatchLLMError, OSError, KeyboardInterrupt, MemoryError) as error:
         if is_new and journal.num_rows == 0:
             _remove_job(folder.path, source)
         elif isinstance(error, JournalError):  # it says itself what is safe

@@ -32,7 +32,7 @@ _FORMAT = 1
 """Of the tables below; a journal of another one is refused."""
 
 # `total` is what `result` adds up to, so that nobody has to read it all. `progress` has what was recorded in each
-# second of each run, beginning with zeros in the second in which the run began.
+# second of each run, beginning with zeros in the second in which the run began; by `clock_second`.
 _SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 BEGIN;
@@ -85,6 +85,11 @@ def check_journal_there(folder: Path) -> None:
     """
     if not database_path(folder).is_file():
         raise ConfigError(f"{folder}: no job has been run in this folder, it has no {database_path(folder).name}")
+
+
+def clock_second() -> int:
+    """Seconds since the machine started, which all of its processes agree on and nobody sets."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 class FolderLock:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchllm.offline.job_folder import damaged, database_path, open_reader
+from batchllm.offline.job_folder import clock_second, damaged, database_path, open_reader
 
 RECENT_S = 300
 """What `JobStatus.recent_speed` looks back."""
@@ -93,7 +92,7 @@ def read_status(folder: Path) -> JobStatus:
 
 def _read_status(database: sqlite3.Connection, writer_pid: int | None) -> JobStatus:
     database.execute("BEGIN")  # all of it at one moment
-    recent_speed, whole_speed = _speeds(database, time.time() if writer_pid is not None else None)
+    recent_speed, whole_speed = _speeds(database, clock_second() if writer_pid is not None else None)
     num_finished, num_failed, num_prompt_tokens, num_output_tokens, command = database.execute(
         "SELECT num_rows, num_failed, num_prompt_tokens, num_output_tokens, command FROM total, job"
     ).fetchone()

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from batchllm.errors import ConfigError, JournalError
 from batchllm.offline import job_folder, result_table
 from batchllm.offline.fingerprint import Fingerprint
-from batchllm.offline.job_folder import FolderLock, damaged, database_path, faults, wal_path
+from batchllm.offline.job_folder import FolderLock, clock_second, damaged, database_path, faults, wal_path
 
 Int64Array = npt.NDArray[np.int64]
 Order = Literal["input", "finished"]
@@ -60,7 +60,7 @@ class Journal:
         self._rows: list[tuple[int, int, str, int, int, int, bytes]] = []
         self._events: list[tuple[float, str, str]] = []
         self._oldest_at = 0.0
-        self._started_second = int(time.time())
+        self._started_second = clock_second()
         self._fault: JournalError | None = None
         self.num_rows = 0
         self._db, num_dropped = job_folder.open_writer(folder)
@@ -190,8 +190,8 @@ class Journal:
             self._db.executemany("INSERT INTO event VALUES (?, ?, ?)", events)
             self._db.execute(result_table.ADD, (len(rows), num_failed, num_prompt_tokens, num_output_tokens))
             self._db.execute(_ADD_PROGRESS, (self._run, self._started_second, 0, 0))
-            second = max(int(time.time()), self._started_second)
-            self._db.execute(_ADD_PROGRESS, (self._run, second, len(rows), num_prompt_tokens + num_output_tokens))
+            num_tokens = num_prompt_tokens + num_output_tokens
+            self._db.execute(_ADD_PROGRESS, (self._run, clock_second(), len(rows), num_tokens))
         return len(rows)
 
     def event(self, kind: str, detail: str = "") -> None:

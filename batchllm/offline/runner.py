@@ -145,7 +145,7 @@ class Runner:
                 self._run_works(job_rows, works)
                 self._recorder.commit()
             return self._journal.num_rows == self.num_rows
-        except (EngineError, KeyboardInterrupt, WorkloadError):
+        except (EngineError, KeyboardInterrupt, MemoryError, WorkloadError):
             self._recorder.commit()  # what is there is good
             raise
         finally:

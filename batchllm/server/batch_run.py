@@ -12,7 +12,6 @@ import contextlib
 import logging
 import shutil
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from batchllm.server.file_store import FileStore
 from batchllm.server.metrics import BatchMetrics
 from batchllm.server.objects import ACTIVE_STATUSES, OUTPUT_PURPOSE
 from batchllm.server.options import BatchOptions
+from batchllm.server.steady_clock import unix_now
 from batchllm.server.validation import MAX_SHOWN, Verdict, validate
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class BatchRun:
 
     def _validate(self, batch: BatchRecord) -> None:
         context = self._context
-        if batch.expires_at <= time.time():
+        if batch.expires_at <= unix_now():
             context.batches.move(batch.id, ("validating",), "expired")
             return
         verdict = validate(
@@ -180,7 +180,7 @@ class BatchRun:
             return "cancelled"
         if batch.status == "finalizing" and journal.num_rows == batch.num_rows:
             return "completed"
-        if batch.expires_at <= time.time():
+        if batch.expires_at <= unix_now():
             return "expired"
         num_attempts = 1 if journal.num_rows > batch.num_done_at_attempt else batch.num_attempts + 1
         if num_attempts > MAX_ATTEMPTS:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import secrets
 import sqlite3
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,6 +19,7 @@ import orjson
 from batchllm.server.database import Database
 from batchllm.server.file_store import UnknownCursorError
 from batchllm.server.objects import ACTIVE_STATUSES, BatchCreate, BatchStatus, seconds_of
+from batchllm.server.steady_clock import unix_now
 
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 _JSON_COLUMNS = frozenset({"metadata", "errors", "usage"})
@@ -88,7 +88,7 @@ class BatchStore:
 
     def add(self, asked: BatchCreate) -> BatchRecord:
         """Record a new batch."""
-        now = int(time.time())
+        now = int(unix_now())
         expiry = asked.output_expires_after
         batch_id = f"batch_{secrets.token_hex(16)}"
         values = {
@@ -164,7 +164,7 @@ class BatchStore:
         Returns:
             Whether it was, and is changed.
         """
-        columns = {"status": status, _TIME_OF[status]: int(time.time()), **columns}
+        columns = {"status": status, _TIME_OF[status]: int(unix_now()), **columns}
         assignments = ", ".join(f"{name} = ?" for name in columns)
         places = ", ".join("?" * len(before))
         num = self._database.write(

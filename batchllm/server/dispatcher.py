@@ -22,6 +22,7 @@ from batchllm.server.batch_run import CRASH, SHUTDOWN, BatchContext, BatchRun
 from batchllm.server.batch_store import BATCH_ID, BatchRecord
 from batchllm.server.file_store import set_aside
 from batchllm.server.objects import BatchStatus
+from batchllm.server.steady_clock import unix_now
 
 logger = logging.getLogger(__name__)
 
@@ -185,4 +186,4 @@ def _kind_of(batch: BatchRecord) -> _Kind:
 
 def _must_stop(batch: BatchRecord) -> bool:
     """What runs of the batch shall come to its end."""
-    return batch.status == "cancelling" or (batch.expires_at <= time.time() and batch.status != "finalizing")
+    return batch.status == "cancelling" or (batch.expires_at <= unix_now() and batch.status != "finalizing")

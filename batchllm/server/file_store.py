@@ -23,6 +23,7 @@ from typing import BinaryIO, Literal, cast
 
 from batchllm.server.database import Database
 from batchllm.server.objects import ACTIVE_STATUSES
+from batchllm.server.steady_clock import unix_now
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class FileStore:
 
     def add(self, file_id: str, *, filename: str, purpose: str, lifetime_s: int | None) -> FileRecord:
         """Record a file that has its place."""
-        now = int(time.time())
+        now = int(unix_now())
         expires_at = None if lifetime_s is None else now + lifetime_s
         num_bytes = self.path(file_id).stat().st_size
         values = (file_id, num_bytes, now, expires_at, filename, purpose)
@@ -159,7 +160,7 @@ class FileStore:
         if not _ID.fullmatch(file_id):
             return None
         query = f"SELECT {_COLUMNS} FROM file WHERE id = ? AND (expires_at IS NULL OR expires_at > ?)"
-        found = self._database.query(query, (file_id, int(time.time())))
+        found = self._database.query(query, (file_id, int(unix_now())))
         return FileRecord(**dict(found[0])) if found else None
 
     def page(
@@ -170,7 +171,7 @@ class FileStore:
         Raises:
             UnknownCursorError: There is no file ``after``.
         """
-        where, values = "(expires_at IS NULL OR expires_at > ?)", [int(time.time())] + [purpose] * (purpose is not None)
+        where, values = "(expires_at IS NULL OR expires_at > ?)", [int(unix_now())] + [purpose] * (purpose is not None)
         if purpose is not None:
             where += " AND purpose = ?"
         if after is not None:
@@ -201,7 +202,7 @@ class FileStore:
     def delete_expired(self) -> None:
         """Delete what has expired, but for the inputs of batches that have not ended."""
         query = f"SELECT id FROM file WHERE expires_at <= ? AND id NOT IN ({_NEEDED})"
-        for row in self._database.query(query, (int(time.time()),)):
+        for row in self._database.query(query, (int(unix_now()),)):
             try:
                 with self._database.transaction():
                     self._forget(row["id"])
