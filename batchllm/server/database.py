@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm.errors import ConfigError
-from batchllm.offline.job_folder import FolderLock
+from batchllm.offline.job_folder import FolderLock, file_identity
 
 NAME = "batches.db"
 FLAG = "--batch-storage"
@@ -86,7 +86,9 @@ class Database:
         except ConfigError as error:
             raise ConfigError(f"{FLAG}: another server uses it, or it cannot be written: {error}") from error
         try:
-            self._db = self._open(folder / NAME)
+            self._path = folder / NAME
+            self._db = self._open(self._path)
+            self._identity = file_identity(self._path)
         except BaseException:
             self._lock.release()
             raise
@@ -126,6 +128,7 @@ class Database:
             if self._db.in_transaction:
                 yield
                 return
+            self._check_there()
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -133,6 +136,14 @@ class Database:
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+
+    def _check_there(self) -> None:
+        """SQLite would go on writing to a file that the next start does not find."""
+        if file_identity(self._path) != self._identity:
+            raise sqlite3.OperationalError(
+                f"{self._path} was deleted, moved or replaced while the server was running; stop the server, put the "
+                "storage back, and start it again"
+            )
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """The rows of an answer."""

@@ -5,76 +5,25 @@ What was in the journal when it ended is not run again, unless the journal itsel
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cli.jobs import Argument, Done, SubmissionLog, batchllm, ids_of, lines_of, recorded_rows, rows_of, write_rows
-
-NUM_ROWS = 900
-AT = 600
-"""Answers at which the fault comes: after a commit or two, and before the last."""
-IDS = [f"r{i}" for i in range(NUM_ROWS)]
-ROOT = Path(__file__).parents[2]
-
-
-class Faulty:
-    """A job that meets a fault, and is called again when it is mended.
-
-    Attributes:
-        base: A folder without faults.
-        disk: A small file system of its own, where one was mounted.
-    """
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.disk = base / "disk"
-        self.disk.mkdir(exist_ok=True)
-        self.filler = self.disk / "filler"
-        self.source = write_rows(base / "in.jsonl", rows_of(NUM_ROWS))
-        self.log = SubmissionLog(base / "log.txt")
-
-    @property
-    def fill(self) -> str:
-        """A command that leaves no byte on the disk."""
-        return f"cat /dev/zero > {self.filler} 2> /dev/null"
-
-    def run(self, *flags: Argument, **settings: Any) -> Done:
-        return batchllm("run", *flags, log=self.log.path, **settings)
-
-    def fail(self, *flags: Argument, do: str, at: int = AT) -> str:
-        """Runs into the fault; what is said is one message."""
-        said = self.run("-i", self.source, *flags, batch=10, at=at, do=do).check(2).stderr
-        assert said.startswith("batchllm: ")
-        assert len(said.splitlines()) <= 2, said
-        self.log.take()
-        return said
-
-    def go_on(self, recorded: set[int], *flags: Argument, out: Path) -> None:
-        """The same command answers all other rows, and writes each row once."""
-        self.run("-i", self.source, *flags).check(0)
-        asked = self.log.take()
-        asked.pop("start", None)
-        assert asked == {str(i): 1 for i in range(NUM_ROWS) if i not in recorded}
-        in_order = sorted if "finished" in flags else list
-        assert in_order(ids_of(out)) == in_order(IDS)
-        assert not [path for path in out.parent.iterdir() if path.name.endswith((".tmp", ".unfinished"))]
+from tests.cli.jobs import ids_of, lines_of, recorded_rows, rows_of, write_rows
+from tests.faulty_job import AT, IDS, NUM_ROWS, FaultyJob
+from tests.mounted_disk import mount, run_with_mounts
 
 
 @pytest.fixture
-def faulty(tmp_path: Path) -> Faulty:
-    return Faulty(tmp_path)
+def faulty(tmp_path: Path) -> FaultyJob:
+    return FaultyJob(tmp_path)
 
 
 # Folders that go
 
 
-def test_an_output_folder_that_goes_at_the_end_is_named_and_made_again_it_gets_the_answers(faulty: Faulty) -> None:
+def test_an_output_folder_that_goes_at_the_end_is_named_and_made_again_it_gets_the_answers(faulty: FaultyJob) -> None:
     out, job = faulty.disk / "out.jsonl", faulty.base / "job"
     said = faulty.fail("-o", out, "--job-dir", job, do=f"rmdir {faulty.disk}")
     assert f"-o {out}: cannot be written: No such file or directory" in said
@@ -86,7 +35,7 @@ def test_an_output_folder_that_goes_at_the_end_is_named_and_made_again_it_gets_t
 
 
 @pytest.mark.parametrize("removed", ["disk", "disk/out.jsonl.job"])
-def test_a_job_folder_that_is_removed_is_missed_and_the_job_begins_anew(faulty: Faulty, removed: str) -> None:
+def test_a_job_folder_that_is_removed_is_missed_and_the_job_begins_anew(faulty: FaultyJob, removed: str) -> None:
     out = faulty.disk / "out.jsonl"
     said = faulty.fail("-o", out, do=f"rm -r {faulty.base / removed}")
     assert "deleted, moved or replaced while the job was running" in said
@@ -96,14 +45,14 @@ def test_a_job_folder_that_is_removed_is_missed_and_the_job_begins_anew(faulty: 
     faulty.go_on(set(), "-o", out, out=out)
 
 
-def test_a_job_folder_that_is_removed_before_any_result_is_missed_too(faulty: Faulty) -> None:
+def test_a_job_folder_that_is_removed_before_any_result_is_missed_too(faulty: FaultyJob) -> None:
     """The copy of standard input is in it."""
     out = faulty.disk / "out.jsonl"
     done = faulty.run("-i", "-", "-o", out, stdin=lines_of(rows_of(20)), at=0, do=f"rm -r {out}.job")
     assert "deleted, moved or replaced" in done.check(2).stderr
 
 
-def test_a_job_folder_that_was_moved_goes_on_when_it_is_put_back(faulty: Faulty) -> None:
+def test_a_job_folder_that_was_moved_goes_on_when_it_is_put_back(faulty: FaultyJob) -> None:
     out, job = faulty.disk / "out.jsonl", faulty.disk / "out.jsonl.job"
     said = faulty.fail("-o", out, do=f"mv {job} {faulty.base / 'away'}")
     assert "Put the whole folder back and run the same command to go on" in said
@@ -113,7 +62,7 @@ def test_a_job_folder_that_was_moved_goes_on_when_it_is_put_back(faulty: Faulty)
     faulty.go_on(recorded, "-o", out, out=out)
 
 
-def test_an_input_that_goes_in_flight_has_been_read(faulty: Faulty) -> None:
+def test_an_input_that_goes_in_flight_has_been_read(faulty: FaultyJob) -> None:
     """The run ends well; the next one needs the input, for the order of its lines."""
     out = faulty.disk / "out.jsonl"
     faulty.run("-i", faulty.source, "-o", out, batch=10, at=AT, do=f"rm {faulty.source}").check(0)
@@ -123,7 +72,7 @@ def test_an_input_that_goes_in_flight_has_been_read(faulty: Faulty) -> None:
 
 
 def test_an_input_that_is_replaced_in_flight_is_answered_as_it_was_and_not_mixed_with_the_new_one(
-    faulty: Faulty,
+    faulty: FaultyJob,
 ) -> None:
     out, other = faulty.disk / "out.jsonl", write_rows(faulty.base / "other.jsonl", rows_of(5))
     do = f"mv {other} {faulty.source}; kill -TERM $PPID"
@@ -140,28 +89,12 @@ def test_an_input_that_is_replaced_in_flight_is_answered_as_it_was_and_not_mixed
 # Disks that refuse
 
 
-def run_with_disk(scenario: Callable[[Faulty], None], base: Path, size: str = "2m") -> None:
-    """Runs a function of this file in a process that has mounted a small disk, which nobody else sees or keeps."""
-    command = [sys.executable, "-m", "tests.cli.test_run_faults", scenario.__name__, str(base), size]
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0:
-        command = ["unshare", "-rm", *command]
-    elif os.geteuid() == 0:
-        command = ["unshare", "-m", *command]
-    else:
-        pytest.fail("this machine lets nobody but root mount file systems (`unshare -rm` is refused): run this as root")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def mount(folder: Path, *arguments: str) -> None:
-    subprocess.run(["mount", *arguments, str(folder)], check=True)
-
-
 def test_a_disk_that_runs_full_under_output_and_job_stops_it_and_room_lets_it_go_on(tmp_path: Path) -> None:
-    run_with_disk(fill_under_all, tmp_path)
+    run_with_mounts(fill_under_all, tmp_path, size="2m")
 
 
-def fill_under_all(faulty: Faulty) -> None:
+def fill_under_all(base: Path) -> None:
+    faulty = FaultyJob(base)
     out, job = faulty.disk / "out.jsonl", faulty.disk / "out.jsonl.job"
     said = faulty.fail("-o", out, do=faulty.fill)
     recorded = recorded_rows(job)
@@ -174,10 +107,11 @@ def fill_under_all(faulty: Faulty) -> None:
 
 
 def test_a_disk_that_runs_full_under_the_job_alone_is_told_by_the_job_s_folder(tmp_path: Path) -> None:
-    run_with_disk(fill_under_job, tmp_path)
+    run_with_mounts(fill_under_job, tmp_path, size="2m")
 
 
-def fill_under_job(faulty: Faulty) -> None:
+def fill_under_job(base: Path) -> None:
+    faulty = FaultyJob(base)
     out, job = faulty.base / "out.jsonl", faulty.disk / "job"
     said = faulty.fail("-o", out, "--job-dir", job, do=faulty.fill)
     assert str(job) in said
@@ -188,10 +122,11 @@ def fill_under_job(faulty: Faulty) -> None:
 
 
 def test_a_disk_full_before_the_first_result_leaves_nothing_half_begun(tmp_path: Path) -> None:
-    run_with_disk(fill_at_first, tmp_path)
+    run_with_mounts(fill_at_first, tmp_path, size="2m")
 
 
-def fill_at_first(faulty: Faulty) -> None:
+def fill_at_first(base: Path) -> None:
+    faulty = FaultyJob(base)
     out, job = faulty.base / "out.jsonl", faulty.disk / "job"
     said = faulty.fail("-o", out, "--job-dir", job, do=faulty.fill, at=0)
     assert "the disk is full" in said
@@ -209,11 +144,12 @@ def fill_at_first(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize("order", ["input", "finished"])
 def test_a_disk_full_under_the_output_alone_keeps_all_results(tmp_path: Path, order: str) -> None:
-    run_with_disk({"input": fill_under_output, "finished": fill_under_growing_output}[order], tmp_path)
+    run_with_mounts({"input": fill_under_output, "finished": fill_under_growing_output}[order], tmp_path, size="2m")
 
 
-def fill_under_output(faulty: Faulty) -> None:
+def fill_under_output(base: Path) -> None:
     """Written at the end: nothing of it is left, and no engine is needed for it again."""
+    faulty = FaultyJob(base)
     out, job = faulty.disk / "out.jsonl", faulty.base / "job"
     said = faulty.fail("-o", out, "--job-dir", job, do=faulty.fill)
     assert f"-o {out}: cannot be written: No space left on device" in said
@@ -223,8 +159,9 @@ def fill_under_output(faulty: Faulty) -> None:
     faulty.go_on(set(range(NUM_ROWS)), "-o", out, "--job-dir", job, out=out)
 
 
-def fill_under_growing_output(faulty: Faulty) -> None:
+def fill_under_growing_output(base: Path) -> None:
     """Written as rows finish: the run stops, and the next one writes the lines that are missing."""
+    faulty = FaultyJob(base)
     out, job = faulty.disk / "out.jsonl", faulty.base / "job"
     flags = ("-o", out, "--job-dir", job, "--order", "finished")
     said = faulty.fail(*flags, do=faulty.fill)
@@ -236,10 +173,11 @@ def fill_under_growing_output(faulty: Faulty) -> None:
 
 
 def test_a_disk_that_becomes_read_only_in_flight_keeps_all_results(tmp_path: Path) -> None:
-    run_with_disk(make_output_read_only, tmp_path)
+    run_with_mounts(make_output_read_only, tmp_path, size="2m")
 
 
-def make_output_read_only(faulty: Faulty) -> None:
+def make_output_read_only(base: Path) -> None:
+    faulty = FaultyJob(base)
     out, job = faulty.disk / "out.jsonl", faulty.base / "job"
     said = faulty.fail("-o", out, "--job-dir", job, do=f"mount -o remount,ro {faulty.disk}")
     assert f"-o {out}: cannot be written: Read-only file system" in said
@@ -253,11 +191,12 @@ def make_output_read_only(faulty: Faulty) -> None:
 
 
 def test_a_job_whose_folder_becomes_read_only_goes_on_when_it_can_be_written_again(tmp_path: Path) -> None:
-    run_with_disk(make_job_read_only, tmp_path)
+    run_with_mounts(make_job_read_only, tmp_path, size="2m")
 
 
-def make_job_read_only(faulty: Faulty) -> None:
+def make_job_read_only(base: Path) -> None:
     """The kernel lets what is open be written until it is remounted by force; the run is killed before that."""
+    faulty = FaultyJob(base)
     out, job = faulty.base / "out.jsonl", faulty.disk / "job"
     faulty.run("-i", faulty.source, "-o", out, "--job-dir", job, batch=10, at=AT, do="kill -KILL $PPID")
     recorded = recorded_rows(job)
@@ -273,11 +212,12 @@ def make_job_read_only(faulty: Faulty) -> None:
 
 
 def test_what_does_not_fit_beside_the_journal_is_told_and_begins_nothing(tmp_path: Path) -> None:
-    run_with_disk(carry_too_much, tmp_path, size="1m")
+    run_with_mounts(carry_too_much, tmp_path, size="1m")
 
 
-def carry_too_much(faulty: Faulty) -> None:
+def carry_too_much(base: Path) -> None:
     """Carried columns wait on disk for their answers."""
+    faulty = FaultyJob(base)
     out, job = faulty.base / "out.jsonl", faulty.disk / "job"
     write_rows(faulty.source, [row | {"pad": "x" * 2000} for row in rows_of(NUM_ROWS)])
     said = faulty.fail("-o", out, "--job-dir", job, "--carry", "pad", do="true")
@@ -288,20 +228,14 @@ def carry_too_much(faulty: Faulty) -> None:
 
 
 def test_progress_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    run_with_disk(fill_under_progress, tmp_path)
+    run_with_mounts(fill_under_progress, tmp_path, size="2m")
 
 
-def fill_under_progress(faulty: Faulty) -> None:
+def fill_under_progress(base: Path) -> None:
+    faulty = FaultyJob(base)
     out, progress = faulty.base / "out.jsonl", faulty.disk / "p.jsonl"
     flags = ("-i", faulty.source, "-o", out, "--progress-file", progress)
     # Lines of progress until the last page is full too.
     done = faulty.run(*flags, batch=10, at=AT, do=f"{faulty.fill}; cat /dev/zero >> {progress} 2> /dev/null").check(0)
     assert f"--progress-file {progress}: No space left on device; going on without it" in done.stderr
     assert ids_of(out) == IDS
-
-
-if __name__ == "__main__":
-    _, name, given, given_size = sys.argv
-    (Path(given) / "disk").mkdir()
-    mount(Path(given) / "disk", "-t", "tmpfs", "-o", f"size={given_size}", "tmpfs")
-    globals()[name](Faulty(Path(given)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import shutil
@@ -21,6 +20,7 @@ from batchllm.errors import BatchLLMError, JournalError
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.job_status import read_status
 from batchllm.offline.journal import Journal
+from tests.mounted_disk import mount, run_with_mounts
 from tests.sizes import sized
 
 LINE = b"x" * 3_000
@@ -163,23 +163,6 @@ def append_until_fault(journal: Journal, max_rows: int = 10_000) -> JournalError
                     again()
             return error
     raise AssertionError(f"no fault in {max_rows} rows")
-
-
-def run_with_mounts(scenario: Callable[[Path], None], folder: Path) -> None:
-    """Runs a function of this file in a process that may mount file systems, which nobody else sees or keeps."""
-    command = [*THIS_FILE, scenario.__name__, str(folder)]
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0:
-        command = ["unshare", "-rm", *command]
-    elif os.geteuid() == 0:
-        command = ["unshare", "-m", *command]
-    else:
-        pytest.fail("this machine lets nobody but root mount file systems (`unshare -rm` is refused): run this as root")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-
-
-def mount(folder: Path, *arguments: str) -> None:
-    subprocess.run(["mount", *arguments, str(folder)], check=True)
 
 
 def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path) -> None:
@@ -378,7 +361,5 @@ def test_a_damaged_file_gives_right_lines_or_an_error_that_says_what_to_do(
 
 
 if __name__ == "__main__":
-    scenarios: dict[str, Callable[[Path], None]] = {
-        run.__name__: run for run in (append_and_tell, fill_disk, begin_on_full_disk, make_read_only, refuse_writes)
-    }
+    scenarios: dict[str, Callable[[Path], None]] = {run.__name__: run for run in (append_and_tell, refuse_writes)}
     scenarios[sys.argv[1]](Path(sys.argv[2]))
