@@ -70,6 +70,10 @@ class OpenAIRoute(APIRoute):
                 return ApiError(400, "the request was cut off", code="incomplete_request").response()
             except HTTPException as error:  # of FastAPI's own reading of a request
                 return ApiError(error.status_code, str(error.detail), code="invalid_request").response()
+            except MemoryError:
+                logger.error("there is no memory for a request")
+                message = "the server has no memory for this now; try again later"
+                return ApiError(503, message, code="out_of_memory").response()
             except (OSError, sqlite3.Error) as error:
                 return storage_fault(error).response()
 

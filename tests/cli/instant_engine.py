@@ -15,15 +15,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from batchllm.default_model import default_model_path
-from batchllm.errors import EngineError, RowError
+from batchllm.errors import EngineDiedError, EngineError, RowError
 from batchllm.offline.runtime import Chat, FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import ChatPrompt, Completion, TokenLogprob
 from batchllm.scheduler.output_length import PredictionError
@@ -45,8 +46,12 @@ class Settings:
         delay_s: Seconds before each batch of answers.
         stuck_after: Answers after which no more come; 0 for never.
         log: Gets a line ``start`` with each engine, and the last token of each prompt that is submitted; "" for none.
-        at: Number of answers after which `do` is done, once in an engine.
-        do: A shell command; its parent is the driver.
+        moment: When `do` and `fault` come: "start" before anything is asked, "answers" after `at` answers, "end" when
+            the engine is no longer needed.
+        at: Number of answers.
+        do: A shell command, once in an engine; its parent is the driver.
+        fault: Once, in the first engine: "death", "memory" that is not to be
+            had, or a "clock" that is set, e.g. "clock-3600".
         fails: 1 if no engine starts.
     """
 
@@ -54,8 +59,10 @@ class Settings:
     delay_s: float = 0.0
     stuck_after: int = 0
     log: str = ""
+    moment: str = "answers"
     at: int = 0
     do: str = ""
+    fault: str = ""
     fails: int = 0
 
     @classmethod
@@ -107,9 +114,11 @@ class InstantRuntime:
         )
         self._settings = settings
         self._num_answered = 0
-        self._is_done_with_it = not settings.do
+        self._is_done_with_it = not (settings.do or settings.fault)
         self._forget()
         self._log(["start"])
+        if settings.fault != "death":  # whoever is dead is found so when it is asked
+            self._meet("start")
 
     def _forget(self) -> None:
         self._last_ids: dict[int, int] = {}
@@ -125,8 +134,26 @@ class InstantRuntime:
             with open(self._settings.log, "a") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
+    def _meet(self, moment: str) -> None:
+        """Do what the settings say for this moment."""
+        settings = self._settings
+        if self._is_done_with_it or moment != settings.moment:
+            return
+        if moment == "answers" and self._num_answered < settings.at:
+            return
+        self._is_done_with_it = True
+        if settings.do:
+            subprocess.run(settings.do, shell=True, check=False)
+        if settings.fault == "memory":
+            raise MemoryError
+        if settings.fault == "death":
+            raise EngineDiedError("it is dead")
+        if settings.fault:
+            set_clock(int(settings.fault.removeprefix("clock")))
+
     def open_job(self) -> int:
         self._forget()
+        self._meet("start")
         return 0
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
@@ -146,9 +173,7 @@ class InstantRuntime:
     async def receive(self, job_id: int) -> FinishedRequests:
         settings = self._settings
         await asyncio.sleep(settings.delay_s)
-        if not self._is_done_with_it and self._num_answered >= settings.at:
-            self._is_done_with_it = True
-            subprocess.run(settings.do, shell=True, check=False)
+        self._meet("answers")
         if self._withdrawn:
             positions, self._withdrawn = self._withdrawn, []
             return self._finished(positions, is_withdrawn=True)
@@ -203,16 +228,26 @@ class InstantRuntime:
         pass
 
     def shutdown(self) -> None:
-        pass
+        self._meet("end")
+
+
+def set_clock(by_s: int) -> None:
+    """Set this process's clock on, or back."""
+    real = time.time
+    time.time = lambda: real() + by_s
 
 
 def engine_starter(settings: Settings) -> Callable[..., InstantRuntime]:
     """What stands in for ``batchllm.cli.run._start_engine``."""
 
+    num_started: list[int] = []
+
     def start(*_: Any) -> InstantRuntime:
         if settings.fails:
             raise EngineError("the engine did not start")
-        return InstantRuntime(settings)
+        now = settings if not num_started else replace(settings, fault="")
+        num_started.append(1)
+        return InstantRuntime(now)
 
     return start
 

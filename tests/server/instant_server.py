@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -50,6 +51,7 @@ class SharedRuntime:
     def open_job(self) -> int:
         job_id = next(self._numbers)
         self._jobs[job_id] = InstantRuntime(self._settings)
+        self._settings = replace(self._settings, fault="")
         return job_id
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
@@ -71,7 +73,7 @@ class SharedRuntime:
         del self._jobs[job_id]
 
     def shutdown(self) -> None:
-        pass
+        self._first.shutdown()
 
 
 class Api:
@@ -126,8 +128,9 @@ class Api:
             self.service.close()
 
     def wait(self) -> None:
-        """Return when the server has ended."""
-        self._thread.join()
+        """Return when the server has ended; signals are answered meanwhile."""
+        while self._thread.is_alive():
+            self._thread.join(0.05)
 
 
 def main(storage: str, port_file: str) -> None:
@@ -136,6 +139,7 @@ def main(storage: str, port_file: str) -> None:
     unfinished = Path(f"{port_file}.new")
     unfinished.write_text(str(api.port))
     unfinished.rename(port_file)
+    signal.signal(signal.SIGTERM, lambda *_: api.stop())
     api.wait()
 
 

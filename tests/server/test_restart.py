@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing
@@ -24,7 +22,7 @@ from batchllm.offline.joint_jobs import JointJobs
 from batchllm.offline.runtime import FinishedRequests
 from batchllm.server import BatchOptions
 from tests.cli.instant_engine import Settings
-from tests.cli.jobs import SubmissionLog, environment_of, recorded_rows
+from tests.cli.jobs import SubmissionLog, recorded_rows
 from tests.server.api_rows import (
     DEADLINE_S,
     begin,
@@ -40,54 +38,18 @@ from tests.server.api_rows import (
 )
 from tests.server.conftest import Serve
 from tests.server.instant_server import KILLER, Api, SharedRuntime
+from tests.server.server_process import ServerProcesses
 
 T = TypeVar("T")
-ROOT = Path(__file__).parents[2]
-
-
-class Process:
-    """A server in a process of its own."""
-
-    def __init__(self, base: Path, **engine: Any) -> None:
-        port_file = base / "port"
-        port_file.unlink(missing_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.instant_server", str(base / "storage"), str(port_file)],
-            cwd=ROOT,
-            env=environment_of(Settings(**engine)),
-            stderr=subprocess.DEVNULL,
-        )
-        until(lambda: port_file.exists() or self.process.poll() is not None, "the server does not start")
-        port = port_file.read_text() if port_file.exists() else "1"
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.client.close()
-
-
-class Processes:
-    """Servers that run one after the other on one storage."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.all: list[Process] = []
-
-    def start(self, **engine: Any) -> Process:
-        self.all.append(Process(self.base, **engine))
-        return self.all[-1]
 
 
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    found = Processes(tmp_path)
-    yield found
-    for process in found.all:
-        process.kill()
+def processes(tmp_path: Path) -> Iterator[ServerProcesses]:
+    with ServerProcesses(tmp_path) as found:
+        yield found
 
 
-def test_a_server_that_is_killed_again_and_again_asks_for_no_recorded_row_twice(processes: Processes) -> None:
+def test_a_server_that_is_killed_again_and_again_asks_for_no_recorded_row_twice(processes: ServerProcesses) -> None:
     log = SubmissionLog(processes.base / "log.txt")
     engine: dict[str, Any] = {"batch": 10, "delay_s": 0.05, "log": str(log.path)}
     server = processes.start(**engine)
@@ -112,7 +74,7 @@ def test_a_server_that_is_killed_again_and_again_asks_for_no_recorded_row_twice(
     until(lambda: not folder.exists(), "the journal is still there")
 
 
-def test_a_row_that_kills_the_server_costs_its_batch_and_no_other(processes: Processes) -> None:
+def test_a_row_that_kills_the_server_costs_its_batch_and_no_other(processes: ServerProcesses) -> None:
     """The other one may be suspected at first; the two are not run together again."""
     server = processes.start(batch=1, delay_s=0.05)
     good = begin(server.client, rows_of(20)).id
@@ -142,7 +104,7 @@ def test_a_row_that_kills_the_server_costs_its_batch_and_no_other(processes: Pro
     assert (codes, counts_of(found[1])) == ({"batch_failed"}, (10, 0, 10))
 
 
-def test_a_batch_that_was_acknowledged_survives_at_any_point(processes: Processes) -> None:
+def test_a_batch_that_was_acknowledged_survives_at_any_point(processes: ServerProcesses) -> None:
     """Killed right after each answer."""
     server = processes.start()
     file_id = upload(server.client, rows_of(5))
