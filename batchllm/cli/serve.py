@@ -117,6 +117,13 @@ def _add_batch_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="batches in progress at once, planned together; others wait for their turn (default: 32)",
     )
+    group.add_argument(
+        "--batch-max-token-bytes",
+        type=int,
+        metavar="N",
+        help="token ids, of 4 bytes, that all batches in progress hold in memory; beyond it they are on disk, and a "
+        "batch is planned in parts (default: 2 GiB)",
+    )
 
 
 def _batch_options(given: dict[str, Any], port: int) -> BatchOptions:

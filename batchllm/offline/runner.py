@@ -35,7 +35,7 @@ from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.runtime import Runtime, RuntimeInfo
 from batchllm.offline.stats import JobStats
 from batchllm.offline.stop import StopSignal
-from batchllm.offline.token_store import TokenStore
+from batchllm.offline.token_store import TokenMemory, TokenStore
 from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
 from batchllm.planner.shards import split_by_prefix
 from batchllm.request import Completion
@@ -52,6 +52,8 @@ class RunOptions:
     """Run rows that must have the same answer once (`batchllm.offline.identical`)."""
     max_token_bytes: int = 1 << 40
     """Token ids held in memory; a larger job is planned in shards."""
+    token_memory: TokenMemory | None = None
+    """Shared with other jobs; one that does not fit beside them is planned in shards too."""
     group_order: GroupOrder = DEFAULT_GROUP_ORDER
     keep_steps: bool = False
     """Keep what each forward step was like."""
@@ -78,6 +80,7 @@ class Runner:
         steps: What each forward step was like, where that is kept.
         started_at: When the first batch began, on the monotonic clock.
         num_rows: Rows of the input.
+        num_shards: Parts in which the job was planned.
         num_lost_tokens: Prompt tokens computed more than once because the job was planned in shards.
     """
 
@@ -101,7 +104,7 @@ class Runner:
         self._options = options
         self._make_job = make_job
         self._spool = RowSpool(folder)
-        self._store = TokenStore(folder, options.max_token_bytes)
+        self._store = TokenStore(folder, options.max_token_bytes, options.token_memory)
         self._identical = IdenticalRows() if options.shares_answers else None
         self._samples: dict[int, list[Completion]] = {}
         self._optimal_lens: Counter[int] = Counter()
@@ -114,6 +117,7 @@ class Runner:
         self.steps: list[StepArray] = []
         self.started_at = 0.0
         self.num_rows = 0
+        self.num_shards = 1
         self.num_lost_tokens = 0
 
     def run(self, rows: Iterable[Row | BadRow]) -> bool:
@@ -179,13 +183,16 @@ class Runner:
         started = time.perf_counter()
         assert self.runtime is not None
         everything = np.arange(len(job_rows))
+        memory = self._options.token_memory
+        max_shard_bytes = self._options.max_token_bytes if memory is None else memory.max_shard_bytes
         shards = split_by_prefix(
             self._store,
-            max_shard_tokens=self._options.max_token_bytes // 4,
+            max_shard_tokens=max_shard_bytes // 4,
             namespaces=job_rows.per_prompt(job_rows.namespace(everything)),
             num_samples=job_rows.per_prompt(job_rows.num_samples(everything) // job_rows.num_prompts),
             page_size=self.runtime.info.page_size,
         )
+        self.num_shards = shards.num_shards
         self.num_lost_tokens = shards.num_lost_tokens
         self.stats.plan_s += time.perf_counter() - started
         row_shard = shards.row_shard[job_rows.first_prompt]  # a row with several prompts goes where its first one does

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,46 @@ _TOKEN_BYTES = 4
 _BLOCK_LEN = 1 << 20
 """Tokens written, read or gathered at once: large enough for a disk, small beside a table."""
 _MIN_GROWTH_LEN = 4 * _BLOCK_LEN
+_MIN_SHARE_LEN = 1 << 16
+"""Tokens that a store takes of shared memory at least; a small job takes little from a large one."""
+
+
+class TokenMemory:
+    """Memory that stores of several jobs share; from any thread.
+
+    One half is for tokens of jobs that are whole in memory, first come, first served. The other half is for jobs that
+    are not, in equal shares, one for each job: a shard.
+
+    Args:
+        max_bytes: Most bytes of tokens (4 each) in all of it.
+        max_jobs: Most jobs at once.
+
+    Attributes:
+        max_shard_bytes: Of a job that is not whole in memory.
+        num_bytes: Taken now by jobs that are.
+        peak_bytes: Most that was taken at once.
+    """
+
+    def __init__(self, max_bytes: int, max_jobs: int) -> None:
+        self._max_bytes = max_bytes // 2
+        self._turn = threading.Lock()
+        self.max_shard_bytes = max(max_bytes // 2 // max_jobs, _TOKEN_BYTES)
+        self.num_bytes = 0
+        self.peak_bytes = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """Take so many bytes; False, and nothing is taken, where there are not so many."""
+        with self._turn:
+            if self.num_bytes + num_bytes > self._max_bytes:
+                return False
+            self.num_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.num_bytes)
+            return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """So many of the bytes that were taken are free again."""
+        with self._turn:
+            self.num_bytes -= num_bytes
 
 
 class TokenStore:
@@ -36,11 +77,14 @@ class TokenStore:
         folder: Where the tokens go that memory may not hold; None for the system's temporary folder. The file has no
             name, so the kernel removes it with the process.
         max_memory_bytes: Most bytes of tokens (4 each) in memory; with one token more all of them move to the file.
+        shared: Where that memory is taken from; with one token more than it has, too. None: nobody else wants it.
     """
 
-    def __init__(self, folder: Path | None, max_memory_bytes: int) -> None:
+    def __init__(self, folder: Path | None, max_memory_bytes: int, shared: TokenMemory | None = None) -> None:
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._max_memory_len = max_memory_bytes // _TOKEN_BYTES
+        self._shared = shared
+        self._taken_len = self._max_memory_len if shared is None else 0
         self._lengths = array("i")
         self._file: BinaryIO | None = None
         self._num_written = 0
@@ -143,7 +187,8 @@ class TokenStore:
             yield TokenBlock(first, self._read(start, end), offsets[first : last + 1] - start)
 
     def close(self) -> None:
-        """Give the file back. Closing twice does nothing; the rows cannot be read afterwards."""
+        """Give file and memory back. Closing twice does nothing; the rows cannot be read afterwards."""
+        self._give_back()
         if self._file is not None:
             self._file.close()
 
@@ -151,13 +196,30 @@ class TokenStore:
         return _starts_of(self.lengths)
 
     def _view_memory(self) -> Int32Array:
-        return np.frombuffer(self._memory, np.int32)[: self._max_memory_len]
+        return np.frombuffer(self._memory, np.int32)[: self._taken_len]
+
+    def _take(self, num_tokens: int) -> bool:
+        """Whether so many tokens may be in memory; with some more, where others leave that."""
+        if num_tokens > self._max_memory_len:
+            return False
+        if self._shared is None or num_tokens <= self._taken_len:
+            return True
+        for length in (num_tokens + max(_MIN_SHARE_LEN, num_tokens // 4), num_tokens):
+            if self._shared.take((length - self._taken_len) * _TOKEN_BYTES):
+                self._taken_len = length
+                return True
+        return False
+
+    def _give_back(self) -> None:
+        if self._shared is not None:
+            self._shared.give_back(self._taken_len * _TOKEN_BYTES)
+            self._taken_len = 0
 
     def _put(self, tokens: Int32Array) -> None:
         """Append tokens, making room for them first."""
         end = self._num_buffered + len(tokens)
         if end > len(self._buffer):
-            if not self.is_spilled and end <= self._max_memory_len:
+            if not self.is_spilled and self._take(end):
                 self._grow(end)
             else:
                 self._write_buffer()
@@ -174,7 +236,8 @@ class TokenStore:
         # A mapping that someone looks at refuses to move, so our own view goes first.
         self._buffer = np.empty(0, np.int32)
         try:
-            self._memory.resize(room * _TOKEN_BYTES)
+            if min(room, self._taken_len) * _TOKEN_BYTES > len(self._memory):
+                self._memory.resize(room * _TOKEN_BYTES)
         finally:
             self._buffer = self._view_memory()
 
@@ -186,6 +249,7 @@ class TokenStore:
         if is_first:
             self._buffer = np.empty(_BLOCK_LEN, np.int32)
             del self._memory
+            self._give_back()
 
     def _write(self, tokens: Int32Array) -> None:
         try:

@@ -29,6 +29,7 @@ from batchllm.offline.recorder import Recorder
 from batchllm.offline.runner import Runner, RunOptions
 from batchllm.offline.runtime import Runtime
 from batchllm.offline.stop import StopSignal
+from batchllm.offline.token_store import TokenMemory
 from batchllm.request import SamplingParams
 from batchllm.server.api_errors import is_disk_full
 from batchllm.server.batch_progress import BatchProgress
@@ -80,6 +81,7 @@ class BatchContext:
     batches: BatchStore
     start_engine: Callable[[], Runtime]
     make_job: JobMaker
+    token_memory: TokenMemory
     metrics: BatchMetrics | None
 
     def folder(self, batch_id: str) -> Path:
@@ -220,11 +222,17 @@ class BatchRun:
                 progress=progress,
                 stop=self._stop,
                 folder=folder,
-                options=RunOptions(max_token_bytes=context.options.max_token_bytes),
+                options=RunOptions(token_memory=context.token_memory),
                 make_job=context.make_job,
             )
             stack.callback(runner.close)
             is_complete = runner.run(self._rows(batch, runtime.info.context_len))
+            if runner.num_shards > 1:
+                logger.info(
+                    "%s: its token ids did not fit in memory beside those of other batches (--batch-max-token-bytes); "
+                    "it was planned in %d parts, which cost %d prompt tokens",
+                    *(batch.id, runner.num_shards, runner.num_lost_tokens),
+                )
         if is_complete:
             context.batches.move(batch.id, ("in_progress",), "finalizing")
             return "completed"

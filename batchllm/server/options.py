@@ -28,7 +28,9 @@ class BatchOptions:
     """Most rows of a batch."""
     max_active_jobs: int = 32
     """Batches that run at once; the others wait, in order of creation."""
-    max_token_bytes: int = 1 << 30
-    """Token ids that a batch holds in memory; a larger one is planned in shards."""
+    max_token_bytes: int = 2 << 30
+    """Token ids that all batches in progress hold in memory together. Those of a batch that does not fit in one half of
+    it, beside the others, are on disk, and it is planned in shards, which have the other half. A plan
+    has a copy of what is left of them."""
     grace_s: float = 30.0
     """Time that running rows of a batch may take to finish, after it was cancelled or has expired."""

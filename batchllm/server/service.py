@@ -18,6 +18,7 @@ from fastapi import Request
 from batchllm.errors import ConfigError
 from batchllm.offline.job import Job, JobMaker
 from batchllm.offline.runtime import Runtime
+from batchllm.offline.token_store import TokenMemory
 from batchllm.server.api_errors import ApiError
 from batchllm.server.batch_routes import BatchRoutes
 from batchllm.server.batch_run import BatchContext
@@ -97,6 +98,7 @@ class BatchService:
             batches=self._batches,
             start_engine=start_engine,
             make_job=make_job,
+            token_memory=TokenMemory(self._options.max_token_bytes, self._options.max_active_jobs),
             metrics=metrics,
         )
         self._dispatcher = Dispatcher(context)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.errors import WorkloadError
-from batchllm.offline.token_store import TokenStore
+from batchllm.offline.token_store import TokenMemory, TokenStore
 from batchllm.tokens import Int32Array, TokenTable
 from tests.disk_limits import files_may_have
 from tests.sizes import sized
@@ -93,6 +93,28 @@ def test_rows_of_many_blocks_and_rows_longer_than_one_come_back(tmp_path: Path, 
     table = store.table(chosen)
     assert all(np.array_equal(table.row(i), tokens[offsets[r] : offsets[r + 1]]) for i, r in enumerate(chosen))
     store.close()
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 400) | st.none()), max_size=60), st.integers(0, 6000))
+def test_stores_that_share_memory_never_have_more_than_there_is(
+    steps: list[tuple[int, int | None]], limit: int
+) -> None:
+    """Rows come back wherever they are; a store that spills or is closed leaves its memory to the others."""
+    shared = TokenMemory(2 * limit, max_jobs=4)
+    stores: dict[int, TokenStore] = {}
+    for number, length in steps:
+        if length is None:
+            if number in stores:
+                stores.pop(number).close()
+        else:
+            stores.setdefault(number, TokenStore(None, AMPLE, shared)).append(np.full(length, number, np.int32))
+        in_memory = [store for store in stores.values() if not store.is_spilled]
+        assert 4 * sum(store.num_tokens for store in in_memory) <= shared.num_bytes <= shared.peak_bytes <= limit
+    for number, store in stores.items():
+        assert store.table().tokens.tolist() == [number] * store.num_tokens
+        store.close()
+        store.close()
+    assert shared.num_bytes == 0
 
 
 def test_a_table_of_all_rows_in_memory_is_not_a_copy(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from tests.server.api_rows import (
     lines_of,
     row,
     rows_of,
+    until,
+    upload,
     wait_for,
     wait_for_rows,
 )
@@ -273,3 +275,24 @@ def test_an_input_that_expires_under_its_batch_stays_until_the_batch_has_ended(s
     api = serve()
     wait_for(api.client, begin(api.client, [row(0)]).id)  # it has looked around
     assert not (api.storage / "files" / begun.input_file_id).exists()
+
+
+def test_batches_that_do_not_fit_in_memory_together_are_planned_in_parts_and_answered(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their token ids share one limit; what one batch does not get costs it no answer, and is free in the end."""
+    caplog.set_level("INFO", "batchllm.server.batch_run")
+    limit = 32 << 10
+    api = serve(engine={"batch": 100}, max_token_bytes=limit, max_active_jobs=8)
+    assert api.service._dispatcher is not None
+    memory = api.service._dispatcher._context.token_memory
+    input_ids = [upload(api.client, rows_of(900)) for _ in range(4)]
+    asked = {"endpoint": "/v1/completions", "completion_window": "24h"}
+    begun = [api.client.batches.create(input_file_id=file_id, **asked) for file_id in input_ids]
+    for batch in [wait_for(api.client, one.id) for one in begun]:
+        assert batch.status == "completed"
+        check_each_row_once(api.client, batch, 900)
+    assert 900 * 3 * 4 <= memory.peak_bytes <= limit // 2
+    until(lambda: memory.num_bytes == 0, "memory is not given back")
+    told = [record.getMessage() for record in caplog.records if "planned in" in record.getMessage()]
+    assert told and all("--batch-max-token-bytes" in message for message in told)
