@@ -110,6 +110,8 @@ class StepRecorder:
                 num_open_prefixes,
                 num_retracted,
                 work.num_sampled,
+                0,
+                0,
                 work.prefill_pairs,
                 work.decode_kv_tokens,
                 work.kv_read_tokens,

@@ -78,6 +78,7 @@ PINNED: dict[str, str] = {
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.init_running_status": "549e64686a05",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.init_request_dispatcher": "5c20b8df4c70",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop": "b1681bd4acbd",
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_batch_output": "9af0d3e113a2",
     "sglang.srt.managers.tokenizer_manager:SignalHandler": "5dc4ad2d5605",
     "sglang.srt.managers.detokenizer_manager:DetokenizerManager.init_request_dispatcher": "35b9e9bef339",
     "sglang.srt.managers.detokenizer_manager:DetokenizerManager.trim_matched_stop": "bf9541d96ce2",

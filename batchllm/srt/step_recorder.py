@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from batchllm.srt.live_view import free_kv_tokens
+from batchllm.srt.schedule_batch import PlannedReq
 from batchllm.srt.step_clock import StepClock
 from batchllm.trace.steps import STEP_DTYPE, StepArray
 
@@ -75,6 +76,8 @@ class StepRecorder:
             scheduler.tree_cache.ledger.num_open,
             self.num_retracted,
             len(batch.reqs) - (is_extend and batch.chunked_req in batch.reqs),
+            sum(n for req, n in zip(batch.reqs, extend_lens, strict=False) if not isinstance(req, PlannedReq)),
+            num_decoding - sum([isinstance(req, PlannedReq) for req in batch.reqs[num_prefill:]]),
             sum(n * cached + n * (n + 1) // 2 for cached, n in zip(cached_lens, extend_lens, strict=True)),
             num_kv_read - sum(cached_lens) - num_prefill_tokens,
             num_kv_read,

@@ -23,7 +23,9 @@ from sglang.utils import TypeBasedDispatcher
 
 from batchllm.errors import EngineDiedError
 from batchllm.srt.io_struct import PlannedBatchOutput
+from batchllm.srt.live_latency import observe
 from batchllm.srt.serving_chat import ServingChat
+from batchllm.trace.latency import LiveLatency
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class BatchTokenizerManager(TokenizerManager):
     def init_running_status(self) -> None:
         super().init_running_status()
         self._death: EngineDiedError | None = None
+        self.live_latency = LiveLatency()
         self.num_planned_answers = 0
         """Of all jobs so far."""
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
@@ -166,6 +169,10 @@ class BatchTokenizerManager(TokenizerManager):
     def revive(self) -> None:
         """Processes of the engine have been started again."""
         self._death = None
+
+    async def _handle_batch_output(self, recv_obj: Any) -> None:
+        observe(self.live_latency, recv_obj, self.rid_to_state)
+        await super()._handle_batch_output(recv_obj)
 
     def _handle_planned_output(self, output: PlannedBatchOutput) -> None:
         self.num_planned_answers += sum(reason["type"] != "abort" for reason in output.finish_reasons)

@@ -19,7 +19,7 @@ import orjson
 from batchllm.trace.steps import FIELD_NAMES, STEP_DTYPE, STEP_KINDS, TIME_FIELDS, StepArray, step_kinds
 
 _FORMAT = "batchllm step trace"
-_VERSION = 1
+_VERSION = 2
 # Perfetto wants the unit in front of the events, and stops at a top-level name it does not know.
 _OPENING = b'{"displayTimeUnit":"ms","traceEvents":['
 _CHUNK_LEN = 8192  # steps turned into Python objects at a time

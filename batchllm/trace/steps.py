@@ -23,6 +23,8 @@ STEP_DTYPE = np.dtype(
         ("num_open_prefixes", "<i4"),  # planned prefixes computing or resident
         ("num_retracted", "<i4"),  # requests that lost their KV in this step
         ("num_sampled", "<i4"),  # tokens sampled: one for each row that decoded, and for each prompt completed
+        ("num_live_prefill_tokens", "<i4"),  # of the prompt tokens computed, those of requests outside any plan
+        ("num_live_decode_tokens", "<i4"),  # of the rows that decoded, theirs
         ("prefill_pairs", "<i8"),  # sum over the prompt tokens computed of the tokens each attends to
         ("decode_kv_tokens", "<i8"),  # sum over the rows that decoded of the tokens each attended to
         ("kv_read_tokens", "<i8"),  # KV tokens that attention read, all rows

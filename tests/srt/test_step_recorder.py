@@ -86,6 +86,7 @@ def test_steps_are_taken_when_the_device_has_done_them() -> None:
     checked_steps(steps)
     assert np.allclose(steps["start_s"][1:3], steps["start_s"][:2] + steps["duration_s"][:2])
     assert steps["kv_read_tokens"].tolist() == [12] * 4
+    assert steps["num_live_decode_tokens"].tolist() == [2] * 4  # neither is a planned request
 
 
 def test_the_host_s_clock_adds_up_to_the_time_that_passed() -> None:

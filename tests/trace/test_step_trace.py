@@ -146,7 +146,7 @@ _FIRST_STEP = ("traceEvents", 2)
     [
         (_set("metadata", to=None), "not a step trace of batchllm"),
         (_set("metadata", "format", to="other"), "not a step trace of batchllm"),
-        (_set("metadata", "version", to=2), "of version 2; this batchllm reads 1"),
+        (_set("metadata", "version", to=1), "of version 1; this batchllm reads 2"),
         (_set("metadata", "label", to=7), "metadata.label is 7, not a text"),
         (_set("metadata", "kv_limit_tokens", to=-1), "metadata.kv_limit_tokens is -1, not a count"),
         (_set("metadata", "kv_capacity_tokens", to=True), "metadata.kv_capacity_tokens is True, not a count"),
