@@ -7,19 +7,27 @@ import contextlib
 import ctypes
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
-from batchllm.offline.job_rows import Int64Array, JobRows
+from batchllm.offline.job_rows import Int64Array, JobRows, Samples
 from batchllm.offline.namespaces import adapter_numbers
 from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime
 from batchllm.offline.stats import JobStats
 from batchllm.offline.warm_up import largest_step, warm_up
-from batchllm.planner import DEFAULT_GROUP_ORDER, BatchPlan, GroupOrder, plan_batch
+from batchllm.planner import (
+    DEFAULT_GROUP_ORDER,
+    BatchPlan,
+    GroupOrder,
+    PrefixSummary,
+    largest_prefixes,
+    plan_batch,
+)
 from batchllm.planner.run import PlannedRun, RunCutter
 from batchllm.request import Completion
 from batchllm.trace.steps import StepArray
@@ -65,6 +73,9 @@ class RunningJob(Protocol):
 
     @property
     def steps(self) -> list[StepArray] | None: ...
+
+    @property
+    def largest_prefixes(self) -> Sequence[PrefixSummary]: ...
 
     def run(self) -> AsyncGenerator[FinishedSamples, None]: ...
 
@@ -118,6 +129,22 @@ def sampling_of(
     return kinds, seeds, [rows.all_namespaces[n].name for n in numbers.tolist()] if numbers.any() else None
 
 
+def in_input(
+    prefixes: Sequence[PrefixSummary], rows: JobRows, samples: Samples, sample_of: Int64Array | None = None
+) -> tuple[PrefixSummary, ...]:
+    """The prefixes with their ``example_row`` as a row's place in the input.
+
+    Args:
+        prefixes: With rows of the planned table.
+        rows: The rows of the job.
+        samples: The samples of the job.
+        sample_of: Of each row of the planned table its sample; None where it is the one of that number.
+    """
+    planned = np.array([prefix.example_row for prefix in prefixes], np.int64)
+    places = rows.index[samples.rows(planned if sample_of is None else sample_of[planned])]
+    return tuple(replace(prefix, example_row=place) for prefix, place in zip(prefixes, places.tolist(), strict=True))
+
+
 class Job:
     """Rows of a job on a runtime, planned together.
 
@@ -164,6 +191,11 @@ class Job:
         self.stats.plan_s = time.perf_counter() - started
         self._optimal_lens = self._plan.computed_lens()
         self._feeder = self._make_feeder()
+
+    @cached_property
+    def largest_prefixes(self) -> tuple[PrefixSummary, ...]:
+        """The prefixes that save most; ``example_row`` is a row's place in the input."""
+        return in_input(largest_prefixes(self._plan), self._rows, self._samples)
 
     def _make_plan(self, group_order: GroupOrder) -> BatchPlan:
         rows = self._rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from batchllm.offline.joint_leg import Delivery
 from batchllm.offline.joint_plan import Part
 from batchllm.offline.runtime import Runtime
 from batchllm.offline.stats import JobStats
+from batchllm.planner import PrefixSummary
 from batchllm.trace.steps import StepArray
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class JointJob:
         has_left: It wants no more results.
         num_left: Samples that are not done.
         service: Tokens computed and decoded for it, beginning where it joined.
+        largest_prefixes: Of the first plan that it is in, those that save it most; ``example_row`` is a row's place in
+            the input. Empty before that.
     """
 
     def __init__(self, joint: JointJobs, rows: JobRows, *, subset: Int64Array | None, keep_steps: bool) -> None:
@@ -60,6 +63,7 @@ class JointJob:
         self._num_unread = 0
         self.num_left = len(self._table)
         self.service = 0
+        self.largest_prefixes: Sequence[PrefixSummary] = ()
         self.has_left = False
         self.is_stopping = False
         self.stats = JobStats()

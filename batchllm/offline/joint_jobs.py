@@ -188,8 +188,9 @@ class JointJobs:
             plan_s = time.perf_counter() - started
             self.num_plans += 1
             self.stats.plan_s += plan_s
-            for job in jobs:
+            for job, prefixes in zip(jobs, plan.largest_prefixes, strict=True):
                 job.stats.plan_s += plan_s / len(jobs)
+                job.largest_prefixes = job.largest_prefixes or prefixes
             if all(job in self._jobs for job in jobs):
                 self.num_lost_tokens += plan.num_lost_tokens
                 self._start(Leg(self._runtime.open_job(), plan), jobs)

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.offline.feeder import Feeder
-from batchllm.offline.job import give_memory_back, sampling_of
+from batchllm.offline.job import give_memory_back, in_input, sampling_of
 from batchllm.offline.job_rows import Int64Array, JobRows, Samples
 from batchllm.offline.namespaces import Namespace, adapter_numbers
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
-from batchllm.planner import GroupOrder, plan_batch
+from batchllm.planner import GroupOrder, largest_prefixes, plan_batch
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.run import PlannedRun, RunCutter, copy_runs
 from batchllm.request import SamplingParams
@@ -69,6 +69,7 @@ class JointPlan:
         sample_at: Position -> number of the sample among its job's. int64[num_requests].
         optimal_at: Position -> prompt tokens that an optimal plan computes there. int32[num_requests].
         num_lost_tokens: Prompt tokens that fairness costs.
+        largest_prefixes: Of each part the prefixes that save it most; ``example_row`` is the number of its row.
     """
 
     def __init__(self, parts: Sequence[Part], info: RuntimeInfo, group_order: GroupOrder) -> None:
@@ -97,9 +98,14 @@ class JointPlan:
             service=np.array([part.service for part in parts], np.int64),
         ).plan
         self.part_at = part_of[plan.order]
-        self.sample_at: Int64Array = np.concatenate([part.left for part in parts])[plan.order]
+        sample_of = np.concatenate([part.left for part in parts])
+        self.sample_at: Int64Array = sample_of[plan.order]
         self.optimal_at = optimal_len[plan.order]
         self.num_lost_tokens = plan.num_lost_tokens
+        self.largest_prefixes = [
+            in_input(largest_prefixes(plan, self.part_at == number), part.rows, part.samples, sample_of)
+            for number, part in enumerate(parts)
+        ]
         cutter = RunCutter(plan, table, max_new_len, known_len, _joined_tasks(parts))
         self.feeder = Feeder(cutter, info.kv_limit_tokens)
         give_memory_back()

@@ -4,7 +4,7 @@ Knows: token ids, namespaces, pages. Must not know: text, engines, KV slots, tim
 Invariant: a plan is exact, validated and deterministic, and attains the optimum it states.
 """
 
-from batchllm.planner.explain import PlanSummary, PrefixSummary, explain
+from batchllm.planner.explain import PlanSummary, PrefixSummary, explain, largest_prefixes
 from batchllm.planner.group_cut import GroupCut, exact_cut, greedy_cut
 from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GROUP_ORDERS, GroupOrder, order_groups
 from batchllm.planner.plan import BatchPlan
@@ -21,6 +21,7 @@ __all__ = [
     "exact_cut",
     "explain",
     "greedy_cut",
+    "largest_prefixes",
     "order_groups",
     "plan_batch",
 ]

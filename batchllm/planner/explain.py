@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 from batchllm.planner.group_cut import exact_cut, greedy_cut
 from batchllm.planner.plan import BatchPlan
 from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
+
+BoolArray = npt.NDArray[np.bool_]
 
 _NUM_LARGEST = 10
 _NUM_LEVELS_SHOWN = 8
@@ -147,10 +150,6 @@ def explain(plan: BatchPlan, table: TokenTable) -> PlanSummary:
         plan: A plan of ``table``.
         table: The prompts planned.
     """
-    levels = _levels(plan.parent)
-    saved_tokens = _saved_per_prefix(plan)
-    # Stable, so that of equals the first in the plan leads.
-    best = np.argsort(-saved_tokens, kind="stable")[:_NUM_LARGEST]
     path_len = int(plan.end_len.max(initial=0))
     prompt_len = int(plan.prompt_lens.max(initial=0))
     whole_pages = -(-(path_len + prompt_len) // plan.page_size) * plan.page_size
@@ -164,36 +163,67 @@ def explain(plan: BatchPlan, table: TokenTable) -> PlanSummary:
         exact_one_level_saved_tokens=exact_cut(plan).saved_tokens,
         greedy_one_level_saved_tokens=greedy_cut(plan).saved_tokens,
         num_prefixes=plan.num_prefixes,
-        prefixes_per_level=tuple(np.bincount(levels)[1:].tolist()),
+        prefixes_per_level=tuple(np.bincount(_levels(plan.parent))[1:].tolist()),
         num_unshared_requests=int(np.count_nonzero(plan.request_prefix < 0)),
         num_duplicates=int(_count_repeats(table.tokens, table.offsets, plan.order)),
-        largest=tuple(
-            PrefixSummary(
-                level=int(levels[p]),
-                own_len=int(plan.end_len[p] - plan.start_len[p]),
-                end_len=int(plan.end_len[p]),
-                num_consumers=int(plan.num_consumers[p]),
-                saved_tokens=int(saved_tokens[p]),
-                example_row=int(plan.order[plan.first[p]]),
-            )
-            for p in best
-        ),
+        largest=largest_prefixes(plan),
         longest_path_len=path_len,
         longest_prompt_len=prompt_len,
         kv_needed_tokens=whole_pages,
     )
 
 
-def _saved_per_prefix(plan: BatchPlan) -> Int64Array:
-    """Tokens each prefix saves; they add up to what the plan saves.
+def largest_prefixes(plan: BatchPlan, chosen: BoolArray | None = None) -> tuple[PrefixSummary, ...]:
+    """The prefixes that save most, best first, at most ten.
 
-    All consumers but the leader save its own tokens, except that one which is nothing but the
+    Args:
+        plan: A plan.
+        chosen: Positions whose requests count, bool[num_requests]; None for all. Consumers, the row, and what is saved
+            are then theirs, as if the first of them computed the prefix, and the last page of each that is no longer.
+    """
+    counted = np.ones(plan.num_requests, bool) if chosen is None else chosen
+    num_before = np.zeros(plan.num_requests + 1, np.int32)
+    np.cumsum(counted, out=num_before[1:])
+    num_consumers = num_before[plan.first + plan.num_consumers] - num_before[plan.first]
+    saved_tokens = _saved_per_prefix(plan, counted, num_consumers)
+    best = _greatest(saved_tokens)
+    levels = _levels(plan.parent)
+    # Of each the first consumer that counts.
+    leaders = np.searchsorted(num_before, num_before[plan.first[best]], side="right") - 1
+    return tuple(
+        PrefixSummary(
+            level=int(levels[p]),
+            own_len=int(plan.end_len[p] - plan.start_len[p]),
+            end_len=int(plan.end_len[p]),
+            num_consumers=int(num_consumers[p]),
+            saved_tokens=int(saved_tokens[p]),
+            example_row=int(plan.order[leader]),
+        )
+        for p, leader in zip(best.tolist(), leaders.tolist(), strict=True)
+        if chosen is None or saved_tokens[p] > 0
+    )
+
+
+def _greatest(values: Int64Array) -> Int64Array:
+    """Where the greatest are, at most `_NUM_LARGEST`; of equals the first in the plan leads."""
+    if len(values) > _NUM_LARGEST:
+        least = np.partition(values, -_NUM_LARGEST)[-_NUM_LARGEST]
+        candidates = np.flatnonzero(values >= least)
+    else:
+        candidates = np.arange(len(values))
+    return candidates[np.argsort(-values[candidates], kind="stable")[:_NUM_LARGEST]]
+
+
+def _saved_per_prefix(plan: BatchPlan, counted: BoolArray, num_consumers: Int32Array) -> Int64Array:
+    """Tokens each prefix saves those that count; of all they add up to what the plan saves.
+
+    All consumers but the first save its own tokens, except that one which is nothing but the
     prefix still computes the last page.
     """
     own_len = (plan.end_len - plan.start_len).astype(np.int64)
-    saved = (plan.num_consumers - 1) * own_len
+    saved = np.maximum(num_consumers - 1, 0) * own_len
     read = plan.read_prefix()
-    whole = read[(read >= 0) & (plan.prompt_lens == plan.end_len_of(read))]
+    whole = read[counted & (read >= 0) & (plan.prompt_lens == plan.end_len_of(read))]
     return saved - plan.page_size * np.bincount(whole, minlength=plan.num_prefixes)
 
 

@@ -73,4 +73,4 @@ def _percentile(counts: np.ndarray[tuple[int], np.dtype[np.int64]], part: float)
     if not total:
         return 0.0
     bucket = int(np.searchsorted(np.cumsum(counts), math.ceil(part * total)))
-    return _LEAST_S * _RATIO ** (bucket + 0.5)
+    return float(_LEAST_S * _RATIO ** (bucket + 0.5))

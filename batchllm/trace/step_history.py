@@ -37,4 +37,5 @@ class StepHistory:
         """The last steps, a copy, `STEP_DTYPE` ``[at most MAX_STEPS]``."""
         with self._turn:
             parts = list(self._parts)
-        return np.concatenate([np.zeros(0, STEP_DTYPE), *parts])[-MAX_STEPS:]
+        recent: StepArray = np.concatenate([np.zeros(0, STEP_DTYPE), *parts])[-MAX_STEPS:]
+        return recent

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.planner import explain, plan_batch
+from batchllm.planner import explain, largest_prefixes, plan_batch
 from batchllm.planner.explain import _saved_per_prefix
 from batchllm.tokens import TokenTable
 from tests.sizes import sized
@@ -28,7 +29,8 @@ TABLE = TokenTable.from_lists(
 def test_what_the_prefixes_save_adds_up_to_what_the_plan_saves(rows: list[list[int]], page_size: int) -> None:
     plan = plan_batch(TokenTable.from_lists(rows), page_size=page_size)
     saved = plan.num_prompt_tokens - plan.optimal_prefill_tokens
-    assert _saved_per_prefix(plan).sum() == saved
+    every = np.ones(plan.num_requests, bool)
+    assert _saved_per_prefix(plan, every, plan.num_consumers).sum() == saved
 
 
 @untimed
@@ -93,3 +95,19 @@ def test_a_summary_becomes_json() -> None:
     assert fields == summary.to_dict()
     assert fields["largest"][0]["num_consumers"] == 6
     assert np.isclose(fields["optimal_reuse"], 67 / 95)
+
+
+@untimed
+@given(prompts, st.randoms(use_true_random=False))
+def test_of_some_requests_only_they_count(rows: list[list[int]], random: Random) -> None:
+    """Consumers, the row and what is saved are those that counting one by one gives."""
+    plan = plan_batch(TokenTable.from_lists(rows))
+    chosen = np.array([random.random() < 0.5 for _ in rows], bool)
+    for prefix in largest_prefixes(plan, chosen):
+        tokens = rows[prefix.example_row][: prefix.end_len]
+        readers = [at for at, row in enumerate(plan.order.tolist()) if rows[row][: prefix.end_len] == tokens]
+        ours = [at for at in readers if chosen[at]]
+        assert plan.order[ours[0]] == prefix.example_row
+        assert prefix.num_consumers == len(ours)
+        num_whole = sum(rows[plan.order[at]] == tokens for at in ours if at != readers[0])
+        assert prefix.saved_tokens == (len(ours) - 1) * prefix.own_len - num_whole
