@@ -133,7 +133,14 @@ class JointJob:
     def part(self) -> Part:
         """What of it waits, to be planned."""
         waiting = np.flatnonzero(self._state == _WAITING)
-        return Part(rows=self._rows, samples=self._samples, table=self._table, left=waiting, service=self.service)
+        return Part(
+            rows=self._rows,
+            samples=self._samples,
+            table=self._table,
+            left=waiting,
+            service=self.service,
+            wants_prefixes=not self.largest_prefixes,
+        )
 
     def submit(self, samples: Int64Array) -> None:
         """These are in flight."""

@@ -41,6 +41,7 @@ class Part:
         table: Their prompts.
         left: Which of them are to be planned, ascending.
         service: Tokens computed and decoded for it so far.
+        wants_prefixes: Nobody has told it yet which prefixes save it most.
     """
 
     rows: JobRows
@@ -48,6 +49,7 @@ class Part:
     table: TokenTable
     left: Int64Array
     service: int
+    wants_prefixes: bool = False
 
     @property
     def row_numbers(self) -> Int64Array:
@@ -69,7 +71,8 @@ class JointPlan:
         sample_at: Position -> number of the sample among its job's. int64[num_requests].
         optimal_at: Position -> prompt tokens that an optimal plan computes there. int32[num_requests].
         num_lost_tokens: Prompt tokens that fairness costs.
-        largest_prefixes: Of each part the prefixes that save it most; ``example_row`` is the number of its row.
+        largest_prefixes: Of each part that wants them the prefixes that save it most; ``example_row`` is a row's place
+            in its input.
     """
 
     def __init__(self, parts: Sequence[Part], info: RuntimeInfo, group_order: GroupOrder) -> None:
@@ -104,6 +107,8 @@ class JointPlan:
         self.num_lost_tokens = plan.num_lost_tokens
         self.largest_prefixes = [
             in_input(largest_prefixes(plan, self.part_at == number), part.rows, part.samples, sample_of)
+            if part.wants_prefixes
+            else ()
             for number, part in enumerate(parts)
         ]
         cutter = RunCutter(plan, table, max_new_len, known_len, _joined_tasks(parts))
