@@ -231,6 +231,11 @@ class Journal:
         """Rows whose result is a failure, in no order."""
         return self._indices("SELECT idx FROM result WHERE is_failed")
 
+    def failed_by_code(self) -> dict[str, int]:
+        """How many rows have failed with each code."""
+        with self._reading():
+            return dict(self._db.execute("SELECT code, count(*) FROM result WHERE is_failed GROUP BY code"))
+
     def set_failed_aside(self) -> None:
         """Failures have no result until they are run again; without `forget_aside` they have it again at the end.
 

@@ -8,6 +8,7 @@ INVARIANT: progress and outputs are told of a row only after the journal has it 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import orjson
@@ -36,6 +37,7 @@ class Recorder:
 
     Attributes:
         num_failed: Rows of the job without an answer.
+        failed_by_code: Those of each reason.
         first_failed: The first few of them in this run.
     """
 
@@ -51,7 +53,8 @@ class Recorder:
         self._num_unsafe = 0
         self._num_unsafe_failed = 0
         self._unsafe_lines: list[tuple[bytes, bool]] = []
-        self.num_failed = len(journal.failed())
+        self.failed_by_code = Counter(journal.failed_by_code())
+        self.num_failed = self.failed_by_code.total()
         self.first_failed: list[BadRow] = []
 
     def answer(
@@ -91,6 +94,7 @@ class Recorder:
             WorkloadError: One failure too many; everything recorded so far is safe.
         """
         self.num_failed += 1
+        self.failed_by_code[bad.code] += 1
         if len(self.first_failed) < NUM_SHOWN:
             self.first_failed.append(bad)
         line = self._keep(orjson.dumps(render_error(bad, job_seed=self._job_seed)), is_failed=True)

@@ -14,7 +14,8 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from batchllm.offline.stop import StopSignal
 from batchllm.offline.token_store import TokenMemory
 from batchllm.request import SamplingParams
 from batchllm.server.api_errors import is_disk_full
+from batchllm.server.batch_activity import BatchActivity
 from batchllm.server.batch_progress import BatchProgress
 from batchllm.server.batch_results import record_missing, write_results
 from batchllm.server.batch_store import BatchRecord, BatchStore
@@ -83,6 +85,7 @@ class BatchContext:
     make_job: JobMaker
     token_memory: TokenMemory
     metrics: BatchMetrics | None
+    activity: BatchActivity = field(default_factory=BatchActivity)
 
     def folder(self, batch_id: str) -> Path:
         """Where a batch has its journal."""
@@ -215,15 +218,18 @@ class BatchRun:
             stack.callback(progress.show)
             # Nothing is written as rows finish.
             outputs = Outputs(str(folder / "answers"), errors_path=None, order="input", journal=journal)
+            recorder = Recorder(journal, outputs, progress, None, job_seed=_seed_of(batch.id))
+            context.activity.begin(batch.id, recorder)
+            stack.callback(context.activity.end, batch.id)
             runner = Runner(
                 context.start_engine,
                 journal=journal,
-                recorder=Recorder(journal, outputs, progress, None, job_seed=_seed_of(batch.id)),
+                recorder=recorder,
                 progress=progress,
                 stop=self._stop,
                 folder=folder,
                 options=RunOptions(token_memory=context.token_memory),
-                make_job=context.make_job,
+                make_job=partial(context.activity.make_job, batch.id, context.make_job),
             )
             stack.callback(runner.close)
             is_complete = runner.run(self._rows(batch, runtime.info.context_len))
@@ -275,7 +281,12 @@ class BatchRun:
             for path in (answers, failures):
                 ids.append(context.files.place(path) if path.stat().st_size else None)
                 placed += [file_id for file_id in ids[-1:] if file_id is not None]
-            self._commit(end, batch, ids, usage, num_failed=len(journal.failed()), errors=errors)
+            failed_by_code = journal.failed_by_code()
+            costs: dict[str, Any] = {**usage, "failed_by_code": failed_by_code}
+            optimal = context.activity.optimum_of(batch.id, usage["input"])
+            if optimal is not None:
+                costs["optimal"] = optimal
+            self._commit(end, batch, ids, costs, num_failed=sum(failed_by_code.values()), errors=errors)
             placed = []
         finally:
             answers.unlink(missing_ok=True)
@@ -298,7 +309,7 @@ class BatchRun:
         end: End,
         batch: BatchRecord,
         ids: list[str | None],
-        usage: dict[str, int],
+        usage: dict[str, Any],
         *,
         num_failed: int,
         errors: list[dict[str, Any]] | None,

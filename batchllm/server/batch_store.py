@@ -55,8 +55,9 @@ class BatchRecord:
     errors: list[dict[str, Any]] | None
     output_file_id: str | None
     error_file_id: str | None
-    usage: dict[str, int] | None
-    """Sums of ``input``, ``cached`` and ``output`` tokens over answered rows; None until there are results."""
+    usage: dict[str, Any] | None
+    """Sums of ``input``, ``cached`` and ``output`` tokens over answered rows, and ``failed_by_code``, how many rows
+    failed for each reason; where it is known the ``optimal`` prompt tokens. None until there are results."""
     num_rows: int
     num_answered: int
     num_failed: int

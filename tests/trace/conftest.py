@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from batchllm.trace import STEP_DTYPE, StepTrace
 
 _SMALL = [
-    # start, duration, host, prefill, decode, running, waiting, pinned, private, free, open, retracted, sampled, live, ...
+    # start, duration, host, prefill, decode, running, waiting, pinned, private, free, open, retracted, sampled, ...
     (1.0, 0.5, 0.1, 100, 0, 1, 5, 20, 30, 50, 1, 0, 1, 0, 0, 9, 8, 7),
     (1.5, 1.0, 0.2, 50, 3, 4, 4, 40, 50, 10, 2, 0, 1, 0, 0, 9, 8, 7),
     (2.5, 1.0, 0.3, 0, 4, 4, 2, 40, 60, 0, 2, 1, 1, 0, 0, 9, 8, 7),
