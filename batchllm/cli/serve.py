@@ -49,11 +49,12 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     server_args = make_server_args(model_path, **given)
     _check_adapter_places(server_args)
     gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
-    service = BatchService(_batch_options(batch, server_args.port))
+    service = BatchService(_batch_options(batch, server_args.port), page_key=server_args.api_key)
     try:
         server = HttpServer(
             server_args,
             router=service.router,
+            in_front=service.page.before,
             when_up=lambda runtime: _start(service, runtime, server_args.enable_metrics),
             when_down=lambda is_crash: service.stop(is_crash=is_crash),
             grace_s=grace_s,
@@ -77,11 +78,17 @@ def _check_adapter_places(server_args: Any) -> None:
 
 def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> None:
     from batchllm.offline.joint_jobs import JointJobs
-    from batchllm.server import BatchMetrics
+    from batchllm.server import BatchMetrics, LiveNumbers
 
     jobs = JointJobs(runtime)
     metrics = BatchMetrics(job_stats=lambda: jobs.stats) if has_metrics else None
-    service.start(runtime.when_up, jobs.make_job, metrics)
+    numbers = LiveNumbers(
+        job_stats=lambda: jobs.stats,
+        steps=runtime.steps.recent,
+        latency=runtime.latency,
+        kv_limit_tokens=runtime.info.kv_limit_tokens,
+    )
+    service.start(runtime.when_up, jobs.make_job, metrics, numbers)
 
 
 def _add_batch_flags(group: argparse._ArgumentGroup) -> None:

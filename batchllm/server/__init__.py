@@ -8,6 +8,7 @@ INVARIANT: a row of a batch is in its output file or its error file, once, howev
 
 from batchllm.server.metrics import BatchMetrics
 from batchllm.server.options import BatchOptions
+from batchllm.server.page import LiveNumbers
 from batchllm.server.service import BatchService
 
-__all__ = ["BatchMetrics", "BatchOptions", "BatchService"]
+__all__ = ["BatchMetrics", "BatchOptions", "BatchService", "LiveNumbers"]

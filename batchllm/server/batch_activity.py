@@ -29,6 +29,7 @@ class BatchCosts:
     """A batch as this process has run it: prompt tokens of what was answered, and what has failed.
 
     Attributes:
+        is_whole: All that has run of it has run here.
         num_prompt_tokens: All of them.
         num_optimal_tokens: Those that had to be computed.
         num_computed_tokens: Those that were, also of what is not answered yet.
@@ -37,6 +38,7 @@ class BatchCosts:
         largest_prefixes: Of its plan, those that save most.
     """
 
+    is_whole: bool
     num_prompt_tokens: int
     num_optimal_tokens: int
     num_computed_tokens: int
@@ -47,6 +49,7 @@ class BatchCosts:
 
 @dataclass(slots=True)
 class _Batch:
+    is_whole: bool
     stats: JobStats = field(default_factory=JobStats)
     prefixes: Sequence[PrefixSummary] = ()
     failed_by_code: Mapping[str, int] = field(default_factory=dict)
@@ -73,10 +76,10 @@ class BatchActivity:
         self._turn = threading.Lock()
         self._batches: OrderedDict[str, _Batch] = OrderedDict()
 
-    def begin(self, batch_id: str, recorder: Recorder) -> None:
-        """Rows of a batch are about to run."""
+    def begin(self, batch_id: str, recorder: Recorder, *, is_first: bool) -> None:
+        """Rows of a batch are about to run, for the first time if no row has a result."""
         with self._turn:
-            batch = self._batches.setdefault(batch_id, _Batch())
+            batch = self._batches.setdefault(batch_id, _Batch(is_first))
             batch.failed_by_code, batch.first_failed = recorder.failed_by_code, recorder.first_failed
             self._batches.move_to_end(batch_id)
             while len(self._batches) > _MAX_BATCHES:
@@ -89,7 +92,7 @@ class BatchActivity:
         job = make_job(runtime, rows, **options)
         _ = job.largest_prefixes  # here it may take long
         with self._turn:
-            batch = self._batches.setdefault(batch_id, _Batch())
+            batch = self._batches.setdefault(batch_id, _Batch(is_whole=False))
             batch.settle()
             batch.job = job
         return job
@@ -108,6 +111,7 @@ class BatchActivity:
                 return None
             stats = batch.all_stats()
             return BatchCosts(
+                is_whole=batch.is_whole,
                 num_prompt_tokens=stats.num_prompt_tokens,
                 num_optimal_tokens=stats.num_optimal_prompt_tokens,
                 num_computed_tokens=stats.num_computed_prompt_tokens,
@@ -116,9 +120,15 @@ class BatchActivity:
                 largest_prefixes=batch.all_prefixes(),
             )
 
-    def optimum_of(self, batch_id: str, num_prompt_tokens: int) -> int | None:
-        """Prompt tokens that the batch's answers had to compute; None where not all of them ran here."""
+    def totals(self, batch_id: str) -> dict[str, int]:
+        """Prompt tokens of a batch that has ended, ``prompt``, ``computed`` and ``optimal``; empty where not all of it
+        has run here.
+        """
         costs = self.get(batch_id)
-        if costs is None or costs.num_prompt_tokens != num_prompt_tokens:
-            return None
-        return costs.num_optimal_tokens
+        if costs is None or not costs.is_whole:
+            return {}
+        return {
+            "prompt": costs.num_prompt_tokens,
+            "computed": costs.num_computed_tokens,
+            "optimal": costs.num_optimal_tokens,
+        }

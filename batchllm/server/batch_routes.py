@@ -79,14 +79,22 @@ class BatchRoutes:
         add("", self._list, methods=["GET"], responses=errors(404))
         add("/{batch_id}", self._get, methods=["GET"], responses=errors(404))
         add("/{batch_id}", self._delete, methods=["DELETE"], responses=errors(404, 409))
-        add("/{batch_id}/cancel", self._cancel, methods=["POST"], responses=errors(404, 409))
+        add("/{batch_id}/cancel", self.cancel, methods=["POST"], responses=errors(404, 409))
 
     async def _create(self, request: Request, idempotency_key: IdempotencyKey = None) -> BatchObject:
         """Begin a batch."""
         asked = await _read_body(request)
-        record = await run_in_threadpool(self._add, asked, idempotency_key)
+        return _object(await run_in_threadpool(self.begin, asked, idempotency_key))
+
+    def begin(self, asked: BatchCreate, key: str | None = None) -> BatchRecord:
+        """Record a batch, and have it begun.
+
+        Raises:
+            ApiError: It cannot be.
+        """
+        record = self._add(asked, key)
         self._wake()
-        return _object(record)
+        return record
 
     def _add(self, asked: BatchCreate, key: str | None) -> BatchRecord:
         digest = request_digest(asked.model_dump())
@@ -123,7 +131,7 @@ class BatchRoutes:
         """Say where a batch stands."""
         return _object(self._need(batch_id))
 
-    def _cancel(self, batch_id: str) -> BatchObject:
+    def cancel(self, batch_id: str) -> BatchObject:
         """Cancel a batch; what it has answered so far is kept."""
         with self._database.transaction():
             self._need(batch_id)

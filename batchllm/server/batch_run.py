@@ -219,7 +219,7 @@ class BatchRun:
             # Nothing is written as rows finish.
             outputs = Outputs(str(folder / "answers"), errors_path=None, order="input", journal=journal)
             recorder = Recorder(journal, outputs, progress, None, job_seed=_seed_of(batch.id))
-            context.activity.begin(batch.id, recorder)
+            context.activity.begin(batch.id, recorder, is_first=journal.num_rows == 0)
             stack.callback(context.activity.end, batch.id)
             runner = Runner(
                 context.start_engine,
@@ -282,11 +282,8 @@ class BatchRun:
                 ids.append(context.files.place(path) if path.stat().st_size else None)
                 placed += [file_id for file_id in ids[-1:] if file_id is not None]
             failed_by_code = journal.failed_by_code()
-            costs: dict[str, Any] = {**usage, "failed_by_code": failed_by_code}
-            optimal = context.activity.optimum_of(batch.id, usage["input"])
-            if optimal is not None:
-                costs["optimal"] = optimal
-            self._commit(end, batch, ids, costs, num_failed=sum(failed_by_code.values()), errors=errors)
+            numbers = usage | {"failed_by_code": failed_by_code} | context.activity.totals(batch.id)
+            self._commit(end, batch, ids, numbers, num_failed=sum(failed_by_code.values()), errors=errors)
             placed = []
         finally:
             answers.unlink(missing_ok=True)

@@ -57,7 +57,8 @@ class BatchRecord:
     error_file_id: str | None
     usage: dict[str, Any] | None
     """Sums of ``input``, ``cached`` and ``output`` tokens over answered rows, and ``failed_by_code``, how many rows
-    failed for each reason; where it is known the ``optimal`` prompt tokens. None until there are results."""
+    have failed for each reason; of one that ran whole without a restart also ``prompt`` tokens, those that were
+    ``computed``, and the ``optimal`` number of these. None until there are results."""
     num_rows: int
     num_answered: int
     num_failed: int

@@ -102,19 +102,19 @@ class FileRoutes:
             prefix="/v1/files", route_class=OpenAIRoute, dependencies=[Depends(check_open)], tags=["files"]
         )
         add = self.router.add_api_route
-        add("", self._upload, methods=["POST"], openapi_extra=_FORM, responses=errors(409, 413, 415, 507))
+        add("", self.upload, methods=["POST"], openapi_extra=_FORM, responses=errors(409, 413, 415, 507))
         add("", self._list, methods=["GET"], responses=errors(404))
         add("/{file_id}", self._get, methods=["GET"], responses=errors(404))
         add("/{file_id}", self._delete, methods=["DELETE"], responses=errors(404, 409))
         add(
             "/{file_id}/content",
-            self._content,
+            self.content,
             methods=["GET"],
             response_class=StreamingResponse,
             responses=_CONTENT | errors(404),
         )
 
-    async def _upload(self, request: Request, idempotency_key: IdempotencyKey = None) -> FileObject:
+    async def upload(self, request: Request, idempotency_key: IdempotencyKey = None) -> FileObject:
         """Upload a file."""
         if self._num_open >= self._options.max_open_uploads:
             message = f"{self._num_open} files are being uploaded; try again soon"
@@ -205,7 +205,7 @@ class FileRoutes:
             raise ApiError(409, message, code="file_in_use", param="file_id") from None
         raise unknown_file(file_id, "file_id")
 
-    def _content(self, file_id: str) -> StreamingResponse:
+    def content(self, file_id: str) -> StreamingResponse:
         """Give a file's bytes."""
         record = self._need(file_id)
         try:

@@ -30,6 +30,8 @@ from batchllm.server.file_store import FileStore
 from batchllm.server.idempotency import IdempotencyKeys
 from batchllm.server.metrics import BatchMetrics
 from batchllm.server.options import BatchOptions
+from batchllm.server.page import BatchPage, LiveNumbers
+from batchllm.server.page.content import PageContent
 
 
 class BatchService:
@@ -37,15 +39,17 @@ class BatchService:
 
     Args:
         options: Limits, and the storage.
+        page_key: What to sign in with to see the page; None where everybody may.
 
     Attributes:
         router: The routes ``/v1/files`` and ``/v1/batches``; they answer 503 before `start`.
+        page: The page at ``/batch``.
 
     Raises:
         ConfigError: Another process has the storage, or it cannot be written.
     """
 
-    def __init__(self, options: BatchOptions) -> None:
+    def __init__(self, options: BatchOptions, *, page_key: str | None = None) -> None:
         self._options = options
         self._metrics: BatchMetrics | None = None
         self._dispatcher: Dispatcher | None = None
@@ -58,21 +62,27 @@ class BatchService:
             raise ConfigError(f"{FLAG} {options.storage}: cannot be used: {error}") from error
         self._batches = BatchStore(self._database)
         keys = IdempotencyKeys(self._database)
-        self.router = fastapi.APIRouter()
-        self.router.include_router(
-            FileRoutes(
-                self._database,
-                self._files,
-                keys,
-                options=options,
-                check_open=self._check_open,
-                metrics=lambda: self._metrics,
-            ).router
+        file_routes = FileRoutes(
+            self._database,
+            self._files,
+            keys,
+            options=options,
+            check_open=self._check_open,
+            metrics=lambda: self._metrics,
         )
-        self.router.include_router(
-            BatchRoutes(
-                self._database, self._batches, self._files, keys, check_open=self._check_open, wake=self._wake
-            ).router
+        batch_routes = BatchRoutes(
+            self._database, self._batches, self._files, keys, check_open=self._check_open, wake=self._wake
+        )
+        self.router = fastapi.APIRouter()
+        self.router.include_router(file_routes.router)
+        self.router.include_router(batch_routes.router)
+        self._content = PageContent(self._batches, self._files)
+        self.page = BatchPage(
+            self._content,
+            file_routes,
+            batch_routes,
+            is_open=lambda: self._dispatcher is not None,
+            key=page_key,
         )
 
     def start(
@@ -80,6 +90,7 @@ class BatchService:
         start_engine: Callable[[], Runtime],
         make_job: JobMaker = Job,
         metrics: BatchMetrics | None = None,
+        numbers: LiveNumbers | None = None,
     ) -> None:
         """Open the routes, and go on with batches that have not ended. Returns at once.
 
@@ -88,6 +99,7 @@ class BatchService:
                 when the engine has died under one.
             make_job: Makes the jobs of runners.
             metrics: Told what happens.
+            numbers: How the engine is doing, for the page.
         """
         assert self._dispatcher is None, "started twice"
         self._metrics = metrics
@@ -101,6 +113,7 @@ class BatchService:
             token_memory=TokenMemory(self._options.max_token_bytes, self._options.max_active_jobs),
             metrics=metrics,
         )
+        self._content.activity, self._content.numbers = context.activity, numbers
         self._dispatcher = Dispatcher(context)
         self._dispatcher.start()
 

@@ -24,6 +24,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from batchllm.offline.event_loop import iterate_on
+from batchllm.offline.runtime import FinishedRequests
 from batchllm.srt import compat
 from batchllm.srt.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.engine import launch_errors
@@ -33,6 +34,8 @@ from batchllm.srt.runtime import ManagedRuntime
 from batchllm.srt.scheduler_process import run_server_scheduler_process
 from batchllm.srt.serving_chat import ServingCompletion
 from batchllm.srt.tokenizer_manager import init_tokenizer_manager
+from batchllm.trace.latency import LiveLatency
+from batchllm.trace.step_history import StepHistory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,6 +48,9 @@ class ServerRuntime(ManagedRuntime):
     Args:
         loop: The server's event loop; jobs are fed and received on it.
         keeper: Knows whether the engine is up.
+
+    Attributes:
+        steps: The last steps that jobs have been told of.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class ServerRuntime(ManagedRuntime):
     ) -> None:
         super().__init__(manager, template_manager, server_args, init_info)
         self.loop = loop
+        self.steps = StepHistory()
         self._keeper = keeper
 
     def when_up(self) -> ServerRuntime:
@@ -73,6 +80,17 @@ class ServerRuntime(ManagedRuntime):
         """From any thread but the loop's own."""
         return iterate_on(self.loop, stream)
 
+    @property
+    def latency(self) -> LiveLatency:
+        """What live requests wait."""
+        latency: LiveLatency = self._manager.live_latency
+        return latency
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        finished = await super().receive(job_id)
+        self.steps.add(finished.steps)
+        return finished
+
     def withdraw(self, job_id: int) -> None:
         """From any thread."""
         self.loop.call_soon_threadsafe(super().withdraw, job_id)
@@ -87,6 +105,7 @@ class HttpServer:
     Args:
         server_args: From `batchllm.srt.server_args.make_server_args`.
         router: Further routes.
+        in_front: Makes of an ASGI application one that answers some of its requests itself, before any middleware.
         when_up: Called in a thread once the engine answers.
         when_down: Called in a thread when the server ends: with False as soon as it has been asked to, while live
             requests are still answered, with True if the engine has died.
@@ -98,11 +117,13 @@ class HttpServer:
         server_args: ServerArgs,
         *,
         router: APIRouter,
+        in_front: Callable[[Any], Any],
         when_up: Callable[[ServerRuntime], None],
         when_down: Callable[[bool], None],
         grace_s: float,
     ) -> None:
         self._args = server_args
+        self._in_front = in_front
         self._when_up = when_up
         self._when_down = when_down
         self._grace_s = grace_s
@@ -173,6 +194,8 @@ class HttpServer:
         )
         async with self._upstream_lifespan(app):
             app.state.openai_serving_completion = ServingCompletion(self._manager, self._template_manager)
+            # SGLang adds its middleware until now; requests come through this attribute.
+            upstream.app.middleware_stack = self._in_front(upstream.app.middleware_stack)
             self._end_in_order()
             yield
             await self._end_batches()

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import fastapi
 import uvicorn
 
+from batchllm.offline.job import Job, JobMaker
 from batchllm.offline.runtime import FinishedRequests, RunRequests
-from batchllm.server import BatchMetrics, BatchOptions, BatchService
+from batchllm.server import BatchMetrics, BatchOptions, BatchService, LiveNumbers
 from tests.cli.instant_engine import InstantRuntime, Settings
 
 if TYPE_CHECKING:
@@ -91,12 +92,16 @@ class Api:
         *,
         is_started: bool = True,
         metrics: BatchMetrics | None = None,
+        page_key: str | None = None,
+        make_job: JobMaker = Job,
+        numbers: LiveNumbers | None = None,
     ) -> None:
-        self.service = BatchService(options)
+        self.service = BatchService(options, page_key=page_key)
         self.storage = options.storage
         app = fastapi.FastAPI()
         app.include_router(self.service.router)
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
+        served: Any = self.service.page.before(app)
+        self._server = uvicorn.Server(uvicorn.Config(served, port=0, log_level="warning", timeout_graceful_shutdown=2))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         deadline = time.monotonic() + START_S
@@ -107,7 +112,7 @@ class Api:
         self.url = f"http://127.0.0.1:{self.port}"
         self._is_up = True
         if is_started:
-            self.service.start(lambda: runtime, metrics=metrics)
+            self.service.start(lambda: runtime, make_job, metrics, numbers)
 
     @cached_property
     def client(self) -> openai.OpenAI:
