@@ -29,6 +29,7 @@ _GROUPS = {
     "tests/test_adapter_server.py": "leftovers",
     "tests/eval/test_gpu_bench.py": "leftovers",
     "tests/lang": "programs",
+    "tests/server/test_page_browser.py": "browser",
 }
 _ORDER = ("emulated GPU", "one engine", "command", "server", "leftovers", "programs")
 

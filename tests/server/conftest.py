@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchllm.server import BatchMetrics, BatchOptions
+from batchllm.server import BatchMetrics, BatchOptions, LiveNumbers
 from tests.cli.instant_engine import Settings
 from tests.server.instant_server import Api, SharedRuntime
 
@@ -29,11 +29,20 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         runtime: SharedRuntime | None = None,
         is_started: bool = True,
         metrics: BatchMetrics | None = None,
+        page_key: str | None = None,
+        numbers: LiveNumbers | None = None,
         **options: Any,
     ) -> Api:
         options = {"storage": tmp_path / "storage", "grace_s": 0.2} | options
         runtime = runtime or SharedRuntime(Settings(**(engine or {})))
-        api = Api(BatchOptions(**options), runtime, is_started=is_started, metrics=metrics)
+        api = Api(
+            BatchOptions(**options),
+            runtime,
+            is_started=is_started,
+            metrics=metrics,
+            page_key=page_key,
+            numbers=numbers,
+        )
         running.append(api)
         return api
 

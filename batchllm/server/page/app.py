@@ -8,7 +8,6 @@ anything, to run what is not ours, and to be framed.
 
 from __future__ import annotations
 
-import secrets
 import sqlite3
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -64,6 +63,13 @@ class BatchPage:
         self._batches = batches
         self._is_open = is_open
         self._sessions = Sessions(key) if key else None
+        self._headers = {
+            "content-security-policy": content.policy,
+            "cache-control": "no-store",
+            "referrer-policy": "same-origin",
+            "x-content-type-options": "nosniff",
+            "x-frame-options": "DENY",
+        }
         get, post = self._get, self._post
         self._app = Starlette(
             routes=[
@@ -112,7 +118,6 @@ class BatchPage:
         """Every answer with its headers; what goes wrong as a page that says so."""
 
         async def answer(request: Request) -> Response:
-            request.state.nonce = secrets.token_urlsafe(16)
             try:
                 response = await handle(request)
             except ApiError as error:
@@ -123,7 +128,7 @@ class BatchPage:
                 response = Response(status_code=400)
             except (OSError, sqlite3.Error) as error:
                 response = await self._refused(request, storage_fault(error))
-            response.headers.update(_headers(request.state.nonce))
+            response.headers.update(self._headers)
             return response
 
         return answer
@@ -144,7 +149,6 @@ class BatchPage:
         page = self._content.render(
             name,
             base=_base(request),
-            nonce=request.state.nonce,
             can_sign_out=self._sessions is not None and name != "sign_in" and self._is_signed_in(request),
             **values,
         )
@@ -246,17 +250,3 @@ async def _read_form(request: Request) -> dict[str, str]:
         return dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=_MAX_FIELDS))
     except ValueError as error:
         raise ApiError(400, f"the form has more than {_MAX_FIELDS} fields", code="invalid_form") from error
-
-
-def _headers(nonce: str) -> dict[str, str]:
-    policy = (
-        f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; "
-        "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    )
-    return {
-        "content-security-policy": policy,
-        "cache-control": "no-store",
-        "referrer-policy": "same-origin",
-        "x-content-type-options": "nosniff",
-        "x-frame-options": "DENY",
-    }

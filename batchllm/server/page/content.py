@@ -7,6 +7,8 @@ INVARIANT: what is read for one view is bounded: a page of records, the beginnin
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
 from importlib import resources
 from typing import Any
@@ -48,8 +50,9 @@ class PageContent:
         self.activity: BatchActivity | None = None
         self.numbers: LiveNumbers | None = None
         folder = resources.files("batchllm.server.page")
+        self._style, self._script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
         names = ("base", "macros", "overview", "batch", "sign_in", "message")
-        sources = {f"{name}.html": folder.joinpath(f"{name}.html.jinja").read_text(encoding="utf-8") for name in names}
+        sources = {f"{name}.html": (folder / f"{name}.html.jinja").read_text(encoding="utf-8") for name in names}
         self._templates = jinja2.Environment(
             loader=jinja2.DictLoader(sources),
             autoescape=True,
@@ -60,7 +63,16 @@ class PageContent:
 
     def render(self, name: str, **values: Any) -> str:
         """A template with its values, which it escapes."""
-        return self._templates.get_template(f"{name}.html").render(values)
+        ours = {"style": self._style, "script": self._script}
+        return self._templates.get_template(f"{name}.html").render(values | ours)
+
+    @property
+    def policy(self) -> str:
+        """What a browser may do with the page (Content-Security-Policy): nothing but its own style and script."""
+        return (
+            f"default-src 'none'; style-src {_hash(self._style)}; script-src {_hash(self._script)}; "
+            "connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        )
 
     def overview(self, after: str | None, chosen_file: str | None) -> dict[str, Any]:
         """Values of the overview.
@@ -161,3 +173,7 @@ class PageContent:
         if record is None:
             raise unknown_file(file_id, "file_id")
         return record
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
