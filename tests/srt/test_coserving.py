@@ -77,7 +77,7 @@ def _beside(
 
 
 def test_everybody_is_answered_as_alone_and_the_plan_computes_no_token_twice(bounded: BatchEngine) -> None:
-    """Live prompts of one piece and of many, planned rows that sit out steps, prefixes in the middle of being computed."""
+    """Live prompts of one piece and of many, planned rows that sit out steps, prefixes that are being computed."""
     prompts = _groups(1, num_groups=8, group_size=30, shared_len=150, private_len=6)
     live = [_ids(9000 + i, random.Random(i).choice([5, 60, 700])) for i in range(25)]
     expected, alone = _alone(bounded, prompts, max_new_tokens=24), _alone(bounded, live, max_new_tokens=12)
@@ -132,9 +132,7 @@ def test_rows_with_penalties_log_probabilities_and_least_lengths_are_answered_as
 
     async def with_logprobs() -> list[dict[str, Any]]:
         fields = {"sampling_params": GREEDY | {"max_new_tokens": 30}, "return_logprob": True}
-        return await asyncio.gather(
-            *(live_request(bounded, input_ids=_ids(70 + i, 20), **fields) for i in range(5))
-        )
+        return await asyncio.gather(*(live_request(bounded, input_ids=_ids(70 + i, 20), **fields) for i in range(5)))
 
     alone = run(bounded, with_logprobs())
 
