@@ -35,3 +35,23 @@ class Decision:
 
     admissions: tuple[Admission, ...] = ()
     lacks_room: bool = False
+
+
+class SettledDecision:
+    """A decision that admits nothing stays true until something changes: it need not be made in every step."""
+
+    def __init__(self) -> None:
+        self._decision: Decision | None = None
+        self._num_running = 0
+
+    def get(self, num_running: int) -> Decision | None:
+        """The decision, if it was made beside as many requests; None if one has to be made."""
+        return self._decision if num_running == self._num_running else None
+
+    def keep(self, decision: Decision, num_running: int) -> None:
+        """This decision was made beside so many requests and will be the same until `invalidate`."""
+        self._decision, self._num_running = decision, num_running
+
+    def invalidate(self) -> None:
+        """Requests, KV or prefixes have changed."""
+        self._decision = None

@@ -153,17 +153,17 @@ class Coserving:
         scheduler = self._scheduler
         chunked = scheduler.chunked_req
         if chunked is None or isinstance(chunked, PlannedReq):
-            share.live = list(scheduler.live_to_start(num_running, num_tokens))
-            lens = [scheduler.num_uncached(req) for req in share.live]
+            share.live = list(scheduler.prefill.live_to_start(num_running, num_tokens))
+            lens = [scheduler.prefill.num_uncached(req) for req in share.live]
             if chunked is not None and lens and lens[0] > num_tokens:
-                scheduler.put_back_chunk()  # one prompt at a time may be in pieces, and live ones go first
+                scheduler.prefill.put_back_chunk()  # one prompt at a time may be in pieces, and live ones go first
                 share.is_live_only = True
             return min(sum(lens), num_tokens)
         num_left = len(chunked.full_untruncated_fill_ids) - len(chunked.prefix_indices)
         num_whole = 0
         room = max(num_tokens // 2, num_tokens - num_left)
-        for req in scheduler.live_to_start(num_running, room):
-            num_uncached = scheduler.num_uncached(req)
+        for req in scheduler.prefill.live_to_start(num_running, room):
+            num_uncached = scheduler.prefill.num_uncached(req)
             if num_whole + num_uncached > room:
                 break
             share.live.append(req)
@@ -191,7 +191,7 @@ class Coserving:
         ratio = scheduler.new_token_ratio_tracker.current
         num_missing = len(req.origin_input_ids) + len(req.output_ids) + 2 * scheduler.page_size + _reserve(req)
         num_missing += int(sum(_reserve(other) for other in running_batch.reqs) * ratio)
-        num_missing -= scheduler.num_free_kv_tokens()
+        num_missing -= scheduler.prefill.num_free_kv_tokens()
         losers: list[Any] = []
         for other in sorted(rows, key=lambda other: other.kv.kv_allocated_len - other.cache_protected_len):
             if num_missing <= 0:

@@ -51,7 +51,7 @@ def make_view(scheduler: Any, running: list[Any], num_step_tokens: int) -> Sched
     chunk_tokens, is_mixed = _chunk_tokens(scheduler), scheduler.is_mixed_chunk
     num_free_slots = scheduler.get_num_allocatable_reqs(len(running))
     aside = [] if scheduler.coserving is None else scheduler.coserving.aside.reqs
-    admitted = [*scheduler.ending_reqs, *running, *aside]
+    admitted = [*scheduler.prefill.ending_reqs, *running, *aside]
     shared_tokens = scheduler.max_total_num_tokens - free_kv_tokens(scheduler)
     in_pieces = None
     if chunked is not None:

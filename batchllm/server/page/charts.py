@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm.trace.steps import STEP_DTYPE, StepArray
-from batchllm.trace.steps import Float64Array
+from batchllm.trace.steps import STEP_DTYPE, Float64Array, StepArray
 from batchllm.trace.svg_path import Axis, Tick, count_ticks, linear_axis, step_band, time_ticks
 from batchllm.trace.timeline import Timeline, downsample
 
