@@ -50,6 +50,9 @@ class EngineKeeper:
         server_args: SGLang's, with which the first were started.
         processes: Knows the processes.
         end: Ends the server, where starting again is not worth trying.
+
+    Attributes:
+        unanswered: Tasks of HTTP requests that need the engine and have no answer yet.
     """
 
     def __init__(self, server_args: Any, processes: EngineProcesses, end: Callable[[], Awaitable[None]]) -> None:
@@ -64,6 +67,7 @@ class EngineKeeper:
         self._num_fruitless = 0
         self._task: asyncio.Task[None] | None = None
         self._is_ending = False
+        self.unanswered: set[asyncio.Task[None] | None] = set()
 
     @property
     def is_up(self) -> bool:
@@ -111,6 +115,12 @@ class EngineKeeper:
             self._check_worth()
             logger.error("a process of the engine has ended, its log is above; the engine is started again")
             self._manager.fail_live(_DOWN)
+            # The model that runs, not the one that the server was started with.
+            weights = {name: self._manager.config_value(name) for name in ("model_path", "load_format")}
+            self._args.override("batchllm", **weights)
+            await asyncio.sleep(_LOOK_EVERY_S)
+            for task in filter(None, list(self.unanswered)):  # not generation: they wait for answers that were lost
+                task.cancel()
             if self._args.enable_lora:
                 adapters = await self._manager.forget_lost_adapters()
                 self._args.override("batchllm", lora_paths=adapters or self._args.lora_paths)
@@ -128,8 +138,10 @@ class EngineKeeper:
         """Count a death.
 
         Raises:
-            EngineError: There were too many.
+            EngineError: There were too many, or another engine would answer with other weights.
         """
+        if self._manager.has_given_weights:
+            raise EngineError("it had weights that were given at run time, which end with it; start the server again")
         answered = self._manager.num_planned_answers > self._num_answered
         self._num_answered = self._manager.num_planned_answers
         is_fruitful = answered or time.monotonic() - self._up_since >= _LONG_S
@@ -167,17 +179,17 @@ class EngineKeeper:
 
 
 class WhileDown:
-    """ASGI middleware: what needs an engine is answered with 503 while there is none, and every 503 says when to come
-    again.
+    """ASGI middleware: what needs an engine is answered with 503 while there is none, or when it dies before it has
+    answered, and every 503 says when to come again.
 
     Args:
         app: The application.
-        is_up: Whether the engine answers.
+        keeper: Knows whether the engine answers.
     """
 
-    def __init__(self, app: ASGIApp, is_up: Callable[[], bool]) -> None:
+    def __init__(self, app: ASGIApp, keeper: EngineKeeper) -> None:
         self._app = app
-        self._is_up = is_up
+        self._keeper = keeper
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -185,14 +197,32 @@ class WhileDown:
             await self._app(scope, receive, send)
             return
 
+        has_begun = False
+
         async def send_marked(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            self._keeper.unanswered.discard(asyncio.current_task())
             if message["type"] == "http.response.start" and message["status"] == 503:
                 MutableHeaders(scope=message).setdefault("retry-after", str(RETRY_AFTER_S))
             await send(message)
 
-        if self._is_up() or scope["path"].startswith(_WITHOUT_ENGINE):
+        if scope["path"].startswith(_WITHOUT_ENGINE):
             await self._app(scope, receive, send_marked)
             return
+        if self._keeper.is_up:
+            task = asyncio.current_task()
+            assert task is not None
+            self._keeper.unanswered.add(task)
+            try:
+                await self._app(scope, receive, send_marked)
+                return
+            except asyncio.CancelledError:
+                if has_begun or self._keeper.is_up:
+                    raise
+                task.uncancel()
+            finally:
+                self._keeper.unanswered.discard(task)
         error = {
             "message": _DOWN,
             "type": "server_error",

@@ -139,7 +139,7 @@ class HttpServer:
         self._upstream_lifespan = upstream.app.router.lifespan_context
         upstream.app.router.lifespan_context = self._lifespan
         upstream.app.include_router(router)
-        upstream.app.add_middleware(WhileDown, is_up=lambda: self._keeper.is_up)
+        upstream.app.add_middleware(WhileDown, keeper=self._keeper)
         self._wrap_health()
 
     def run(self) -> None:

@@ -47,6 +47,8 @@ class BatchTokenizerManager(TokenizerManager):
         self.live_latency = LiveLatency()
         self.num_planned_answers = 0
         """Of all jobs so far."""
+        self.has_given_weights = False
+        """Whether weights were given at run time that no file has."""
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
         self._job_adapters: dict[int, set[str]] = {}
         self._leaving_adapters: set[str] = set()
@@ -165,6 +167,20 @@ class BatchTokenizerManager(TokenizerManager):
             else:
                 kept.append(ref)
         return kept
+
+    async def update_weights_from_tensor(self, obj: Any, request: Any = None) -> Any:
+        return self._note_weights(await super().update_weights_from_tensor(obj, request))
+
+    async def update_weights_from_distributed(self, obj: Any, request: Any = None) -> Any:
+        return self._note_weights(await super().update_weights_from_distributed(obj, request))
+
+    async def update_weights_from_ipc(self, obj: Any, request: Any = None) -> Any:
+        return self._note_weights(await super().update_weights_from_ipc(obj, request))
+
+    def _note_weights(self, result: Any) -> Any:
+        """Remember that an engine has weights which no file has."""
+        self.has_given_weights = self.has_given_weights or bool(result[0])
+        return result
 
     def revive(self) -> None:
         """Processes of the engine have been started again."""
