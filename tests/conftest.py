@@ -21,6 +21,7 @@ _LOOK_EVERY_S = 0.3
 # What starts first takes longest; all other files are groups of their own, behind these.
 _GROUPS = {
     "tests/srt/test_emulated_gpu.py": "emulated GPU",
+    "tests/faults/test_real_engine_faults.py": "leftovers",
     "tests/srt/test_engine_life.py": "leftovers",
     "tests/srt": "one engine",
     "tests/host": "one engine",
@@ -45,13 +46,15 @@ def engines() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="run property tests, fuzz and model checks in full size")
     parser.addini("max_engine_starts", "engines that the tests may start", default="0")
+    parser.addini("max_thorough_engine_starts", "engines that they may start with --thorough", default="0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--thorough"):
         os.environ[THOROUGH_VARIABLE] = "1"  # workers inherit it; tests read it when they are collected
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(EngineStarts(int(config.getini("max_engine_starts"))))
+        limit = "max_thorough_engine_starts" if config.getoption("--thorough") else "max_engine_starts"
+        config.pluginmanager.register(EngineStarts(limit, int(config.getini(limit))))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -83,7 +86,8 @@ def _group_of(nodeid: str) -> str:
 class EngineStarts:
     """Counts the schedulers that come up below this process; more than ``limit`` fail the run."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, name: str, limit: int) -> None:
+        self._name = name
         self._limit = limit
         self._seen: set[int] = set()
         self._is_over = threading.Event()
@@ -112,5 +116,5 @@ class EngineStarts:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        words = f"engines started: {len(self._seen)}, at most {self._limit} (max_engine_starts in pyproject.toml)"
+        words = f"engines started: {len(self._seen)}, at most {self._limit} ({self._name} in pyproject.toml)"
         terminalreporter.write_line(words, red=len(self._seen) > self._limit)

@@ -94,8 +94,12 @@ class Template:
         """Fork an engine's process; returns the connection to it.
 
         Raises:
-            EngineError: The template's process has ended.
+            EngineError: The template's process has ended, or there is no place for logs.
         """
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)  # temporary folders are cleaned while jobs run for days
+        except OSError as error:
+            raise EngineError(f"{self._folder}: no place for the engine's logs: {error.strerror}") from error
         ours, theirs = socket.socketpair()
         with theirs:
             try:

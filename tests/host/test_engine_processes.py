@@ -103,9 +103,12 @@ def test_an_engine_is_used_where_an_event_loop_runs(engine: BatchEngine, expecte
     assert asyncio.run(cell()) == expected
 
 
-@pytest.mark.parametrize("victim", ["engine", "scheduler", "detokenizer"])
+@pytest.mark.parametrize("victim", ["engine", pytest.param("scheduler", marks=pytest.mark.thorough), "detokenizer"])
 def test_a_process_that_is_killed_fails_what_runs_and_what_comes(engines: None, victim: str) -> None:
-    """At once, whichever it is, while the engine is idle; the driver goes on, and no process stays."""
+    """At once, whichever it is, while the engine is idle; the driver goes on, and no process stays.
+
+    That of a scheduler which runs a batch is in tests/srt/test_engine_life.py.
+    """
     with BatchEngine(max_total_tokens=2000) as engine:
         own = _processes(engine)
         assert set(own) == {"engine", "scheduler", "detokenizer"}
