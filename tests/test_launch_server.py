@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -124,6 +125,35 @@ def test_a_batch_is_planned_and_answers_what_single_requests_answer(server: Serv
         time.sleep(0.1)
     for gauge in ("pinned_tokens", "open_prefixes", "waiting_requests"):
         assert server.metric(f"batchllm_scheduler_{gauge}") == 0
+
+
+def test_the_page_shows_what_the_engine_did_to_who_has_signed_in(server: Server) -> None:
+    """What is counted in the scheduler and where live tokens arrive; its cookie opens no other route, and pages of
+    other origins read nothing.
+    """
+    batch = wait(server, create(server, rows(3, 40, max_tokens=12, ignore_eos=True)).id)
+    asked: dict[str, Any] = {"model": "m", "prompt": [800] * 30, "max_tokens": 9, "extra_body": {"ignore_eos": True}}
+    for _ in server.client.completions.create(**asked, stream=True):
+        pass
+    with httpx.Client(base_url=server.url, headers={"Origin": server.url}, timeout=60) as browser:
+        assert browser.get("/batch").status_code == 401
+        assert browser.post("/batch/sign-in", data={"key": KEY}).status_code == 303
+        page = browser.get("/batch")
+        one = browser.get(f"/batch/{batch.id}").text
+        assert browser.get("/v1/batches").status_code == 401
+        other = browser.get("/batch", headers={"Origin": "https://evil.example"})
+    assert other.status_code == 403 and "access-control-allow-origin" not in page.headers
+    num_streamed = [int(num) for num in re.findall(r'data-label="counted"><bdi>(\d+)<', page.text)]
+    assert len(num_streamed) == 2 and num_streamed[0] >= 1 and num_streamed[1] >= 8
+    for name in ("time_to_first_token", "inter_token_latency"):  # what the dashboard draws
+        assert server.metric(f"sglang:{name}_seconds_count") >= 1
+    assert page.text.count('<svg class="chart"') == 2
+    mix = dict(re.findall(r"<bdi>(planned \w+)</bdi></th>\s*<td[^>]*><bdi>([\d,]+)<", page.text))
+    assert int(mix["planned decode"].replace(",", "")) >= 120 * 11
+    prompt_tokens, optimum = 120 * 202, 3 * 200 + 120 * 2
+    assert f"<dd>{prompt_tokens:,}</dd>" in one and f"<dt>Optimum</dt><dd>{optimum:,}</dd>" in one
+    assert f"at best {1 - optimum / prompt_tokens:.1%}" in one
+    assert one.count("<bdi>7,800</bdi></th>") == 3  # 39 rows less for each document
 
 
 def test_chats_are_answered_in_a_batch_as_live(server: Server) -> None:

@@ -495,6 +495,22 @@ def test_jobs_that_come_together_cost_what_all_their_rows_cost_in_one_plan() -> 
         assert abs(job.stats.num_computed_prompt_tokens - optimum / 2) < optimum / 4
 
 
+def test_each_job_knows_the_prefixes_that_save_it_most() -> None:
+    """Of the plan with others': its own rows, by their place in its input, as if it were alone."""
+    engine = SteppingEngine(num_slots=16)
+    joint = JointJobs(engine)
+    jobs = [joint.make_job(engine, _rows(own)) for own in (_questions(0, 12, 2), _questions(1, 30, 1))]
+    assert [list(job.largest_prefixes) for job in jobs] == [[], []]
+    _on(engine, _run_all(jobs))
+    found = [
+        [(p.saved_tokens, p.num_consumers, p.own_len, p.end_len, p.level, p.example_row) for p in job.largest_prefixes]
+        for job in jobs
+    ]
+    # Both ask of the first document; what each adds to it is its own.
+    assert found[0] == [(35, 6, 7, 7, 1, 1), (30, 6, 6, 6, 1, 0), (5, 6, 1, 7, 2, 0)]
+    assert found[1] == [(174, 30, 6, 6, 1, 0), (29, 30, 1, 7, 2, 0)]
+
+
 def test_a_job_alone_is_planned_as_it_would_be_without_the_others() -> None:
     engines = [SteppingEngine(), SteppingEngine()]
     requests = _questions(0, 100, 7)
