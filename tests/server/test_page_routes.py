@@ -154,6 +154,7 @@ def test_what_is_wrong_is_said_on_the_page(serve: Serve) -> None:
     told = [re.search(r'id="told"><bdi>(.*?)</bdi>', answer.text) for answer in answers]
     assert all(told) and all("Create batch" in answer.text for answer in answers)
     assert told[0] is not None and told[0][1] == "No such File object: file-&lt;i&gt;"
+    assert all('id="refresh" href="/batch"' in answer.text for answer in answers)
     assert httpx.get(f"{api.url}/batch?after=batch_no").status_code == 404
     assert httpx.get(f"{api.url}/batch/batch_<script>").status_code == 404
     assert "batch_<script>" not in httpx.get(f"{api.url}/batch/batch_<script>").text

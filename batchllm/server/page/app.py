@@ -149,6 +149,7 @@ class BatchPage:
         page = self._content.render(
             name,
             base=_base(request),
+            here=_here(request),
             can_sign_out=self._sessions is not None and name != "sign_in" and self._is_signed_in(request),
             **values,
         )
@@ -219,6 +220,13 @@ class BatchPage:
 
 def _base(request: Request) -> str:
     return str(request.scope.get("root_path", "")) + PATH
+
+
+def _here(request: Request) -> str:
+    """What shows the same again: of a form that was refused, the overview."""
+    if request.method == "POST":
+        return _base(request)
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 
 def _cookie(request: Request) -> str:

@@ -2,7 +2,7 @@
 setInterval(async () => {
   if (document.hidden || !getSelection().isCollapsed) return;
   try {
-    const answer = await fetch(location.href, {credentials: "same-origin"});
+    const answer = await fetch(document.getElementById("refresh").href, {credentials: "same-origin"});
     if (!answer.ok) return;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     for (const part of document.querySelectorAll("[data-live]")) {
