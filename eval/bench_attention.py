@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from batchllm.attention import AttentionLayout, reference
+from batchllm.attention.base import LayerShape
 from batchllm.attention.dispatch import TABLE_PATH, load_table
 
 Launch = Callable[[], torch.Tensor]
@@ -246,16 +247,19 @@ def _error(step: Step, out: torch.Tensor) -> float:
     return worst
 
 
+def _shape(step: Step) -> LayerShape:
+    heads = step.heads
+    return LayerShape(heads.num_heads, heads.num_kv_heads, heads.head_dim, heads.dtype, step.scale)
+
+
 def _ours(step: Step) -> tuple[Callable[[], None], Launch, int]:
     from batchllm.attention.triton_shared import SharedAttention
 
-    heads, out = step.heads, torch.empty_like(step.q)
-    attention = SharedAttention(
-        heads.num_heads, heads.num_kv_heads, heads.head_dim, heads.dtype, step.q.device, max_rows=len(step.q)
-    )
+    out = torch.empty_like(step.q)
+    attention = SharedAttention(_shape(step), step.q.device, max_rows=len(step.q))
 
     def launch() -> torch.Tensor:
-        attention.run(step.q, step.k_cache, step.v_cache, out, step.scale)
+        attention.run(step.q, step.k_cache, step.v_cache, out)
         return out
 
     return lambda: attention.plan(step.layout, step.table), launch, step.num_distinct_tokens
@@ -264,12 +268,11 @@ def _ours(step: Step) -> tuple[Callable[[], None], Launch, int]:
 def _flashinfer(step: Step, max_levels: int) -> tuple[Callable[[], None], Launch, int]:
     from batchllm.attention.flashinfer_shared import FlashInferSharedAttention
 
-    heads, out = step.heads, torch.empty_like(step.q)
-    shape = heads.num_heads, heads.num_kv_heads, heads.head_dim, heads.dtype
-    attention = FlashInferSharedAttention(*shape, step.q.device, scale=step.scale, max_levels=max_levels)
+    out = torch.empty_like(step.q)
+    attention = FlashInferSharedAttention(_shape(step), step.q.device, max_levels=max_levels)
 
     def launch() -> torch.Tensor:
-        attention.run(step.q, step.k_cache, step.v_cache, out, step.scale)
+        attention.run(step.q, step.k_cache, step.v_cache, out)
         return out
 
     num_tokens = step.num_distinct_tokens if max_levels else int(step.layout.kv_len.sum(dtype=np.int64))

@@ -21,6 +21,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from batchllm.attention import AttentionLayout, PrefixPaths, check_layout, plan_layout
+from batchllm.attention.base import LayerShape
 from batchllm.attention.cpu_shared import make_cpu_attention
 from batchllm.attention.reference import attention
 from batchllm.attention.torch_shared import TorchSharedAttention
@@ -143,16 +144,17 @@ def torch_native(step: Step) -> Run:
 
 def measure(step: Step, heads: tuple[int, int, int], repetitions: int) -> list[dict[str, Any]]:
     """Of each implementation: time of planning and of a layer, in seconds, and the greatest error."""
-    compiled, reason = make_cpu_attention(*heads, step.query.dtype)
+    shape = LayerShape(*heads, step.query.dtype, step.scale)
+    compiled, reason = make_cpu_attention(shape)
     if reason is not None:
         raise SystemExit(reason)
-    ours = {"compiled": compiled, "plain torch": TorchSharedAttention(*heads)}
+    ours = {"compiled": compiled, "plain torch": TorchSharedAttention(shape)}
     plan_times: dict[str, list[float]] = {name: [] for name in ours}
     for _ in range(repetitions):
         for name, attend in ours.items():
             plan_times[name].append(_seconds(lambda attend=attend: attend.plan(step.layout, step.table)))
     runs: dict[str, Run] = {
-        name: lambda keys, values, output, attend=attend: attend.run(step.query, keys, values, output, step.scale)
+        name: lambda keys, values, output, attend=attend: attend.run(step.query, keys, values, output)
         for name, attend in ours.items()
     }
     runs["SGLang torch_native"] = torch_native(step)

@@ -1,7 +1,8 @@
-"""The two verbs of an attention over shared prefixes."""
+"""The two verbs of an attention over shared prefixes, and what is fixed for all of its steps."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -9,35 +10,58 @@ import torch
 from batchllm.attention.layout import AttentionLayout
 
 
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What layers have in common that the same `StepAttention` computes.
+
+    Attributes:
+        num_heads: Query heads; a multiple of ``num_kv_heads``.
+        num_kv_heads: KV heads.
+        head_dim: Elements of a head of queries, keys and values.
+        dtype: Type of queries, caches and output.
+        scale: Factor of query-key products.
+        logit_cap: Each scaled score becomes ``cap * tanh(score / cap)``; 0: it stays.
+        window: Tokens that a token sees, itself included; 0: all before it.
+
+    Raises:
+        ValueError: Query heads are no multiple of KV heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scale: float
+    logit_cap: float = 0.0
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} KV heads")
+
+
 class StepAttention(Protocol):
     """Attention planned once a step and run once a layer."""
 
     def plan(self, layout: AttentionLayout, table: torch.Tensor) -> None:
-        """Get ready for a step; what `run` computes until the next call.
+        """Fix what `run` computes until the next call.
 
         Args:
-            layout: Of the step.
+            layout: The step.
             table: int32[rows, positions] KV slots; rows contiguous. Must not change until the last `run` of the step.
         """
 
     def run(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        logit_cap: float = 0.0,
-        window: int = 0,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """Attention of one layer; KV of the step's own tokens must be in the caches already.
+        """Compute one layer of the step; KV of the step's own tokens must be in the caches already.
 
         Args:
             query: [at least num_query_tokens, num_heads, head_dim]; tokens may have any stride.
             key_cache: [num_slots, num_kv_heads, head_dim]; tokens may have any stride.
             value_cache: As ``key_cache``.
             output: As ``query``; rows beyond the layout's query tokens are left as they are.
-            scale: What query-key products are multiplied with.
-            logit_cap: ``cap * tanh(score / cap)`` of each scaled score; 0: none.
-            window: Tokens that a token sees, itself included; 0: all before it.
+
+        Raises:
+            ValueError: A tensor is not what was planned for.
         """

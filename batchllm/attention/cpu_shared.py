@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from batchllm.attention.base import StepAttention
+from batchllm.attention.base import LayerShape, StepAttention
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.pieces import ordered_rows
 from batchllm.attention.torch_shared import TorchSharedAttention
@@ -20,17 +20,8 @@ from batchllm.kernels import cpu
 class CompiledSharedAttention:
     """`StepAttention` of compiled kernels, for the shapes of heads and dtypes that they support."""
 
-    def __init__(self, kernels: cpu.CpuKernels, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        """Fix the shape of the heads.
-
-        Args:
-            kernels: Of an instruction set that the processor has.
-            num_heads: Query heads; a multiple of ``num_kv_heads``.
-            num_kv_heads: KV heads.
-            head_dim: Of queries, keys and values.
-        """
-        self._kernels = kernels
-        self._query_heads, self._kv_heads = (num_heads, head_dim), (num_kv_heads, head_dim)
+    def __init__(self, kernels: cpu.CpuKernels, shape: LayerShape) -> None:
+        self._kernels, self._shape = kernels, shape
         self._step: cpu.AttentionStep | None = None
 
     def plan(self, layout: AttentionLayout, table: torch.Tensor) -> None:
@@ -53,14 +44,7 @@ class CompiledSharedAttention:
         )
 
     def run(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        logit_cap: float = 0.0,
-        window: int = 0,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, output: torch.Tensor
     ) -> None:
         """Attention of one layer; see `StepAttention`.
 
@@ -69,43 +53,39 @@ class CompiledSharedAttention:
         """
         if self._step is None or len(output) < self._step.num_query_tokens:
             raise ValueError("plan() a step first, with no more query tokens than the output has rows")
-        for tensor, heads in (
-            (query, self._query_heads),
-            (key_cache, self._kv_heads),
-            (value_cache, self._kv_heads),
-            (output, self._query_heads),
+        shape = self._shape
+        for tensor, num_heads in (
+            (query, shape.num_heads),
+            (key_cache, shape.num_kv_heads),
+            (value_cache, shape.num_kv_heads),
+            (output, shape.num_heads),
         ):
-            if tensor.shape[1:] != heads or tensor.dtype != query.dtype or not _has_dense_tokens(tensor):
+            heads = (num_heads, shape.head_dim)
+            if tensor.shape[1:] != heads or tensor.dtype != shape.dtype or not _has_dense_tokens(tensor):
                 raise ValueError(
                     f"a tensor of {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}: must be "
-                    f"{query.dtype} [..., {heads[0]}, {heads[1]}] on the CPU with the heads of a token side by side"
+                    f"{shape.dtype} [..., {num_heads}, {shape.head_dim}] on the CPU with the heads of a token side by "
+                    "side"
                 )
-        self._kernels.attention(self._step, query, key_cache, value_cache, output, scale, logit_cap, window)
+        self._kernels.attention(
+            self._step, query, key_cache, value_cache, output, shape.scale, shape.logit_cap, shape.window
+        )
 
 
-def make_cpu_attention(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> tuple[StepAttention, str | None]:
-    """The fastest attention that there is for a model.
-
-    Args:
-        num_heads: Query heads; a multiple of ``num_kv_heads``.
-        num_kv_heads: KV heads.
-        head_dim: Of queries, keys and values.
-        dtype: Of queries and caches.
+def make_cpu_attention(shape: LayerShape) -> tuple[StepAttention, str | None]:
+    """Make the fastest attention that there is for layers of this shape.
 
     Returns:
         The attention, and, where it is not the compiled one, one sentence that says why.
     """
     kernels = cpu.load()
-    if not isinstance(kernels, str) and cpu.supports_heads(num_heads, num_kv_heads, head_dim, dtype):
-        return CompiledSharedAttention(kernels, num_heads, num_kv_heads, head_dim), None
-    reason = (
-        kernels
-        if isinstance(kernels, str)
-        else f"the compiled kernels do not take {num_heads} heads over {num_kv_heads} of {head_dim} elements of {dtype}"
-    )
-    return TorchSharedAttention(num_heads, num_kv_heads, head_dim), reason
+    if isinstance(kernels, str):
+        return TorchSharedAttention(shape), kernels
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype)
+    if cpu.supports_heads(*heads):
+        return CompiledSharedAttention(kernels, shape), None
+    reason = "the compiled kernels do not take {} heads over {} of {} elements of {}".format(*heads)
+    return TorchSharedAttention(shape), reason
 
 
 def _has_dense_tokens(tensor: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchllm.attention.base import LayerShape
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.pieces import indptr, ordered_rows, sum_of_enclosing
 from batchllm.errors import ConfigError
@@ -89,31 +90,16 @@ def _batch(
 
 
 class FlashInferSharedAttention:
-    """`plan` once a step, `run` once a layer, as of `SharedAttention`."""
+    """`StepAttention` of FlashInfer's kernels."""
 
     def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        *,
-        scale: float,
-        logit_cap: float = 0.0,
-        backend: str = "auto",
-        max_levels: int = _MAX_LEVELS,
+        self, shape: LayerShape, device: torch.device | str, *, backend: str = "auto", max_levels: int = _MAX_LEVELS
     ) -> None:
         """Make one FlashInfer wrapper per level, and one for the private parts; they share a workspace.
 
         Args:
-            num_heads: Query heads; a multiple of ``num_kv_heads``.
-            num_kv_heads: KV heads.
-            head_dim: Of queries, keys and values.
-            dtype: Of queries and caches: float16 or bfloat16.
+            shape: The layers; float16 or bfloat16, without a window.
             device: A CUDA device.
-            scale: What query-key products are multiplied with, in all layers: FlashInfer wants to know it to plan.
-            logit_cap: As of `SharedAttention.run`, in all layers.
             backend: FlashInfer's: ``auto``, ``fa2`` or ``fa3``.
             max_levels: Levels of nesting that are read once for all readers.
 
@@ -121,8 +107,7 @@ class FlashInferSharedAttention:
             ConfigError: FlashInfer is not installed, or cannot be imported.
         """
         self._flashinfer = _import_flashinfer()
-        self._scale, self._logit_cap = scale, logit_cap
-        self._heads, self._head_dim, self._dtype = (num_heads, num_kv_heads), head_dim, dtype
+        self._shape = shape
         self._device, self._max_levels = torch.device(device), max_levels
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers = [
@@ -133,12 +118,8 @@ class FlashInferSharedAttention:
         self._num_tokens = 0
 
     def plan(self, layout: AttentionLayout, table: torch.Tensor) -> None:
-        """Plan FlashInfer's wrappers for a step, on the current stream.
-
-        Args:
-            layout: The step.
-            table: int32 [table rows, positions] on the device, dense rows; read now, on the current stream.
-        """
+        """Plan FlashInfer's wrappers for a step, on the current stream; see `StepAttention`."""
+        shape = self._shape
         self._planned = []
         self._num_tokens = int(layout.qo_indptr[-1])
         for wrapper, batch in zip(self._wrappers, level_batches(layout, self._max_levels), strict=False):
@@ -149,14 +130,15 @@ class FlashInferSharedAttention:
                 torch.from_numpy(kv_indptr.astype(np.int32)),
                 self._slots(table, batch, kv_indptr),
                 torch.ones(len(kv_len), dtype=torch.int32),
-                *self._heads,
-                self._head_dim,
+                shape.num_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
                 1,
                 causal=batch.is_causal,
-                sm_scale=self._scale,
-                logits_soft_cap=self._logit_cap or None,
-                q_data_type=self._dtype,
-                kv_data_type=self._dtype,
+                sm_scale=shape.scale,
+                logits_soft_cap=shape.logit_cap or None,
+                q_data_type=shape.dtype,
+                kv_data_type=shape.dtype,
             )
             self._planned.append((wrapper, torch.from_numpy(batch.tokens).to(self._device, non_blocking=True)))
 
@@ -172,29 +154,11 @@ class FlashInferSharedAttention:
         ]
 
     def run(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """Attention of the planned step for one layer; KV of the step's own tokens must be in the caches already.
-
-        Args:
-            query: [at least the step's query tokens, num_heads, head_dim].
-            key_cache: [num_slots, num_kv_heads, head_dim].
-            value_cache: As ``key_cache``.
-            output: As ``query``; rows beyond the step's query tokens are left as they are.
-            scale: The same as was planned with.
-
-        Raises:
-            ValueError: ``query`` has fewer rows than were planned for, or the scale is another.
-        """
-        if len(query) < self._num_tokens or scale != self._scale:
-            raise ValueError(
-                f"planned for {self._num_tokens} query tokens and scale {self._scale}, got {len(query)} and {scale}"
-            )
+        """Compute one layer of the planned step; see `StepAttention`."""
+        if len(query) < self._num_tokens:
+            raise ValueError(f"planned for {self._num_tokens} query tokens, got {len(query)}")
         pages = key_cache.unsqueeze(1), value_cache.unsqueeze(1)
         # The first are the private parts: every query token has one, so this writes all that is read below.
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from batchllm.attention.base import LayerShape
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.merge_state import merge_states
 from batchllm.attention.pieces import Pieces, ordered_rows, row_positions, sum_of_enclosing, within
@@ -73,20 +74,9 @@ class _Batch:
 class TorchSharedAttention:
     """`StepAttention` for any shape of heads and any float dtype; float64 is computed as such, others in float32."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        """Fix the shape of the heads.
-
-        Args:
-            num_heads: Query heads.
-            num_kv_heads: KV heads.
-            head_dim: Of queries, keys and values.
-
-        Raises:
-            ValueError: Query heads are no multiple of KV heads.
-        """
-        if num_heads % num_kv_heads:
-            raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
-        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+    def __init__(self, shape: LayerShape) -> None:
+        self._shape = shape
+        self._num_heads, self._num_kv_heads, self._head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self._num_tokens = 0
         self._batches: list[_Batch] = []
 
@@ -128,22 +118,15 @@ class TorchSharedAttention:
         )
 
     def run(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        logit_cap: float = 0.0,
-        window: int = 0,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, output: torch.Tensor
     ) -> None:
         """Attention of one layer; as of `StepAttention`."""
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        scaled = query[: self._num_tokens].to(dtype) * scale
+        scaled = query[: self._num_tokens].to(dtype) * self._shape.scale
         out = torch.empty_like(scaled, memory_format=torch.contiguous_format)
         lse = out.new_empty(out.shape[:2])
         for batch in self._batches:
-            part = self._attend(scaled, key_cache, value_cache, batch, logit_cap, window)
+            part = self._attend(scaled, key_cache, value_cache, batch)
             if not batch.is_first:
                 outs = torch.stack([out.index_select(0, batch.tokens), part[0]])
                 part = merge_states(outs, torch.stack([lse.index_select(0, batch.tokens), part[1]]))
@@ -151,16 +134,11 @@ class TorchSharedAttention:
         output[: self._num_tokens] = out
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: _Batch,
-        logit_cap: float,
-        window: int,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: _Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B * n, num_heads, head_dim] and log-sum-exp [B * n, num_heads] over the positions of a batch."""
         num_pieces, num_positions = batch.slots.shape
+        logit_cap, window = self._shape.logit_cap, self._shape.window
         heads, group = self._num_kv_heads, self._num_heads // self._num_kv_heads
         num_rows = len(batch.tokens) // num_pieces
         rows = query.index_select(0, batch.tokens).view(num_pieces, num_rows, heads, group, self._head_dim)

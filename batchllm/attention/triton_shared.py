@@ -7,11 +7,11 @@ between two `plan` calls `run` takes nothing from the host, so that a CUDA graph
 The lists of a step go to the device in one copy, into buffers that stay where they are. A graph is captured with any
 layout of as many query tokens; for a replay, `plan` the new layout on the replay's stream and replay::
 
-    attention = SharedAttention(num_heads, num_kv_heads, head_dim, dtype, device, max_rows=max_bs, frozen=True)
+    attention = SharedAttention(shape, device, max_rows=max_bs, frozen=True)
     attention.plan(layout, table, num_rows=bs)           # capture: any layout, say one without segments
-    attention.run(query, key_cache, value_cache, output, scale)        # compiles, which a capture cannot
+    attention.run(query, key_cache, value_cache, output)               # compiles, which a capture cannot
     with torch.cuda.graph(graph):
-        for ...: attention.run(query, key_cache, value_cache, output, scale)
+        for ...: attention.run(query, key_cache, value_cache, output)
     attention.plan(next_layout, table, num_rows=bs)      # replay: other lengths, other groups, the same table tensor
     graph.replay()
 """
@@ -25,6 +25,7 @@ import torch
 import triton
 
 from batchllm.attention import triton_kernels
+from batchllm.attention.base import LayerShape
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.tile_config import TileConfig, load_config
 from batchllm.attention.work_list import TILE_FIELDS, TileShape, WorkList, build_work_list
@@ -49,10 +50,7 @@ class SharedAttention:
 
     def __init__(
         self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
+        shape: LayerShape,
         device: torch.device | str,
         *,
         max_rows: int,
@@ -63,10 +61,7 @@ class SharedAttention:
         """Allocate the buffers.
 
         Args:
-            num_heads: Query heads; a multiple of ``num_kv_heads``.
-            num_kv_heads: KV heads.
-            head_dim: Of queries, keys and values; a power of two from 16 on.
-            dtype: Of queries and caches: float16, bfloat16, or float32.
+            shape: The layers: float16, bfloat16 or float32, head_dim a power of two from 16 on, without a window.
             device: Where everything is.
             max_rows: Most query tokens of a step, padding included.
             max_slots: Room for partial results, each of ``num_heads * head_dim`` float32.
@@ -75,16 +70,17 @@ class SharedAttention:
             config: Tile sizes; as tuned for the device, or the built-in ones, if not given.
 
         Raises:
-            ValueError: Heads or head_dim are none that the kernels can do.
+            ValueError: The kernels cannot compute layers of this shape.
         """
-        if num_heads % num_kv_heads or head_dim < 16 or head_dim & (head_dim - 1):
+        head_dim = shape.head_dim
+        if head_dim < 16 or head_dim & (head_dim - 1) or shape.window:
             raise ValueError(
-                f"{num_heads} query heads, {num_kv_heads} KV heads, head_dim {head_dim}: query heads must be a "
-                "multiple of KV heads and head_dim a power of two from 16 on"
+                f"head_dim {head_dim}, window {shape.window}: must be a power of two from 16 on, and no window"
             )
-        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
-        self._dtype, self._device, self._frozen = dtype, torch.device(device), frozen
-        self.config = config or load_config(self._device, num_heads, num_kv_heads, head_dim, dtype)
+        self._num_heads, self._num_kv_heads, self._head_dim = shape.num_heads, shape.num_kv_heads, head_dim
+        self._scale, self._logit_cap = shape.scale, shape.logit_cap
+        self._dtype, self._device, self._frozen = shape.dtype, torch.device(device), frozen
+        self.config = config or load_config(self._device, shape.num_heads, shape.num_kv_heads, head_dim, shape.dtype)
         self._num_programs = self.config.programs_per_processor * _num_processors(self._device)
         self._shape = self._tile_shape()
         self._max_rows, self._num_rows = max_rows, 0
@@ -187,29 +183,11 @@ class SharedAttention:
         host[self._tiles_at : self._tiles_at + work.tiles.size] = work.tiles.reshape(-1)
 
     def run(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        logit_cap: float = 0.0,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """Attention of the planned step for one layer; KV of the step's own tokens must be in the caches already.
-
-        Args:
-            query: [at least the planned rows, num_heads, head_dim]; last dimension dense.
-            key_cache: [num_slots, num_kv_heads, head_dim]; last dimension dense.
-            value_cache: As ``key_cache``.
-            output: As ``query``; rows beyond the planned ones are left as they are.
-            scale: What query-key products are multiplied with.
-            logit_cap: ``cap * tanh(score / cap)`` of each score; 0: none.
-
-        Raises:
-            ValueError: A tensor is not what was planned for.
-        """
+        """Compute one layer of the planned step; see `StepAttention`. The last dimension of all tensors is dense."""
         self._check(query, key_cache, value_cache, output)
-        self._attend(query, key_cache, value_cache, scale, logit_cap)
+        self._attend(query, key_cache, value_cache)
         triton_kernels.merge_slots[(self._num_rows, triton.cdiv(self._num_heads, self._merge_heads))](
             self._part_o,
             self._part_lse,
@@ -224,9 +202,7 @@ class SharedAttention:
             BLOCK_HEADS=self._merge_heads,
         )
 
-    def _attend(
-        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, scale: float, logit_cap: float
-    ) -> None:
+    def _attend(self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
         assert self._table is not None
         triton_kernels.attend_tiles[(self._num_programs,)](
             query,
@@ -240,7 +216,7 @@ class SharedAttention:
             self._slot_indptr,
             self._part_o,
             self._part_lse,
-            scale * math.log2(math.e),
+            self._scale * math.log2(math.e),
             query.stride(0),
             query.stride(1),
             key_cache.stride(0),
@@ -255,7 +231,7 @@ class SharedAttention:
             BLOCK_NARROW=self._block_narrow,
             BLOCK_N=self.config.block_n,
             TILE_FIELDS=TILE_FIELDS,
-            LOGIT_CAP=logit_cap,
+            LOGIT_CAP=self._logit_cap,
             num_warps=self.config.num_warps,
             num_stages=self.config.num_stages,
         )

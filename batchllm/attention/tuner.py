@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from triton.runtime.errors import OutOfResources
 
+from batchllm.attention.base import LayerShape
 from batchllm.attention.layout import AttentionLayout, PrefixPaths, plan_layout
 from batchllm.attention.tile_config import TileConfig, default_config, save_config
 from batchllm.attention.triton_shared import SharedAttention
@@ -208,9 +209,9 @@ def _made_up_launch(device: torch.device, heads: _Heads, config: TileConfig, ste
     num_heads, num_kv_heads, head_dim, dtype = heads
     layout, table, num_slots = made_up_step(*step)
     num_rows = int(layout.qo_indptr[-1])
-    attention = SharedAttention(num_heads, num_kv_heads, head_dim, dtype, device, max_rows=num_rows, config=config)
+    attention = SharedAttention(LayerShape(*heads, head_dim**-0.5), device, max_rows=num_rows, config=config)
     q = torch.randn(num_rows, num_heads, head_dim, dtype=dtype, device=device)
     k_cache, v_cache = torch.randn(2, num_slots, num_kv_heads, head_dim, dtype=dtype, device=device)
     attention.plan(layout, table.to(device))
     output = torch.empty_like(q)
-    return lambda: attention.run(q, k_cache, v_cache, output, head_dim**-0.5)
+    return lambda: attention.run(q, k_cache, v_cache, output)

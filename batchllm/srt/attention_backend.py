@@ -14,7 +14,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from batchllm.attention.base import StepAttention
+from batchllm.attention.base import LayerShape, StepAttention
 from batchllm.attention.cpu_shared import make_cpu_attention
 from batchllm.attention.layout import AttentionLayout
 from batchllm.errors import EngineError
@@ -38,8 +38,8 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
         self._planner = StepPlanner(min_segment_len=_MIN_SEGMENT_LEN, max_nested_segments=8)
         self._layout: AttentionLayout | None = None
         self._kernels = load_kernels()
-        # By head shape, and per layer which one it takes; None where SGLang's code does.
-        self._attention: dict[tuple[int, int, int, torch.dtype], StepAttention] = {}
+        # By shape, and per layer which one it takes; None where SGLang's code does.
+        self._attention: dict[LayerShape, StepAttention] = {}
         self._of_layer: dict[int, StepAttention | None] = {}
         config = model_runner.model_config
         self._architectures: list[str] = config.hf_config.architectures or []
@@ -105,15 +105,12 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
             attention = self._attention_of_last_rows(layer, q)
         output = torch.empty(q.shape, dtype=q.dtype)
         heads = (-1, layer.tp_q_head_num, layer.head_dim)
-        # SGLang counts a token's window without the token itself.
-        cap, window = layer.logit_cap or 0.0, layer.sliding_window_size + 1
-        attention.run(q.view(heads), keys, values, output.view(heads), layer.scaling, cap, window)
+        attention.run(q.view(heads), keys, values, output.view(heads))
         return WANTED.put_back(output) if is_narrowed else output
 
     def _attention_of_last_rows(self, layer: Any, q: torch.Tensor) -> StepAttention:
         if self._last_attention is None:
-            shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, q.dtype)
-            self._last_attention, _ = make_cpu_attention(*shape)
+            self._last_attention, _ = make_cpu_attention(_shape_of(layer, q))
         assert self._layout is not None
         self._last_attention.plan(narrowed(self._layout), self._table)
         return self._last_attention
@@ -147,15 +144,21 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
         if reason is not None:
             logger.warning("layer %d: %s; SGLang's torch_native computes it", layer.layer_id, reason)
             return None
-        shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, q.dtype)
+        shape = _shape_of(layer, q)
         if shape not in self._attention:
-            attention, reason = make_cpu_attention(*shape)
+            attention, reason = make_cpu_attention(shape)
             if reason is not None and isinstance(self._kernels, CpuKernels):  # else `cpu_ops` has said it
                 logger.warning("attention: %s", reason)
             assert self._layout is not None
             attention.plan(self._layout, self._table)
             self._attention[shape] = attention
         return self._attention[shape]
+
+
+def _shape_of(layer: Any, q: torch.Tensor) -> LayerShape:
+    heads = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim)
+    # SGLang counts a token's window without the token itself.
+    return LayerShape(*heads, q.dtype, layer.scaling, layer.logit_cap or 0.0, layer.sliding_window_size + 1)
 
 
 def register() -> None:

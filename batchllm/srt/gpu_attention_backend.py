@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils import is_flashinfer_available
 
+from batchllm.attention.base import LayerShape
 from batchllm.attention.dispatch import Dispatcher
 from batchllm.attention.flashinfer_shared import FlashInferSharedAttention
 from batchllm.attention.layout import AttentionLayout
@@ -59,17 +60,6 @@ few GiB of the device free for what a step allocates."""
 _MAX_HEAD_DIM = 256
 
 Kind = Literal["plain", "shared", "cascade", "graph"]
-
-
-class _Shape(NamedTuple):
-    """What layers must have in common to be computed by the same `SharedAttention`."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    scale: float
-    logit_cap: float
 
 
 @dataclass(slots=True)
@@ -110,9 +100,9 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         self._max_graph_rows = 0
         self._max_eager_rows = 0
         # By layer, and whether it is called with arguments of its own; None where SGLang's code computes it.
-        self._shape_of_layer: dict[tuple[int, bool], _Shape | None] = {}
-        self._shared: dict[tuple[Kind, _Shape], SharedAttention] = {}
-        self._cascade: dict[_Shape, FlashInferSharedAttention] = {}
+        self._shape_of_layer: dict[tuple[int, bool], LayerShape | None] = {}
+        self._shared: dict[tuple[Kind, LayerShape], SharedAttention] = {}
+        self._cascade: dict[LayerShape, FlashInferSharedAttention] = {}
 
     def begin_step(self, rows: Int32Array) -> None:
         """Say which rows of the request-to-token table the next step has.
@@ -216,7 +206,7 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
             if step.kind != "plain":
                 self._plan_shape(shape)
 
-    def _plan_shape(self, shape: _Shape) -> None:
+    def _plan_shape(self, shape: LayerShape) -> None:
         """Plan the current step for layers of one shape. An eager step that cannot be done becomes a plain one."""
         step = self._step
         assert step.layout is not None
@@ -237,18 +227,16 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
             self._has_fallen_back = True
             step.kind = "plain"
 
-    def _make_cascade(self, shape: _Shape) -> FlashInferSharedAttention:
-        return FlashInferSharedAttention(
-            *shape[:4], self.device, scale=shape.scale, logit_cap=shape.logit_cap, max_levels=_MAX_NESTED_SEGMENTS
-        )
+    def _make_cascade(self, shape: LayerShape) -> FlashInferSharedAttention:
+        return FlashInferSharedAttention(shape, self.device, max_levels=_MAX_NESTED_SEGMENTS)
 
-    def _make_shared(self, kind: Kind, shape: _Shape) -> SharedAttention:
+    def _make_shared(self, kind: Kind, shape: LayerShape) -> SharedAttention:
         max_rows = self._max_graph_rows if kind == "graph" else self._max_eager_rows
         max_slots = max(_MIN_SLOTS, _SLOTS_PER_ROW * max_rows)
         if kind == "shared":
             slot_bytes = 4 * shape.num_heads * (shape.head_dim + 1)
             max_slots = max(_MIN_SLOTS, min(max_slots, _MAX_PARTIAL_BYTES // slot_bytes))
-        return SharedAttention(*shape[:4], self.device, max_rows=max_rows, max_slots=max_slots, frozen=True)
+        return SharedAttention(shape, self.device, max_rows=max_rows, max_slots=max_slots, frozen=True)
 
     # Once a layer
 
@@ -319,12 +307,12 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
             output.view(heads),
         )
         if self._step.kind == "cascade":
-            self._cascade[shape].run(*tensors, shape.scale)
+            self._cascade[shape].run(*tensors)
         else:
-            self._shared[self._step.kind, shape].run(*tensors, shape.scale, shape.logit_cap)
+            self._shared[self._step.kind, shape].run(*tensors)
         return output
 
-    def _shape_of(self, layer: Any, q: torch.Tensor, extras: tuple[Any, ...]) -> _Shape | None:
+    def _shape_of(self, layer: Any, q: torch.Tensor, extras: tuple[Any, ...]) -> LayerShape | None:
         has_extras = any(extra is not None for extra in extras)
         key = (layer.layer_id, has_extras)
         if key in self._shape_of_layer:
@@ -332,7 +320,7 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         shape, reason = None, "sinks or scores of its own" if has_extras else self._why_unsupported(layer, q)
         if reason is None:
             heads = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim)
-            shape = _Shape(*heads, q.dtype, float(layer.scaling), float(layer.logit_cap or 0.0))
+            shape = LayerShape(*heads, q.dtype, float(layer.scaling), float(layer.logit_cap or 0.0))
             if shape not in self._shape_of_layer.values():
                 self._plan_shape(shape)
         else:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from batchllm.attention import AttentionLayout, PrefixPaths, plan_layout
+from batchllm.attention.base import LayerShape
 
 Mode = Literal["decode", "extend", "mixed"]
 POISON = 1000.0
@@ -37,6 +38,11 @@ class Case:
     table: torch.Tensor
     layout: AttentionLayout
     scale: float
+
+    def shape(self, **scores: Any) -> LayerShape:
+        """What a backend is made for; ``scores`` are its ``logit_cap`` and ``window``."""
+        (_, num_heads, head_dim), num_kv_heads = self.q.shape, self.k_cache.shape[1]
+        return LayerShape(num_heads, num_kv_heads, head_dim, self.q.dtype, self.scale, **scores)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from batchllm.attention import PrefixPaths, check_layout, plan_layout, torch_shared
-from batchllm.attention.base import StepAttention
+from batchllm.attention.base import LayerShape, StepAttention
 from batchllm.attention.cpu_shared import CompiledSharedAttention, make_cpu_attention
 from batchllm.attention.reference import attention
 from batchllm.attention.tolerance import check_close
@@ -28,17 +28,16 @@ IMPLEMENTATIONS = ["torch", *LEVELS]
 Group = tuple[int, list[tuple[int, int]]]
 
 
-def _make(implementation: str, case: Case) -> StepAttention:
-    (_, num_heads, head_dim), num_kv_heads = case.q.shape, case.k_cache.shape[1]
+def _make(implementation: str, case: Case, **scores: Any) -> StepAttention:
     if implementation == "torch":
-        return TorchSharedAttention(num_heads, num_kv_heads, head_dim)
-    return CompiledSharedAttention(kernels_of(implementation), num_heads, num_kv_heads, head_dim)
+        return TorchSharedAttention(case.shape(**scores))
+    return CompiledSharedAttention(kernels_of(implementation), case.shape(**scores))
 
 
-def _run(attend: StepAttention, case: Case, **scores: Any) -> torch.Tensor:
+def _run(attend: StepAttention, case: Case) -> torch.Tensor:
     output = torch.full_like(case.q, torch.nan)
     attend.plan(case.layout, case.table)
-    attend.run(case.q, case.k_cache, case.v_cache, output, case.scale, **scores)
+    attend.run(case.q, case.k_cache, case.v_cache, output)
     return output
 
 
@@ -123,7 +122,7 @@ def test_plain_torch_computes_float64_as_such(name: str) -> None:
 def test_caps_and_windows(implementation: str, name: str, scores: dict[str, Any]) -> None:
     """Windows that end in a private part, in a segment, in the middle of a tile, and beyond a prompt."""
     case, _ = _named_case(name, torch.float32)
-    check_close(_run(_make(implementation, case), case, **scores), _expected(case, **scores), "cpu")
+    check_close(_run(_make(implementation, case, **scores), case), _expected(case, **scores), "cpu")
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 200])
@@ -131,7 +130,7 @@ def test_caps_and_windows(implementation: str, name: str, scores: dict[str, Any]
 def test_windows_over_many_rows(implementation: str, window: int) -> None:
     """More rows than a block, of sequences of different lengths; rows whose window begins behind a whole tile."""
     case, _ = _many_rows(torch.float32)
-    check_close(_run(_make(implementation, case), case, window=window), _expected(case, window=window), "cpu")
+    check_close(_run(_make(implementation, case, window=window), case), _expected(case, window=window), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,7 +198,7 @@ def test_strided_tensors(implementation: str, dtype: torch.dtype) -> None:
     out = torch.full((num_tokens + 2, num_heads + 3, head_dim), 7.0, dtype=dtype)
     attend = _make(implementation, case)
     attend.plan(case.layout, case.table)
-    attend.run(qkv[:, :num_heads], kv[:, 0], kv[:, 1], out[:, 2 : 2 + num_heads], case.scale)
+    attend.run(qkv[:, :num_heads], kv[:, 0], kv[:, 1], out[:, 2 : 2 + num_heads])
     check_close(out[:num_tokens, 2 : 2 + num_heads], _expected(case), "cpu")
     assert (out[num_tokens:] == 7).all() and (out[:, :2] == 7).all() and (out[:, 2 + num_heads :] == 7).all()
 
@@ -260,7 +259,7 @@ def test_one_attention_takes_step_after_step_and_layer_after_layer(implementatio
         check_close(_run(attend, case), _expected(case), "cpu")
         layer = dataclasses.replace(case, q=case.q.flip(0), k_cache=case.v_cache, v_cache=case.k_cache)
         output = torch.empty_like(layer.q)
-        attend.run(layer.q, layer.k_cache, layer.v_cache, output, layer.scale)
+        attend.run(layer.q, layer.k_cache, layer.v_cache, output)
         check_close(output, _expected(layer), "cpu")
 
 
@@ -273,7 +272,7 @@ def test_plain_torch_cut_into_small_pieces(monkeypatch: pytest.MonkeyPatch, name
     case, expected = _named_case(name, torch.float32)
     check_close(_run(_make("torch", case), case), expected, "cpu")
     # Most rows see nothing of their first pieces.
-    check_close(_run(_make("torch", case), case, window=9), _expected(case, window=9), "cpu")
+    check_close(_run(_make("torch", case, window=9), case), _expected(case, window=9), "cpu")
 
 
 def test_plain_torch_multiplies_little_that_is_not_read() -> None:
@@ -290,7 +289,7 @@ def test_plain_torch_multiplies_little_that_is_not_read() -> None:
 
 
 def test_the_compiled_kernels_are_taken_where_they_can_be_had() -> None:
-    made, reason = make_cpu_attention(4, 2, 64, torch.bfloat16)
+    made, reason = make_cpu_attention(LayerShape(4, 2, 64, torch.bfloat16, 1.0))
     assert isinstance(made, CompiledSharedAttention), reason
     assert reason is None
 
@@ -307,17 +306,17 @@ def test_the_compiled_kernels_are_taken_where_they_can_be_had() -> None:
 def test_other_heads_and_dtypes_fall_back_to_torch_and_say_so(
     heads: tuple[int, int, int], dtype: torch.dtype, said: str
 ) -> None:
-    made, reason = make_cpu_attention(*heads, dtype)
-    assert isinstance(made, TorchSharedAttention)
-    assert reason is not None and said in reason
     num_heads, num_kv_heads, head_dim = heads
     case = make_case(7, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, mode="mixed")
+    made, reason = make_cpu_attention(case.shape())
+    assert isinstance(made, TorchSharedAttention)
+    assert reason is not None and said in reason
     check_close(_run(made, case), _expected(case), "reference" if dtype == torch.float64 else "cpu")
 
 
 def test_without_kernels_the_loaders_sentence_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "load", lambda: "no compiled kernels (avx2 was not built): install a compiler")
-    made, reason = make_cpu_attention(4, 2, 64, torch.float32)
+    made, reason = make_cpu_attention(LayerShape(4, 2, 64, torch.float32, 1.0))
     assert isinstance(made, TorchSharedAttention)
     assert reason == "no compiled kernels (avx2 was not built): install a compiler"
 
@@ -328,20 +327,20 @@ def test_tensors_that_the_kernels_would_misread_are_refused() -> None:
     attend = _make(LEVELS[0], case)
     tensors = {"query": case.q, "key_cache": case.k_cache, "value_cache": case.v_cache, "output": case.q.clone()}
     with pytest.raises(ValueError, match="plan"):
-        attend.run(**tensors, scale=case.scale)
+        attend.run(**tensors)
     attend.plan(case.layout, case.table)
     for name, tensor in tensors.items():
         apart = tensor.repeat_interleave(2, dim=2)[..., ::2]
         by_head = tensor.transpose(0, 1).contiguous().transpose(0, 1)
         for wrong in (apart, by_head, tensor.double(), tensor[:, :1], tensor[..., :32]):
             with pytest.raises(ValueError, match="side by side"):
-                attend.run(**(tensors | {name: wrong}), scale=case.scale)
+                attend.run(**(tensors | {name: wrong}))
     with pytest.raises(ValueError, match="query tokens"):
-        attend.run(**(tensors | {"output": case.q[:1].clone()}), scale=case.scale)
+        attend.run(**(tensors | {"output": case.q[:1].clone()}))
     with pytest.raises(ValueError, match="attention of"):
-        attend.run(**(tensors | {"query": case.q[:1]}), scale=case.scale)
+        attend.run(**(tensors | {"query": case.q[:1]}))
 
 
 def test_query_heads_must_be_a_multiple_of_kv_heads() -> None:
     with pytest.raises(ValueError, match="3 query heads are no multiple of 2"):
-        TorchSharedAttention(3, 2, 64)
+        LayerShape(3, 2, 64, torch.float32, 1.0)

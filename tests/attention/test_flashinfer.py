@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from batchllm.attention import reference
+from batchllm.attention.base import LayerShape
 from batchllm.attention.flashinfer_shared import FlashInferSharedAttention, level_batches
 from batchllm.attention.merge_state import merge_states
 from batchllm.errors import ConfigError
@@ -70,15 +71,14 @@ def test_the_batches_of_all_levels_make_the_whole(name: str, max_levels: int, mo
     monkeypatch.setattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper", _Wrapper)
     monkeypatch.setattr(flashinfer, "merge_state", _merge_state)
     case = make_case(1, **CASES[name], num_heads=4, num_kv_heads=2, head_dim=16)
-    attention = FlashInferSharedAttention(4, 2, 16, case.q.dtype, "cpu", scale=case.scale, max_levels=max_levels)
+    attention = FlashInferSharedAttention(case.shape(), "cpu", max_levels=max_levels)
     attention.plan(case.layout, case.table)
     output = torch.full_like(case.q, torch.nan)
-    attention.run(case.q, case.k_cache, case.v_cache, output, case.scale)
+    attention.run(case.q, case.k_cache, case.v_cache, output)
     expected = reference.attention(case.q, case.k_cache, case.v_cache, case.table, case.layout, case.scale)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
-    for query, scale in ((case.q[1:], case.scale), (case.q, 1.0)):
-        with pytest.raises(ValueError, match="planned for"):
-            attention.run(query, case.k_cache, case.v_cache, output, scale)
+    with pytest.raises(ValueError, match="planned for"):
+        attention.run(case.q[1:], case.k_cache, case.v_cache, output)
 
 
 def test_only_readers_of_a_segment_are_in_its_level() -> None:
@@ -94,7 +94,7 @@ def test_only_readers_of_a_segment_are_in_its_level() -> None:
 def test_without_flashinfer_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     with pytest.raises(ConfigError, match="install flashinfer-python"):
-        FlashInferSharedAttention(4, 2, 64, torch.bfloat16, "cpu", scale=1.0)
+        FlashInferSharedAttention(LayerShape(4, 2, 64, torch.bfloat16, 1.0), "cpu")
 
 
 def test_importing_the_room_imports_neither_torch_nor_triton_nor_flashinfer() -> None:

@@ -1,8 +1,8 @@
 """The Triton kernels compute what the reference does, whatever the step and however it is cut into tiles.
 
-No GPU is needed: the kernels run in Triton's interpreter, which is numpy program by program. It does not know
-bfloat16 products, so float32 and float16 stand for it. What the interpreter cannot show is left to
-`test_triton_compile.py` (compilation needs no GPU) and, on a GPU, to `eval/bench_attention.py`.
+No GPU is needed: the kernels run in Triton's interpreter, which is numpy program by program. Products of bfloat16 are
+added to it. What the interpreter cannot show is left to `test_triton_compile.py` (compilation needs no GPU) and, on a
+GPU, to `eval/bench_attention.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 from batchllm.attention import AttentionLayout, reference, triton_kernels
+from batchllm.attention.base import LayerShape
 from batchllm.attention.tile_config import TileConfig
+from batchllm.attention.tolerance import check_close
 from batchllm.attention.triton_shared import SharedAttention
 from tests.attention.cases import CASES, Case, make_case
 from tests.sizes import sized
@@ -59,10 +61,23 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             if isinstance(value, triton.JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
     monkeypatch.setattr(triton_interpreter, "_patch_lang", _patched_once())
+    monkeypatch.setattr(triton_interpreter.InterpreterBuilder, "create_dot", _dot)
     yield
     # The interpreter leaves its own operators behind wherever one function calls another.
     for name, value in core.items():
         setattr(tl.core, name, value)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """Products as matrix units compute them: of numbers in 16 bits exactly, summed in float32."""
+    product = np.matmul(_widened(a), _widened(b), dtype=d.data.dtype)
+    return triton_interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _widened(handle: Any) -> np.ndarray:
+    """The interpreter keeps bfloat16 as the upper half of a float32, in uint16."""
+    data: np.ndarray = handle.data
+    return (data.astype(np.uint32) << 16).view(np.float32) if handle.dtype.scalar == tl.bfloat16 else data
 
 
 def _patched_once() -> Callable[[Any], Any]:
@@ -87,11 +102,10 @@ def _patched_once() -> Callable[[Any], Any]:
     return patch_once
 
 
-def _attention(case: Case, *, max_rows: int = 700, config: TileConfig = _SMALL, **options: Any) -> SharedAttention:
-    _, num_heads, head_dim = case.q.shape
-    return SharedAttention(
-        num_heads, case.k_cache.shape[1], head_dim, case.q.dtype, "cpu", max_rows=max_rows, config=config, **options
-    )
+def _attention(
+    case: Case, *, max_rows: int = 700, config: TileConfig = _SMALL, logit_cap: float = 0.0, **options: Any
+) -> SharedAttention:
+    return SharedAttention(case.shape(logit_cap=logit_cap), "cpu", max_rows=max_rows, config=config, **options)
 
 
 def _check(attention: SharedAttention, case: Case, num_padding: int = 0) -> None:
@@ -102,9 +116,8 @@ def _check(attention: SharedAttention, case: Case, num_padding: int = 0) -> None
     attention._part_o.fill_(float("nan"))
     attention._part_lse.fill_(float("nan"))
     out = torch.full_like(q, float("nan"))
-    attention.run(q, case.k_cache, case.v_cache, out, case.scale)
-    tolerance = 1e-5 if case.q.dtype == torch.float32 else 4e-3
-    torch.testing.assert_close(out[:num_tokens].double(), _reference(case), rtol=tolerance, atol=tolerance)
+    attention.run(q, case.k_cache, case.v_cache, out)
+    check_close(out[:num_tokens], _reference(case), "triton")
     assert (out[num_tokens:] == 0).all()
 
 
@@ -112,8 +125,10 @@ def _addresses(attention: SharedAttention) -> list[int]:
     return [tensor.data_ptr() for tensor in (attention._lists, attention._part_o, attention._part_lse)]
 
 
-def _reference(case: Case) -> torch.Tensor:
-    return reference.attention(case.q, case.k_cache, case.v_cache, case.table, case.layout, case.scale)
+def _reference(case: Case, logit_cap: float = 0.0) -> torch.Tensor:
+    return reference.attention(
+        case.q, case.k_cache, case.v_cache, case.table, case.layout, case.scale, logit_cap=logit_cap
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,6 +150,8 @@ def test_every_kind_of_step(name: str) -> None:
         (16, 1, 128, torch.float32),
         (24, 1, 32, torch.float32),
         (4, 2, 256, torch.float16),
+        (4, 2, 64, torch.bfloat16),
+        (16, 2, 128, torch.bfloat16),
     ],
 )
 def test_heads_and_dtypes(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -223,14 +240,11 @@ def test_queries_may_be_a_slice_of_something_wider() -> None:
 def test_logit_cap() -> None:
     """As in Gemma 2: every score is `cap * tanh(score / cap)`."""
     case = make_case(12, num_levels=1, num_sequences=2, **_TINY)
-    attention = _attention(case)
+    attention = _attention(case, logit_cap=2.0)
     attention.plan(case.layout, case.table)
     out = torch.empty_like(case.q)
-    attention.run(case.q, case.k_cache, case.v_cache, out, scale=1.0, logit_cap=2.0)
-    for s, row in enumerate(case.layout.table_rows):
-        slots = case.table[row, : case.layout.kv_len[s]].long()
-        scores = 2 * torch.tanh(torch.einsum("hd,nd->hn", case.q[s], case.k_cache[slots, 0]) / 2)
-        torch.testing.assert_close(out[s], scores.softmax(-1) @ case.v_cache[slots, 0], rtol=1e-5, atol=1e-5)
+    attention.run(case.q, case.k_cache, case.v_cache, out)
+    check_close(out, _reference(case, logit_cap=2.0), "triton")
 
 
 def test_frozen_buffers_split_less_rather_than_grow() -> None:
@@ -251,7 +265,7 @@ def test_what_does_not_fit_the_plan_is_refused() -> None:
     attention = _attention(case, max_rows=20)
     tensors = {"query": case.q, "key_cache": case.k_cache, "value_cache": case.v_cache, "output": case.q.clone()}
     with pytest.raises(ValueError, match="planned for"):
-        attention.run(**tensors, scale=1.0)
+        attention.run(**tensors)
     attention.plan(case.layout, case.table)
     wrong = [
         ("planned for", {"query": case.q[:-1]}),
@@ -262,13 +276,13 @@ def test_what_does_not_fit_the_plan_is_refused() -> None:
     ]
     for message, tensor in wrong:
         with pytest.raises(ValueError, match=message):
-            attention.run(**{**tensors, **tensor}, scale=1.0)
+            attention.run(**{**tensors, **tensor})
     with pytest.raises(ValueError, match="must be of int32"):
         attention.plan(case.layout, case.table.long())
     with pytest.raises(ValueError, match="at most 20"):
         attention.plan(case.layout, case.table, num_rows=21)
     with pytest.raises(ValueError, match="power of two"):
-        SharedAttention(4, 2, 80, torch.float32, "cpu", max_rows=1)
+        SharedAttention(LayerShape(4, 2, 80, torch.float32, 1.0), "cpu", max_rows=1)
 
 
 def test_rows_that_were_not_planned_are_left_alone() -> None:
@@ -278,6 +292,6 @@ def test_rows_that_were_not_planned_are_left_alone() -> None:
     output = torch.full_like(query, 7.0)
     attention = _attention(case)
     attention.plan(case.layout, case.table)
-    attention.run(query, case.k_cache, case.v_cache, output, case.scale)
-    torch.testing.assert_close(output[: len(case.q)].double(), _reference(case), rtol=1e-5, atol=1e-5)
+    attention.run(query, case.k_cache, case.v_cache, output)
+    check_close(output[: len(case.q)], _reference(case), "triton")
     assert (output[len(case.q) :] == 7).all()
