@@ -21,8 +21,9 @@ from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.event_loop import aiterate_on
-from batchllm.offline.job import FinishedSamples, Job
-from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
+from batchllm.offline.job import FinishedSamples
+from batchllm.offline.job_rows import JobRows
+from batchllm.offline.jobs import single_job
 from batchllm.offline.report import RunReport
 from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
@@ -51,6 +52,7 @@ class BatchEngine:
 
     Attributes:
         runtime: What the jobs run on.
+        job_options: Keyword arguments of `batchllm.offline.jobs.single_job` for every batch.
         last_report: `RunReport` of the last batch that ran to its end, None before the first.
 
     Raises:
@@ -71,7 +73,7 @@ class BatchEngine:
         **server_args: Any,
     ) -> None:
         self._trace_path = trace_path
-        self._job_options: dict[str, Any] = {"group_order": group_order, "keep_steps": trace_path is not None}
+        self.job_options: dict[str, Any] = {"group_order": group_order, "keep_steps": trace_path is not None}
         self.runtime = HostedRuntime(model_path or default_model_path(), **server_args)
         self.last_report: RunReport | None = None
 
@@ -147,7 +149,7 @@ class BatchEngine:
     async def abatch_generate_iter(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Completion, None]:
         """Like `batch_generate_iter`, for a caller on an event loop, which goes on meanwhile."""
         inputs = _inputs_of(*args, **kwargs)
-        batch = await asyncio.to_thread(_Batch, self.runtime, inputs, self._job_options)
+        batch = await asyncio.to_thread(_Batch, self.runtime, inputs, self.job_options)
         with closing(batch):
             for completion in batch.rejected:
                 yield completion
@@ -158,7 +160,7 @@ class BatchEngine:
         self._end(batch)
 
     def _generate(self, inputs: _Inputs) -> Iterator[Completion]:
-        with closing(_Batch(self.runtime, inputs, self._job_options)) as batch:
+        with closing(_Batch(self.runtime, inputs, self.job_options)) as batch:
             yield from batch.rejected
             for finished in self.runtime.iterate(batch.job.run()):
                 yield from batch.take(finished)
@@ -258,14 +260,12 @@ class _Batch:
         self._store = TokenStore(None, _IN_MEMORY)
         self._rows = JobRows(runtime.info, runtime.tokenizer, self._store)
         requests, rejected = _make_requests(inputs)
-        for first in range(0, len(requests), ENCODE_SLICE):
-            requests_slice = requests[first : first + ENCODE_SLICE]
-            errors = zip(requests_slice, self._rows.add(requests_slice), strict=True)
-            rejected += [(request.index, error) for request, error in errors if error is not None]
+        errors = zip(requests, self._rows.add(requests), strict=True)
+        rejected += [(request.index, error) for request, error in errors if error is not None]
         tokenize_s = time.perf_counter() - self._started
         self.rejected = [_rejection(index, error) for index, error in rejected]
         self._failed = {index for index, _ in rejected}
-        self.job = Job(runtime, self._rows, **job_options)
+        self.job = single_job(runtime, self._rows, **job_options)
         self.job.stats.tokenize_s = tokenize_s
         self.started_at = time.monotonic()
 

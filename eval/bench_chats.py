@@ -119,7 +119,7 @@ def _ingest(path: Path) -> Result:
     def load(source: Any, job_rows: Any) -> int:
         spool = RowSpool(path.parent)
         ingest = Ingest(np.zeros(0, np.int64), _fail, spool)
-        ingest.load(ingest.take_pending(read_rows(source, defaults=SamplingParams())), job_rows)
+        ingest.load(read_rows(source, defaults=SamplingParams()), lambda: job_rows)
         spool.close()
         return int(ingest.num_rows)
 

@@ -10,7 +10,6 @@ table (4 bytes a token) plus 300 MB.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import resource
@@ -18,104 +17,59 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import compare
-import numpy as np
 
 from batchllm.dataset import open_input, read_rows
+from batchllm.offline.fake_runtime import FakeRequest, FakeRuntime
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.journal import Journal
 from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
 from batchllm.offline.recorder import Recorder
 from batchllm.offline.runner import Runner, RunOptions
-from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.runtime import RuntimeInfo
 from batchllm.offline.stop import StopSignal
 from batchllm.request import Completion, SamplingParams
-from batchllm.scheduler.output_length import PredictionError
-from batchllm.trace.steps import STEP_DTYPE
 
 T = TypeVar("T")
 _PROMPT_LEN = 16
-_STEPS = np.zeros(0, STEP_DTYPE)
 
 
-class InstantRuntime:
+INFO = RuntimeInfo(
+    model_name="instant",
+    context_len=2048,
+    vocab_size=4096,
+    kv_capacity_tokens=131_072,
+    kv_limit_tokens=131_072,
+    num_unstored_tokens=1,
+    page_size=1,
+    random_seed=0,
+    has_seeded_sampling=True,
+    has_grammar=True,
+)
+
+
+class InstantRuntime(FakeRuntime):
     """Answers whatever was submitted, at once, each request with one token."""
 
     def __init__(self) -> None:
-        self.tokenizer = None
-        self.info = RuntimeInfo(
-            model_name="instant",
-            context_len=2048,
-            vocab_size=4096,
-            kv_capacity_tokens=131_072,
-            kv_limit_tokens=131_072,
-            num_unstored_tokens=1,
-            page_size=1,
-            random_seed=0,
-            has_seeded_sampling=True,
-            has_grammar=True,
+        super().__init__(INFO)
+
+    def answer(self, request: FakeRequest) -> Completion:
+        return Completion(
+            index=0,
+            text="An answer.",
+            output_ids=[7],
+            finish_reason="length",
+            prompt_tokens=_PROMPT_LEN,
+            cached_tokens=4,
         )
-        self.own_s = 0.0
-        self._submitted: list[int] = []
-        self._num_computed = 0
-
-    def open_job(self) -> int:
-        return 0
-
-    def submit(self, job_id: int, requests: RunRequests) -> None:
-        run = requests.run
-        self._num_computed += len(run.private_tokens) + len(run.prefix_tokens)
-        self._submitted += range(run.first_position, run.first_position + len(run))
-
-    async def receive(self, job_id: int) -> FinishedRequests:
-        started = time.perf_counter()
-        positions, self._submitted = self._submitted, []
-        completions = [
-            Completion(
-                index=0,
-                text="An answer.",
-                output_ids=[7],
-                finish_reason="length",
-                prompt_tokens=_PROMPT_LEN,
-                cached_tokens=4,
-            )
-            for _ in positions
-        ]
-        self.own_s += time.perf_counter() - started
-        return FinishedRequests(
-            positions=positions,
-            completions=completions,
-            num_computed_prompt_tokens=self._num_computed,
-            num_retractions=0,
-            peak_kv_tokens=0,
-            prediction=PredictionError(),
-            steps=_STEPS,
-        )
-
-    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        loop = asyncio.new_event_loop()
-        try:
-            while True:
-                try:
-                    yield loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
-        finally:
-            loop.close()
-
-    def withdraw(self, job_id: int) -> None:
-        raise AssertionError("nobody stops this job")
-
-    def close_job(self, job_id: int, *, is_complete: bool) -> None:
-        assert is_complete
 
     def shutdown(self) -> None:
-        pass
+        assert self.closed == [True]
 
 
 def main() -> None:

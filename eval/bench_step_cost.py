@@ -129,7 +129,7 @@ def _child(engine: str, num_requests: int) -> None:
         feeder._WINDOW_POOLS = 10**6
     with BatchEngine(model, trace_path=out + ".json", **server_args) as ours:
         if engine == "ours-wide":
-            ours._job_options["max_run_requests"] = 10**9
+            ours.job_options["max_run_requests"] = 10**9
         ours.batch_generate(input_ids=workload.prompts, sampling_params=sampling)
     steps = StepTrace.read(out + ".json").steps
     started = (steps["num_sampled"] - steps["num_decode_tokens"]).cumsum()

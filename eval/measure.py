@@ -117,7 +117,7 @@ def _ours(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callabl
     max_run_requests = server_args.pop("max_run_requests")
     engine = BatchEngine(model, **server_args)
     if max_run_requests:
-        engine._job_options["max_run_requests"] = max_run_requests
+        engine.job_options["max_run_requests"] = max_run_requests
 
     def run(workload: Workload) -> tuple[list[Any], Result]:
         completions = engine.batch_generate(input_ids=workload.prompts, sampling_params=_sampling(workload))

@@ -19,7 +19,7 @@ from batchllm.dataset.field_checks import any_json_schema_text, json_schema_text
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.ingest import Ingest
-from batchllm.offline.job_rows import UNLIMITED, Int64Array, JobRows
+from batchllm.offline.job_rows import UNLIMITED, JobRows
 from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.runtime import Chat
 from batchllm.offline.token_store import TokenStore
@@ -163,9 +163,8 @@ class Prompts:
             tokenizer = _PromptTokenizer(args.model)
             self.rows = JobRows(UNLIMITED, tokenizer, store)
             ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
-            is_out = ingest.load(ingest.take_pending(rows_of(args, source)), self.rows)
+            intake = ingest.load(rows_of(args, source), lambda: self.rows)
             spool.close()
         if tokenizer.is_used and args.model is None and not args.demo_model:
             say("no -m MODEL: tokens are counted with the embedded model's tokenizer (--demo-model: say nothing)")
-        left: Int64Array | None = (~is_out).nonzero()[0] if is_out.any() else None
-        self.samples, self.table = self.rows.sample_table(left)
+        self.samples, self.table = self.rows.sample_table(None if intake is None else intake.left)

@@ -77,10 +77,10 @@ def _check_adapter_places(server_args: Any) -> None:
 
 
 def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> None:
-    from batchllm.offline.joint_jobs import JointJobs
+    from batchllm.offline.jobs import Jobs
     from batchllm.server import BatchMetrics, LiveNumbers
 
-    jobs = JointJobs(runtime)
+    jobs = Jobs(runtime)
     metrics = BatchMetrics(job_stats=lambda: jobs.stats) if has_metrics else None
     numbers = LiveNumbers(
         job_stats=lambda: jobs.stats,

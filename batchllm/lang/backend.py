@@ -67,7 +67,7 @@ class BatchBackend(RunsInWaves, BaseBackend):
             if chat_template_name
             else get_chat_template_by_model_path(self._model_path)
         )
-        self.planned = PlannedWaves(engine.runtime, engine._job_options)
+        self.planned = PlannedWaves(engine.runtime, engine.job_options)
         self.waves = Waves(max_wave)
         WaveDriver(self.waves, engine.runtime.loop, self._answer)
 

@@ -14,8 +14,8 @@ from typing import Any
 from batchllm.dataset.prompts import check_text
 from batchllm.dataset.sampling import parse_sampling
 from batchllm.errors import EngineError, RowError
-from batchllm.offline.job import Job
-from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
+from batchllm.offline.job_rows import JobRows
+from batchllm.offline.jobs import single_job
 from batchllm.offline.runtime import Runtime
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import Completion, Request, SamplingParams
@@ -43,7 +43,7 @@ class PlannedWaves:
 
     Args:
         runtime: What runs them.
-        job_options: Further keyword arguments of `Job`.
+        job_options: Further keyword arguments of `single_job`.
 
     Attributes:
         num_prompt_tokens: Of everything answered so far.
@@ -77,37 +77,22 @@ class PlannedWaves:
                 yield index, refused
         first_index = self._num_begun
         self._num_begun += len(bodies)
-        rows, errors = self._make_rows(requests)
+        rows = JobRows(self._runtime.info, self._runtime.tokenizer, TokenStore(None, _IN_MEMORY))
         with closing(rows.store):
-            for request, error in zip(requests, errors, strict=True):
+            for request, error in zip(requests, rows.add(requests), strict=True):
                 if error is not None:
                     yield request.index - first_index, error
             if not len(rows):
                 return
-            job = Job(self._runtime, rows, **self._job_options)
+            job = single_job(self._runtime, rows, **self._job_options)
             places = (rows.index - first_index).tolist()
-            samples: dict[int, list[Completion | None]] = {}
-            async with aclosing(job.run()) as finished_samples:
-                async for finished in finished_samples:
-                    triples = zip(finished.rows, finished.samples, finished.completions, strict=True)
-                    for row, sample, completion in triples:
-                        place = places[row]
-                        num_samples = bodies[place]["sampling_params"].get("n") or 1
-                        found = samples.setdefault(place, [None] * num_samples)
-                        found[sample] = completion
-                        if None not in found:
-                            yield place, _answer(samples.pop(place))
+            async with aclosing(job.run_rows()) as stream:
+                async for finished in stream:
+                    for row, completions in zip(finished.rows, finished.completions, strict=True):
+                        yield places[row], _answer(completions)
             self.num_prompt_tokens += job.stats.num_prompt_tokens
             self.num_computed_prompt_tokens += job.stats.num_computed_prompt_tokens
             self.num_optimal_prompt_tokens += job.stats.num_optimal_prompt_tokens
-
-    def _make_rows(self, requests: Sequence[Request]) -> tuple[JobRows, list[RowError | None]]:
-        """Rows of those that can run; and of each request why it cannot, or None."""
-        errors: list[RowError | None] = []
-        rows = JobRows(self._runtime.info, self._runtime.tokenizer, TokenStore(None, _IN_MEMORY))
-        for first in range(0, len(requests), ENCODE_SLICE):
-            errors += rows.add(requests[first : first + ENCODE_SLICE])
-        return rows, errors
 
     def _request(self, index: int, body: dict[str, Any]) -> Request:
         names = body["sampling_params"].items()

@@ -1,39 +1,43 @@
-"""One batch on a runtime: rows in, completions out. Plan, feed, collect."""
+"""A job as whoever runs it sees it: rows in, completions out, alone on a runtime or planned together with other jobs.
+
+Knows samples, their states and results; not how they are planned, or what they are fed by.
+
+INVARIANT: a sample is waiting, or in flight, or done; done is what was delivered.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
-from batchllm.offline.job_rows import Int64Array, JobRows, Samples
-from batchllm.offline.namespaces import adapter_numbers
-from batchllm.offline.runtime import FinishedRequests, RunRequests, Runtime
+from batchllm.offline.job_rows import Int64Array, JobRows
+from batchllm.offline.joint_plan import Part
+from batchllm.offline.runtime import Runtime
 from batchllm.offline.stats import JobStats
-from batchllm.offline.warm_up import largest_step, warm_up
-from batchllm.planner import (
-    DEFAULT_GROUP_ORDER,
-    BatchPlan,
-    GroupOrder,
-    PrefixSummary,
-    largest_prefixes,
-    plan_batch,
-)
-from batchllm.planner.run import PlannedRun, RunCutter
+from batchllm.planner import PrefixSummary
 from batchllm.request import Completion
 from batchllm.trace.steps import StepArray
 
+if TYPE_CHECKING:
+    from batchllm.offline.jobs import Jobs
+    from batchllm.offline.running_plan import Delivery
+
 TICK_S = 0.1
 """A job that hears nothing for so long says so, for whoever has something else to do meanwhile."""
+
+_MAX_UNREAD = 2048
+"""Finished samples that nobody has taken yet; with more of them in one job, nothing more is submitted."""
+
+_WAITING, _IN_FLIGHT, _DONE = 0, 1, 2
+"""States of a sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,31 +63,244 @@ class FinishedSamples:
     num_computed_prompt_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRows:
+    """Rows all of whose samples have finished; item i of each list is of the same row.
+
+    Attributes:
+        rows: Row numbers.
+        completions: The samples of each, in their order and with their number.
+        optimal_lens: Prompt tokens that an optimal schedule computes for each.
+        of_samples: What has come: the last samples of these rows, and samples of others.
+    """
+
+    rows: list[int]
+    completions: list[list[Completion]]
+    optimal_lens: list[int]
+    of_samples: FinishedSamples
+
+
 NOTHING = FinishedSamples(rows=[], samples=[], completions=[])
 """What is said every `TICK_S`."""
 
 
-class RunningJob(Protocol):
-    """What a runner needs of a job: `Job`, or one that is planned together with others."""
+class Job:
+    """Rows of a job on a runtime. Made by `Jobs.make_job` or `single_job`.
 
-    is_stopping: bool
+    `run` is driven on the event loop of the runtime; there is everything called that is not said to be called from
+    anywhere.
+
+    Args:
+        jobs: Plans it, alone or with others.
+        rows: The rows.
+        subset: Row numbers to run; None for all.
+        max_in_flight: Most requests submitted and not finished, while those of no other job are; None for as many as
+            serve throughput.
+        keep_steps: Keep what each forward step was like, in ``steps``.
+
+    Attributes:
+        max_in_flight: As given.
+        stats: Counts and times so far: its share, where something is counted for all jobs together.
+        steps: Arrays of `batchllm.trace.STEP_DTYPE`: each forward step while it ran, whoever else was in it; None where
+            that is not kept.
+        is_stopping: Nothing more is admitted.
+        has_left: It wants no more results.
+        num_left: Samples that are not done.
+        service: Tokens computed and decoded for it, beginning where it joined.
+        largest_prefixes: Of the first plan that it is in, those that save it most; ``example_row`` is a row's place in
+            the input. Empty before that.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        rows: JobRows,
+        *,
+        subset: Int64Array | None = None,
+        max_in_flight: int | None = None,
+        keep_steps: bool = False,
+    ) -> None:
+        started = time.perf_counter()
+        self._jobs = jobs
+        self._rows = rows
+        self._samples, self._table = rows.sample_table(subset)
+        self._state = np.full(len(self._table), _WAITING, np.int8)
+        self._num_in_flight = 0
+        self._began_at: float | None = None
+        # Results, and an error where no more will come.
+        self._outbox: deque[FinishedSamples | Exception] = deque()
+        self._news = asyncio.Event()
+        self._num_unread = 0
+        self.max_in_flight = max_in_flight
+        self.num_left = len(self._table)
+        self.service = 0
+        self.largest_prefixes: Sequence[PrefixSummary] = ()
+        self.has_left = False
+        self.is_stopping = False
+        self.steps: list[StepArray] | None = [] if keep_steps else None
+        self.stats = JobStats(plan_s=time.perf_counter() - started)
+
+    async def run(self) -> AsyncGenerator[FinishedSamples, None]:
+        """Run the job.
+
+        Yields:
+            Samples as they finish, in no particular order; none of them every `TICK_S` in which nothing happens.
+
+        Raises:
+            EngineDiedError: The runtime is gone.
+            EngineError: It cannot run the largest step of the plan.
+        """
+        self._jobs.join(self)
+        try:
+            while self._outbox or not self._is_over:
+                if self.is_stopping or self.has_left:
+                    self._jobs.leave(self)
+                if not self._outbox:
+                    self._news.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(TICK_S):
+                            await self._news.wait()
+                yield self._take() if self._outbox else NOTHING
+        finally:
+            self.has_left = True
+            self._jobs.leave(self)
+            await self._jobs.settle()
+
+    async def run_rows(self) -> AsyncGenerator[FinishedRows, None]:
+        """Run the job, as `run` does.
+
+        Yields:
+            Whole rows as they finish; no row where none has. Samples of a row that does not become whole are dropped.
+        """
+        is_single = self._rows.has_one_sample()
+        unfinished: dict[int, list[tuple[Completion, int]]] = {}
+        async with contextlib.aclosing(self.run()) as stream:
+            async for samples in stream:
+                if is_single:
+                    completions = [[completion] for completion in samples.completions]
+                    whole = samples.rows, completions, list(samples.optimal_lens)
+                else:
+                    whole = self._whole_rows(samples, unfinished)
+                rows, completions, optimal_lens = whole
+                yield FinishedRows(rows=rows, completions=completions, optimal_lens=optimal_lens, of_samples=samples)
+
+    def _whole_rows(
+        self, finished: FinishedSamples, unfinished: dict[int, list[tuple[Completion, int]]]
+    ) -> tuple[list[int], list[list[Completion]], list[int]]:
+        whole: tuple[list[int], list[list[Completion]], list[int]] = [], [], []
+        num_samples = self._rows.num_samples(np.array(finished.rows, np.int64)).tolist()
+        for row, sample, completion, optimal_len, num in zip(
+            finished.rows, finished.samples, finished.completions, finished.optimal_lens, num_samples, strict=True
+        ):
+            samples = unfinished.setdefault(row, [])
+            samples.append((msgspec.structs.replace(completion, sample=sample), optimal_len))
+            if len(samples) == num:
+                del unfinished[row]
+                samples.sort(key=lambda item: item[0].sample)
+                whole[0].append(row)
+                whole[1].append([completion for completion, _ in samples])
+                whole[2].append(sum([optimal_len for _, optimal_len in samples]))
+        return whole
+
+    def _take(self) -> FinishedSamples:
+        finished = self._outbox.popleft()
+        if isinstance(finished, Exception):
+            raise finished
+        was_behind = self.is_behind
+        self._num_unread -= len(finished.completions)
+        if was_behind and not self.is_behind:
+            self._jobs.feed()
+        return finished
+
+    def stop_admitting(self) -> None:
+        """Nothing more is submitted, and what has not started is withdrawn; what runs goes on. Called from anywhere."""
+        self.is_stopping = True  # seen by `run` within `TICK_S`
+
+    def give_up(self) -> None:
+        """End `run` when what has come has been taken; results that come later are dropped. Called from anywhere."""
+        self.has_left = True
+
+    def rows_in_flight(self) -> Int64Array:
+        """Rows with samples that have been submitted and have not finished, ascending. Called from anywhere."""
+        return np.unique(self._samples.rows(np.flatnonzero(self._state == _IN_FLIGHT)))
 
     @property
-    def stats(self) -> JobStats: ...
+    def _is_over(self) -> bool:
+        return self.has_left or self.num_left == 0 or (self.is_stopping and self._num_in_flight == 0)
 
     @property
-    def steps(self) -> list[StepArray] | None: ...
+    def is_admitting(self) -> bool:
+        """More of it may be planned and submitted."""
+        return not self.is_stopping and not self.has_left
 
     @property
-    def largest_prefixes(self) -> Sequence[PrefixSummary]: ...
+    def is_behind(self) -> bool:
+        """Results come faster than they are taken."""
+        return self._num_unread > _MAX_UNREAD and not self.has_left
 
-    def run(self) -> AsyncGenerator[FinishedSamples, None]: ...
+    @property
+    def has_waiting(self) -> bool:
+        """Something of it is neither in flight nor done."""
+        return self.num_left > self._num_in_flight
 
-    def stop_admitting(self) -> None: ...
+    def part(self) -> Part:
+        """What of it waits, to be planned."""
+        is_whole = self.num_left == len(self._table) and not self._num_in_flight
+        waiting = None if is_whole else np.flatnonzero(self._state == _WAITING)
+        return Part(
+            rows=self._rows,
+            samples=self._samples,
+            table=self._table,
+            left=waiting,
+            service=self.service,
+            wants_prefixes=not self.largest_prefixes,
+        )
 
-    def give_up(self) -> None: ...
+    def submit(self, samples: Int64Array) -> None:
+        """These are in flight."""
+        self._began_at = self._began_at or time.perf_counter()
+        self._state[samples] = _IN_FLIGHT
+        self._num_in_flight += len(samples)
 
-    def rows_in_flight(self) -> Int64Array: ...
+    def deliver(self, delivery: Delivery) -> None:
+        """These have come back, answered or withdrawn."""
+        samples = delivery.samples
+        self._state[samples] = _DONE
+        self._state[delivery.withdrawn] = _WAITING
+        self._num_in_flight -= len(samples) + len(delivery.withdrawn)
+        self.num_left -= len(samples)
+        stats = delivery.stats
+        self.service += stats.num_optimal_prompt_tokens + stats.num_output_tokens
+        self.stats += stats
+        if self._began_at is not None:
+            self.stats.run_s = time.perf_counter() - self._began_at
+        if self.has_left:
+            return
+        self._num_unread += len(delivery.completions)
+        self._put(
+            FinishedSamples(
+                rows=self._samples.rows(samples).tolist(),
+                samples=self._samples.samples(samples).tolist(),
+                completions=delivery.completions,
+                optimal_lens=delivery.optimal_lens,
+                num_prompt_tokens=stats.num_prompt_tokens,
+                num_output_tokens=stats.num_output_tokens,
+                num_computed_prompt_tokens=stats.num_computed_prompt_tokens,
+            )
+        )
+
+    def keep_steps(self, steps: StepArray) -> None:
+        """These have run while it was in the plan. Does nothing where they are not kept."""
+        if self.steps is not None:
+            self.steps.append(steps)
+
+    def fail(self, error: Exception) -> None:
+        """No more results come."""
+        self._put(error)
+
+    def _put(self, finished: FinishedSamples | Exception) -> None:
+        self._outbox.append(finished)
+        self._news.set()
 
 
 class JobMaker(Protocol):
@@ -95,243 +312,6 @@ class JobMaker(Protocol):
         rows: JobRows,
         *,
         subset: Int64Array | None = None,
-        group_order: GroupOrder = DEFAULT_GROUP_ORDER,
         max_in_flight: int | None = None,
         keep_steps: bool = False,
-    ) -> RunningJob: ...
-
-
-def give_memory_back() -> None:
-    """What millions of rows needed for a moment; the C library would keep it for this process."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
-
-
-def sampling_of(
-    rows: JobRows, row_numbers: Int64Array, samples: Int64Array
-) -> tuple[npt.NDArray[np.int32], list[int], list[str] | None]:
-    """How to sample some samples: of each its row's kind, its seed, and what its namespace is called (None: all in
-    the default one).
-
-    Args:
-        rows: The rows of the job.
-        row_numbers: Of which row each is.
-        samples: Which of its row's samples each is.
-    """
-    kinds = rows.kind(row_numbers)
-    draws = rows.draws.values[kinds]  # a greedy row needs no seed
-    numbers, seed_of = rows.namespace(row_numbers), rows.sample_seed
-    seeds = [
-        seed_of(row, sample) if draw else 0
-        for row, sample, draw in zip(row_numbers.tolist(), samples.tolist(), draws.tolist(), strict=True)
-    ]
-    return kinds, seeds, [rows.all_namespaces[n].name for n in numbers.tolist()] if numbers.any() else None
-
-
-def in_input(
-    prefixes: Sequence[PrefixSummary], rows: JobRows, samples: Samples, sample_of: Int64Array | None = None
-) -> tuple[PrefixSummary, ...]:
-    """The prefixes with their ``example_row`` as a row's place in the input.
-
-    Args:
-        prefixes: With rows of the planned table.
-        rows: The rows of the job.
-        samples: The samples of the job.
-        sample_of: Of each row of the planned table its sample; None where it is the one of that number.
-    """
-    planned = np.array([prefix.example_row for prefix in prefixes], np.int64)
-    places = rows.index[samples.rows(planned if sample_of is None else sample_of[planned])]
-    return tuple(replace(prefix, example_row=place) for prefix, place in zip(prefixes, places.tolist(), strict=True))
-
-
-class Job:
-    """Rows of a job on a runtime, planned together.
-
-    Args:
-        runtime: What runs them.
-        rows: The rows.
-        subset: Row numbers to run; None for all.
-        group_order: Order of sibling groups in the plan.
-        max_run_requests: Most requests that one message carries.
-        max_in_flight: Most requests submitted and not finished; None for as many as serve throughput.
-        keep_steps: Keep what each forward step was like, in ``steps``.
-
-    Attributes:
-        stats: Counts and times so far.
-        steps: Arrays of `batchllm.trace.STEP_DTYPE`, where they are kept.
-        is_stopping: Nothing more is admitted.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        rows: JobRows,
-        *,
-        subset: Int64Array | None = None,
-        group_order: GroupOrder = DEFAULT_GROUP_ORDER,
-        max_run_requests: int = MAX_RUN_REQUESTS,
-        max_in_flight: int | None = None,
-        keep_steps: bool = False,
-    ) -> None:
-        self._runtime = runtime
-        self._rows = rows
-        self._max_run_requests = max_run_requests
-        self._max_in_flight = max_in_flight
-        self._job_id: int | None = None
-        self._is_given_up = False
-        self.steps: list[StepArray] | None = [] if keep_steps else None
-        self.is_stopping = False
-        self.stats = JobStats()
-        started = time.perf_counter()
-        self._samples, self._table = rows.sample_table(subset)
-        give_memory_back()
-        self._plan = self._make_plan(group_order)
-        give_memory_back()
-        self.stats.plan_s = time.perf_counter() - started
-        self._optimal_lens = self._plan.computed_lens()
-        self._feeder = self._make_feeder()
-
-    @cached_property
-    def largest_prefixes(self) -> tuple[PrefixSummary, ...]:
-        """The prefixes that save most; ``example_row`` is a row's place in the input."""
-        return in_input(largest_prefixes(self._plan), self._rows, self._samples)
-
-    def _make_plan(self, group_order: GroupOrder) -> BatchPlan:
-        rows = self._rows
-        namespaces = rows.namespaces(self._samples)
-        known, limit = self._of_samples(rows.known_len), self._of_samples(rows.max_new_len)
-        return plan_batch(
-            self._table,
-            page_size=self._runtime.info.page_size,
-            namespaces=namespaces,
-            partitions=adapter_numbers(rows.all_namespaces, namespaces),
-            decode_lens=np.where(known > 0, known, limit),
-            group_order=group_order,
-        )
-
-    def _make_feeder(self) -> Feeder:
-        rows = self._rows
-        cutter = RunCutter(
-            self._plan,
-            self._table,
-            self._of_samples(rows.max_new_len),
-            self._of_samples(rows.known_len),
-            rows.task(self._samples.all_rows()),
-        )
-        return Feeder(
-            cutter,
-            self._runtime.info.kv_limit_tokens,
-            self._max_run_requests,
-            max_in_flight=self._max_in_flight,
-        )
-
-    def _of_samples(self, values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Of each sample the value of its row."""
-        row_of = self._samples.row_of
-        return values if row_of is None else values[row_of]
-
-    async def run(self) -> AsyncGenerator[FinishedSamples, None]:
-        """Run the batch.
-
-        Yields:
-            Samples as they finish, in no particular order; none of them every `TICK_S` in which nothing happens.
-
-        Raises:
-            EngineDiedError: The runtime is gone.
-            EngineError: It cannot run the largest step of the plan.
-        """
-        feeder, runtime = self._feeder, self._runtime
-        await self._warm_up()
-        started = time.perf_counter()
-        job_id = self._job_id = runtime.open_job()
-        receiving: asyncio.Task[FinishedRequests] | None = None
-        try:
-            while not (feeder.is_done or self._is_given_up or (self.is_stopping and feeder.num_in_flight == 0)):
-                while not self.is_stopping and (run := feeder.take_run()) is not None:
-                    runtime.submit(job_id, self._with_sampling(run))
-                receiving = receiving or asyncio.ensure_future(runtime.receive(job_id))
-                await asyncio.wait([receiving], timeout=TICK_S)
-                if not receiving.done():
-                    yield NOTHING
-                    continue
-                finished, receiving = receiving.result(), None
-                feeder.finish(finished.positions)
-                samples = self._collect(finished)
-                self.stats.run_s = time.perf_counter() - started
-                yield samples
-        finally:
-            if receiving is not None and not receiving.done():
-                receiving.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await receiving
-            runtime.close_job(job_id, is_complete=feeder.is_done)
-
-    async def _warm_up(self) -> None:
-        started = time.perf_counter()
-        if self._max_in_flight is None and (step := largest_step(self._runtime.info, self._plan)) is not None:
-            await warm_up(self._runtime, step)
-            self.stats.start_s += time.perf_counter() - started
-
-    def stop_admitting(self) -> None:
-        """Nothing more is submitted, and what has not started is withdrawn; what runs goes on."""
-        if not self.is_stopping:
-            self.is_stopping = True
-            if self._job_id is not None:
-                self._runtime.withdraw(self._job_id)
-
-    def give_up(self) -> None:
-        """End `run` when it goes on; what runs is aborted."""
-        self._is_given_up = True
-
-    def rows_in_flight(self) -> Int64Array:
-        """Rows with samples that have been submitted and have not finished, ascending."""
-        return np.unique(self._samples.rows(self._plan.order[self._feeder.positions_in_flight()]))
-
-    def _with_sampling(self, run: PlannedRun) -> RunRequests:
-        """The run with only the sampling parameters that occur in it."""
-        samples = self._samples
-        kinds, seeds, namespaces = sampling_of(
-            self._rows, samples.rows(run.request_row), samples.samples(run.request_row)
-        )
-        used, place = np.unique(kinds, return_inverse=True)
-        return RunRequests(
-            run=run,
-            sampling=tuple(self._rows.kinds[kind] for kind in used.tolist()),
-            sampling_index=place.tolist(),
-            seeds=seeds,
-            namespaces=namespaces,
-        )
-
-    def _collect(self, finished: FinishedRequests) -> FinishedSamples:
-        stats = self.stats
-        num_computed = finished.num_computed_prompt_tokens - stats.num_computed_prompt_tokens
-        stats.num_computed_prompt_tokens = finished.num_computed_prompt_tokens
-        stats.num_retractions = finished.num_retractions
-        stats.peak_kv_tokens = finished.peak_kv_tokens
-        stats.prediction = finished.prediction
-        if self.steps is not None:
-            self.steps.append(finished.steps)
-        table_rows = self._plan.order[finished.positions]
-        rows, samples = self._samples.rows(table_rows).tolist(), self._samples.samples(table_rows).tolist()
-        optimal_lens = self._optimal_lens[finished.positions].tolist()
-        completions = finished.completions
-        if self.is_stopping:  # what was withdrawn has not been answered
-            kept = [i for i, completion in enumerate(completions) if completion.finish_reason != "abort"]
-            rows, samples, completions, optimal_lens = (
-                [items[i] for i in kept] for items in (rows, samples, completions, optimal_lens)
-            )
-        num_prompt_tokens = sum([completion.prompt_tokens for completion in completions])
-        num_output_tokens = sum([completion.completion_tokens for completion in completions])
-        stats.num_prompt_tokens += num_prompt_tokens
-        stats.num_output_tokens += num_output_tokens
-        stats.num_optimal_prompt_tokens += sum(optimal_lens)
-        return FinishedSamples(
-            rows=rows,
-            samples=samples,
-            completions=completions,
-            optimal_lens=optimal_lens,
-            num_prompt_tokens=num_prompt_tokens,
-            num_output_tokens=num_output_tokens,
-            num_computed_prompt_tokens=num_computed,
-        )
+    ) -> Job: ...

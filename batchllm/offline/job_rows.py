@@ -41,7 +41,7 @@ from batchllm.request import GRAMMARS, Request, SamplingParams
 from batchllm.tokens import TokenTable
 
 ENCODE_SLICE = 1024
-"""Requests that are best added at once: enough for the tokenizer to work in bulk, few enough to hold."""
+"""Requests that are tokenized at once: enough for the tokenizer to work in bulk, few enough to hold."""
 
 NO_SEED = -(1 << 63)
 Int64Array = npt.NDArray[np.int64]
@@ -201,16 +201,14 @@ class JobRows:
     def add(self, requests: Sequence[Request]) -> list[RowError | None]:
         """Tokenize in bulk, check each request against the engine, and keep those that can run.
 
-        Args:
-            requests: A slice of a job, best of `ENCODE_SLICE`.
-
         Returns:
             Of each request why it cannot run, or None where it was taken in.
 
         Raises:
             ConfigError: A request gives text and there is no tokenizer.
         """
-        return self.take_in(self.encode(requests))
+        slices = (requests[first : first + ENCODE_SLICE] for first in range(0, len(requests), ENCODE_SLICE))
+        return [error for part in slices for error in self.take_in(self.encode(part))]
 
     def encode(self, requests: Sequence[Request]) -> list[Encoded | RowError]:
         """The first half of `add`, which changes nothing here: it may run in another thread."""

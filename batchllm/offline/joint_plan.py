@@ -1,4 +1,4 @@
-"""One plan over rows of several jobs: what they have in common is computed once, and each gets its share.
+"""One plan over rows of several jobs, or of one: what they have in common is computed once, and each gets its share.
 
 Knows how the columns of several jobs become those of one plan, and back; not who runs the plan, or when.
 
@@ -8,18 +8,17 @@ sampled, its seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from batchllm.offline.feeder import Feeder
-from batchllm.offline.job import give_memory_back, in_input, sampling_of
 from batchllm.offline.job_rows import Int64Array, JobRows, Samples
 from batchllm.offline.namespaces import Namespace, adapter_numbers
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
-from batchllm.planner import GroupOrder, largest_prefixes, plan_batch
+from batchllm.planner import GroupOrder, PrefixSummary, largest_prefixes, plan_batch
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.run import PlannedRun, RunCutter, copy_runs
 from batchllm.request import SamplingParams
@@ -39,7 +38,7 @@ class Part:
         rows: Its rows.
         samples: Its samples.
         table: Their prompts.
-        left: Which of them are to be planned, ascending.
+        left: Which of them are to be planned, ascending; None for all.
         service: Tokens computed and decoded for it so far.
         wants_prefixes: Nobody has told it yet which prefixes save it most.
     """
@@ -47,14 +46,21 @@ class Part:
     rows: JobRows
     samples: Samples
     table: TokenTable
-    left: Int64Array
+    left: Int64Array | None
     service: int
     wants_prefixes: bool = False
 
+    def __len__(self) -> int:
+        return len(self.table) if self.left is None else len(self.left)
+
     @property
     def row_numbers(self) -> Int64Array:
-        """Of which row each of ``left`` is."""
-        return self.samples.rows(self.left)
+        """Row number of each sample that is to be planned. Shape ``[len(self)]``."""
+        return self.samples.all_rows() if self.left is None else self.samples.rows(self.left)
+
+    def of_rows(self, column: Int32Array) -> Int32Array:
+        """What a column of the job's rows says of each sample to be planned; not a copy where it is one of each row."""
+        return column if self.left is None and self.samples.row_of is None else column[self.row_numbers]
 
 
 class JointPlan:
@@ -66,78 +72,88 @@ class JointPlan:
         group_order: Order of sibling groups, as far as fairness leaves it.
 
     Attributes:
-        feeder: Walks the plan.
+        plan: The plan.
+        cutter: Cuts runs of the plan.
         part_at: Position -> number of the part. int32[num_requests].
         sample_at: Position -> number of the sample among its job's. int64[num_requests].
         optimal_at: Position -> prompt tokens that an optimal plan computes there. int32[num_requests].
-        num_lost_tokens: Prompt tokens that fairness costs.
         largest_prefixes: Of each part that wants them the prefixes that save it most; ``example_row`` is a row's place
             in its input.
     """
 
     def __init__(self, parts: Sequence[Part], info: RuntimeInfo, group_order: GroupOrder) -> None:
+        _give_memory_back()
         self._parts = parts
-        part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.left) for part in parts])
-        max_new_len = _joined(parts, lambda part: part.rows.max_new_len[part.row_numbers])
-        known_len = _joined(parts, lambda part: part.rows.known_len[part.row_numbers])
+        max_new_len = _joined([part.of_rows(part.rows.max_new_len) for part in parts])
+        known_len = _joined([part.of_rows(part.rows.known_len) for part in parts])
         decode_lens = np.where(known_len > 0, known_len, max_new_len)
         table = _joined_table(parts)
-        namespace_of, namespaces = _joined_namespaces(parts)
+        all_namespaces, namespaces = _joined_namespaces(parts)
         best = plan_batch(
             table,
             page_size=info.page_size,
             namespaces=namespaces,
-            partitions=adapter_numbers(namespace_of, namespaces),
+            partitions=adapter_numbers(all_namespaces, namespaces),
             decode_lens=decode_lens,
             group_order=group_order,
         )
-        optimal_len = np.empty(len(table), np.int32)
-        optimal_len[best.order] = best.computed_lens()
-        plan = fair_order(
-            best,
-            part_of,
-            optimal_len.astype(np.int64) + decode_lens,
-            quantum=_QUANTUM_POOLS * info.kv_limit_tokens,
-            service=np.array([part.service for part in parts], np.int64),
-        ).plan
-        self.part_at = part_of[plan.order]
-        sample_of = np.concatenate([part.left for part in parts])
-        self.sample_at: Int64Array = sample_of[plan.order]
+        self.plan = best
+        self.optimal_at = best.computed_lens()
+        self.part_at: Int32Array
+        self.sample_at: Int64Array
+        if len(parts) > 1:
+            self._make_fair(decode_lens, _QUANTUM_POOLS * info.kv_limit_tokens)
+        else:
+            self.part_at = np.broadcast_to(np.int32(0), len(table))
+            self.sample_at = best.order if parts[0].left is None else parts[0].left[best.order]
+        self.largest_prefixes = [self._largest_prefixes(number) for number in range(len(parts))]
+        self.cutter = RunCutter(self.plan, table, max_new_len, known_len, _joined_tasks(parts))
+        del decode_lens, namespaces
+        _give_memory_back()
+
+    def _make_fair(self, decode_lens: Int32Array, quantum: int) -> None:
+        best, parts = self.plan, self._parts
+        part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+        sample_of = np.concatenate([np.arange(len(part.table))[_chosen(part)] for part in parts])
+        optimal_len = np.empty(best.num_requests, np.int32)
+        optimal_len[best.order] = self.optimal_at
+        costs = optimal_len.astype(np.int64) + decode_lens
+        service = np.array([part.service for part in parts], np.int64)
+        self.plan = plan = fair_order(best, part_of, costs, quantum=quantum, service=service).plan
+        self.part_at, self.sample_at = part_of[plan.order], sample_of[plan.order]
         self.optimal_at = optimal_len[plan.order]
-        self.num_lost_tokens = plan.num_lost_tokens
-        self.largest_prefixes = [
-            in_input(largest_prefixes(plan, self.part_at == number), part.rows, part.samples, sample_of)
-            if part.wants_prefixes
-            else ()
-            for number, part in enumerate(parts)
-        ]
-        cutter = RunCutter(plan, table, max_new_len, known_len, _joined_tasks(parts))
-        self.feeder = Feeder(cutter, info.kv_limit_tokens)
-        give_memory_back()
+
+    def _largest_prefixes(self, number: int) -> Sequence[PrefixSummary]:
+        part = self._parts[number]
+        if not part.wants_prefixes:
+            return ()
+        is_alone = len(self._parts) == 1
+        prefixes = largest_prefixes(self.plan, None if is_alone else self.part_at == number)
+        first = sum(len(other) for other in self._parts[:number])
+        planned = np.array([prefix.example_row for prefix in prefixes], np.int64) - first
+        places = part.rows.index[part.row_numbers[planned]]
+        return [replace(prefix, example_row=place) for prefix, place in zip(prefixes, places.tolist(), strict=True)]
 
     def requests(self, run: PlannedRun) -> RunRequests:
-        """The run with how its jobs say that it be sampled."""
+        """The run with how its jobs say that it be sampled: the sampling parameters that occur in it, no others."""
         positions = slice(run.first_position, run.first_position + len(run))
-        part_at, sample_at = self.part_at[positions], self.sample_at[positions]
-        kinds = np.empty(len(run), np.int64)
-        seeds, namespaces = np.empty(len(run), np.int64), np.full(len(run), "", object)
+        sample_at = self.sample_at[positions]
+        kinds, seeds = np.empty(len(run), np.int64), np.empty(len(run), np.int64)
+        namespaces: npt.NDArray[np.object_] | None = None
         first_kind = np.cumsum([0, *(len(part.rows.kinds) for part in self._parts)])
-        for number in np.unique(part_at).tolist():
-            part, of_part = self._parts[number], np.flatnonzero(part_at == number)
-            samples = sample_at[of_part]
-            own_kinds, seeds[of_part], names = sampling_of(
-                part.rows, part.samples.rows(samples), part.samples.samples(samples)
-            )
-            kinds[of_part] = own_kinds + first_kind[number]
+        for number, chosen in by_part(self.part_at[positions]):
+            own_kinds, seeds[chosen], names = _sampling_of(self._parts[number], sample_at[chosen])
+            kinds[chosen] = own_kinds + first_kind[number]
             if names is not None:
-                namespaces[of_part] = names
+                namespaces = np.full(len(run), "", object) if namespaces is None else namespaces
+                namespaces[chosen] = names
         used, place = np.unique(kinds, return_inverse=True)
         return RunRequests(
             run=run,
             sampling=tuple(self._kind(kind, first_kind) for kind in used.tolist()),
             sampling_index=place.tolist(),
             seeds=seeds.tolist(),
-            namespaces=namespaces.tolist() if namespaces.any() else None,
+            namespaces=None if namespaces is None else namespaces.tolist(),
         )
 
     def _kind(self, number: int, first_kind: Int64Array) -> SamplingParams:
@@ -147,34 +163,67 @@ class JointPlan:
         return kinds[number - int(first_kind[part])]
 
 
-def _joined(parts: Sequence[Part], column: Callable[[Part], npt.NDArray[np.int32]]) -> Int32Array:
-    return np.concatenate([column(part) for part in parts])
+def by_part(part_at: Int32Array) -> Iterator[tuple[int, Int64Array | slice]]:
+    """Each part that occurs: its number, and the places where it does."""
+    if not len(part_at):
+        return
+    first = int(part_at[0])
+    if (part_at == first).all():
+        yield first, slice(None)
+        return
+    for number in np.unique(part_at).tolist():
+        yield number, np.flatnonzero(part_at == number)
+
+
+def _sampling_of(part: Part, samples: Int64Array) -> tuple[Int32Array, Int64Array, list[str] | None]:
+    """How to sample some samples of a part: of each its row's kind, its seed, and what its namespace is called (None:
+    all are in the default one).
+    """
+    rows, row_numbers = part.rows, part.samples.rows(samples)
+    kinds = rows.kind(row_numbers)
+    seeds = np.zeros(len(samples), np.int64)
+    drawn = np.flatnonzero(rows.draws.values[kinds])  # a greedy row needs no seed
+    of_drawn = row_numbers[drawn].tolist(), part.samples.samples(samples)[drawn].tolist()
+    seeds[drawn] = [rows.sample_seed(row, sample) for row, sample in zip(*of_drawn, strict=True)]
+    numbers = rows.namespace(row_numbers)
+    return kinds, seeds, [rows.all_namespaces[n].name for n in numbers.tolist()] if numbers.any() else None
+
+
+def _joined(columns: Sequence[Int32Array]) -> Int32Array:
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
 
 def _joined_table(parts: Sequence[Part]) -> TokenTable:
     """The prompts that are left, one job's after another's; not a copy where they are all of one job's."""
-    if len(parts) == 1 and len(parts[0].left) == len(parts[0].table):
+    if len(parts) == 1 and parts[0].left is None:
         return parts[0].table
-    lengths = np.concatenate([part.table.lengths[part.left] for part in parts])
+    lengths = np.concatenate([part.table.lengths[_chosen(part)] for part in parts])
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     tokens = np.empty(offsets[-1], np.int32)
     first = 0
     for part in parts:
-        last = first + len(part.left)
-        copy_runs(part.table.tokens, part.table.offsets[part.left], tokens, offsets[first : last + 1])
+        last = first + len(part)
+        copy_runs(part.table.tokens, part.table.offsets[:-1][_chosen(part)], tokens, offsets[first : last + 1])
         first = last
     return TokenTable(tokens=tokens, offsets=offsets)
+
+
+def _chosen(part: Part) -> Int64Array | slice:
+    return slice(None) if part.left is None else part.left
 
 
 def _joined_namespaces(parts: Sequence[Part]) -> tuple[list[Namespace], Int64Array | None]:
     """The namespaces of all jobs, each once, and which of them each sample is in; None where there is one."""
     numbers: dict[Namespace, int] = {}
-    columns = []
-    for part in parts:
-        number_of = np.array([numbers.setdefault(n, len(numbers)) for n in part.rows.all_namespaces], np.int64)
-        columns.append(number_of[part.rows.namespace(part.row_numbers)])
-    return list(numbers), np.concatenate(columns) if len(numbers) > 1 else None
+    number_of = [[numbers.setdefault(n, len(numbers)) for n in part.rows.all_namespaces] for part in parts]
+    if len(numbers) == 1:
+        return list(numbers), None
+    columns = [
+        np.array(own, np.int64)[part.rows.namespace(part.row_numbers)]
+        for own, part in zip(number_of, parts, strict=True)
+    ]
+    return list(numbers), np.concatenate(columns)
 
 
 def _joined_tasks(parts: Sequence[Part]) -> Int32Array:
@@ -183,6 +232,15 @@ def _joined_tasks(parts: Sequence[Part]) -> Int32Array:
     num_tasks = 0
     for part in parts:
         tasks = part.rows.task(part.row_numbers)
-        columns.append(np.where(tasks >= 0, tasks + np.int32(num_tasks), tasks).astype(np.int32))
-        num_tasks += int(tasks.max(initial=-1)) + 1
-    return np.concatenate(columns)
+        if num_tasks:
+            tasks = np.where(tasks >= 0, tasks + np.int32(num_tasks), tasks).astype(np.int32)
+        columns.append(tasks)
+        num_tasks = max(num_tasks, int(tasks.max(initial=-1)) + 1)
+    return _joined(columns)
+
+
+def _give_memory_back() -> None:
+    """What millions of rows needed for a moment; the C library would keep it for this process."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)

@@ -66,18 +66,17 @@ class Recorder:
         decode: Decode,
         decode_prompt: DecodePrompt,
     ) -> None:
-        """All samples of a row have finished, none aborted."""
-        samples = sorted(completions, key=lambda completion: completion.sample)
+        """All samples of a row have finished, none aborted; they come in their order."""
         record = render_success(
             head,
-            samples,
+            completions,
             model=model,
             created=self._created,
             decode=decode,
             decode_prompt=decode_prompt,
             job_seed=self._job_seed,
         )
-        num_prompt_tokens, _, num_output_tokens = count_tokens(head, samples)
+        num_prompt_tokens, _, num_output_tokens = count_tokens(head, completions)
         self._journal.append(
             head.position,
             self._keep(orjson.dumps(record), is_failed=False),

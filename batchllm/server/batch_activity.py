@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchllm.dataset import BadRow
-from batchllm.offline.job import JobMaker, RunningJob
+from batchllm.offline.job import Job, JobMaker
 from batchllm.offline.job_rows import JobRows
 from batchllm.offline.recorder import Recorder
 from batchllm.offline.runtime import Runtime
@@ -54,7 +54,7 @@ class _Batch:
     prefixes: Sequence[PrefixSummary] = ()
     failed_by_code: Mapping[str, int] = field(default_factory=dict)
     first_failed: Sequence[BadRow] = ()
-    job: RunningJob | None = None
+    job: Job | None = None
 
     def all_stats(self) -> JobStats:
         return self.stats if self.job is None else self.stats + self.job.stats
@@ -85,12 +85,9 @@ class BatchActivity:
             while len(self._batches) > _MAX_BATCHES:
                 self._batches.popitem(last=False)
 
-    def make_job(
-        self, batch_id: str, make_job: JobMaker, runtime: Runtime, rows: JobRows, **options: Any
-    ) -> RunningJob:
+    def make_job(self, batch_id: str, make_job: JobMaker, runtime: Runtime, rows: JobRows, **options: Any) -> Job:
         """Make a job of a batch, whose numbers count for it."""
         job = make_job(runtime, rows, **options)
-        _ = job.largest_prefixes  # here it may take long
         with self._turn:
             batch = self._batches.setdefault(batch_id, _Batch(is_whole=False))
             batch.settle()

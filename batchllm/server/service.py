@@ -16,7 +16,8 @@ import fastapi
 from fastapi import Request
 
 from batchllm.errors import ConfigError
-from batchllm.offline.job import Job, JobMaker
+from batchllm.offline.job import JobMaker
+from batchllm.offline.jobs import single_job
 from batchllm.offline.runtime import Runtime
 from batchllm.offline.token_store import TokenMemory
 from batchllm.server.api_errors import ApiError
@@ -88,7 +89,7 @@ class BatchService:
     def start(
         self,
         start_engine: Callable[[], Runtime],
-        make_job: JobMaker = Job,
+        make_job: JobMaker = single_job,
         metrics: BatchMetrics | None = None,
         numbers: LiveNumbers | None = None,
     ) -> None:

@@ -16,20 +16,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-import numpy as np
-
 from batchllm.default_model import default_model_path
 from batchllm.errors import EngineDiedError, EngineError, RowError
-from batchllm.offline.runtime import Chat, FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.fake_runtime import FakeJob, FakeRequest, FakeRuntime
+from batchllm.offline.runtime import Chat, RunRequests, RuntimeInfo
 from batchllm.request import ChatPrompt, Completion, TokenLogprob
-from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
-from batchllm.trace.steps import STEP_DTYPE
 
 T = TypeVar("T")
 ABORTED = 999
@@ -50,8 +47,8 @@ class Settings:
             the engine is no longer needed.
         at: Number of answers.
         do: A shell command, once in an engine; its parent is the driver.
-        fault: Once, in the first engine: "death", "memory" that is not to be
-            had, or a "clock" that is set, e.g. "clock-3600".
+        fault: Once, in the first engine: "death", "memory" that is not to be had, or a "clock" that is set, e.g.
+            "clock-3600".
         fails: 1 if no engine starts.
     """
 
@@ -95,51 +92,42 @@ class LazyTokenizer:
 TOKENIZER: Any = LazyTokenizer()
 
 
-class InstantRuntime:
+INFO = RuntimeInfo(
+    model_name="instant",
+    context_len=CONTEXT_LEN,
+    vocab_size=4096,
+    kv_capacity_tokens=65_536,
+    kv_limit_tokens=65_536,
+    num_unstored_tokens=1,
+    page_size=1,
+    random_seed=7,
+    has_seeded_sampling=True,
+    has_grammar=True,
+)
+
+
+class InstantRuntime(FakeRuntime):
     """Answers requests in the order in which they were submitted, each with the token 65."""
 
     def __init__(self, settings: Settings) -> None:
-        self.tokenizer = TOKENIZER
-        self.info = RuntimeInfo(
-            model_name="instant",
-            context_len=CONTEXT_LEN,
-            vocab_size=4096,
-            kv_capacity_tokens=65_536,
-            kv_limit_tokens=65_536,
-            num_unstored_tokens=1,
-            page_size=1,
-            random_seed=7,
-            has_seeded_sampling=True,
-            has_grammar=True,
-        )
+        super().__init__(INFO, TOKENIZER)
         self._settings = settings
-        self._num_answered = 0
         self._is_done_with_it = not (settings.do or settings.fault)
-        self._forget()
         self._log(["start"])
         if settings.fault != "death":  # whoever is dead is found so when it is asked
-            self._meet("start")
-
-    def _forget(self) -> None:
-        self._last_ids: dict[int, int] = {}
-        """Of each outstanding request, by its position in the plan."""
-        self._prompt_lens: dict[int, int] = {}
-        self._prefix_ends: dict[int, tuple[int, int]] = {}
-        """Last token and length of each prefix, by its number."""
-        self._withdrawn: list[int] = []
-        self._num_computed = 0
+            self._meet("start", 0)
 
     def _log(self, lines: list[Any]) -> None:
         if self._settings.log:
             with open(self._settings.log, "a") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
-    def _meet(self, moment: str) -> None:
+    def _meet(self, moment: str, num_answered: int) -> None:
         """Do what the settings say for this moment."""
         settings = self._settings
         if self._is_done_with_it or moment != settings.moment:
             return
-        if moment == "answers" and self._num_answered < settings.at:
+        if moment == "answers" and num_answered < settings.at:
             return
         self._is_done_with_it = True
         if settings.do:
@@ -152,83 +140,48 @@ class InstantRuntime:
             set_clock(int(settings.fault.removeprefix("clock")))
 
     def open_job(self) -> int:
-        self._forget()
-        self._meet("start")
-        return 0
+        self._meet("start", 0)
+        return super().open_job()
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
-        run = requests.run
-        ends = np.cumsum(run.prefix_end_len - run.prefix_start_len)
-        for i, end in enumerate(ends.tolist()):
-            self._prefix_ends[run.first_prefix + i] = (int(run.prefix_tokens[end - 1]), int(run.prefix_end_len[i]))
-        ends = np.cumsum(run.private_len)
-        for i, end in enumerate(ends.tolist()):
-            position, private_len = run.first_position + i, int(run.private_len[i])
-            last_id, shared_len = self._prefix_ends.get(int(run.request_prefix[i]), (0, 0))
-            self._last_ids[position] = int(run.private_tokens[end - 1]) if private_len else last_id
-            self._prompt_lens[position] = shared_len + private_len
-        self._num_computed += len(run.private_tokens) + len(run.prefix_tokens)
-        self._log(list(self._last_ids.values())[-len(run) :])
+        super().submit(job_id, requests)
+        sent = list(self.jobs[job_id].outstanding.values())[-len(requests.run) :]
+        self._log([request.prompt[-1] for request in sent])
 
-    async def receive(self, job_id: int) -> FinishedRequests:
+    def num_answered_for(self, job: FakeJob) -> int:
+        """Answers by which it is known when to do something else."""
+        return self.num_answered
+
+    async def before_answers(self, job: FakeJob) -> None:
         settings = self._settings
         await asyncio.sleep(settings.delay_s)
-        self._meet("answers")
-        if self._withdrawn:
-            positions, self._withdrawn = self._withdrawn, []
-            return self._finished(positions, is_withdrawn=True)
-        if settings.stuck_after and self._num_answered >= settings.stuck_after:
+        self._meet("answers", self.num_answered_for(job))
+        if settings.stuck_after and self.num_answered_for(job) >= settings.stuck_after and not job.withdrawn:
             await asyncio.sleep(3600)
-        positions = list(self._last_ids)[: settings.batch or None]
-        self._num_answered += len(positions)
-        return self._finished(positions)
 
-    def _finished(self, positions: list[int], *, is_withdrawn: bool = False) -> FinishedRequests:
-        return FinishedRequests(
-            positions=positions,
-            completions=[self._answer(position, is_withdrawn) for position in positions],
-            num_computed_prompt_tokens=self._num_computed,
-            num_retractions=0,
-            peak_kv_tokens=1,
-            prediction=PredictionError(),
-            steps=np.zeros(1, STEP_DTYPE),
-        )
+    def choose(self, job: FakeJob) -> list[FakeRequest]:
+        return super().choose(job)[: self._settings.batch or None]
 
-    def _answer(self, position: int, is_withdrawn: bool) -> Completion:
-        last_id = self._last_ids.pop(position)
-        is_aborted = is_withdrawn or last_id == ABORTED
+    def has_started(self, place: int) -> bool:
+        """The next batch runs already."""
+        return place < self._settings.batch
+
+    def answer(self, request: FakeRequest) -> Completion:
+        prompt = request.prompt
+        is_aborted = prompt[-1] == ABORTED
         return Completion(
             index=0,
-            text=f"after {last_id}",
+            text=f"after {prompt[-1]}",
             output_ids=[65],
             finish_reason="abort" if is_aborted else "stop",
-            prompt_tokens=self._prompt_lens.pop(position),
+            prompt_tokens=len(prompt),
             cached_tokens=0,
             logprobs=(TokenLogprob(token_id=65, logprob=-0.5),),
             error="out of luck" if is_aborted else None,
         )
 
-    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        loop = asyncio.new_event_loop()
-        try:
-            while True:
-                try:
-                    yield loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
-        finally:
-            loop.run_until_complete(stream.aclose())
-            loop.close()
-
-    def withdraw(self, job_id: int) -> None:
-        """The next batch runs already; the others have not started."""
-        self._withdrawn = list(self._last_ids)[self._settings.batch :]
-
-    def close_job(self, job_id: int, *, is_complete: bool) -> None:
-        pass
-
     def shutdown(self) -> None:
-        self._meet("end")
+        self._meet("end", self.num_answered)
 
 
 def set_clock(by_s: int) -> None:

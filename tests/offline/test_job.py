@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from array import array
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,16 +16,16 @@ from hypothesis import strategies as st
 from jinja2 import Environment
 
 from batchllm.errors import ConfigError, EngineDiedError, RowError
+from batchllm.offline.fake_runtime import FakeJob, FakeRequest, FakeRuntime
 from batchllm.offline.job import Job
-from batchllm.offline.job_rows import ENCODE_SLICE, UNLIMITED, JobRows
-from batchllm.offline.runtime import Chat, FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.job_rows import UNLIMITED, JobRows
+from batchllm.offline.jobs import Jobs
+from batchllm.offline.runtime import Chat, RunRequests, RuntimeInfo
 from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
 from batchllm.planner.run import PlannedRun
 from batchllm.request import ChatOptions, ChatPrompt, Completion, Request, SamplingParams
-from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
-from batchllm.trace import STEP_DTYPE
 from tests.sizes import sized
 
 T = TypeVar("T")
@@ -74,113 +73,64 @@ class AsciiTokenizer(Tokenizer):
         return chr(token_id)
 
 
-@dataclass
-class Sent:
-    """What reached the runtime of one sample."""
-
-    prompt: tuple[int, ...]
-    seed: int
-    sampling: SamplingParams
-    max_new_len: int
-    namespace: str
+ASCII = AsciiTokenizer()
 
 
-@dataclass
-class ShufflingRuntime:
+class ShufflingRuntime(FakeRuntime):
     """Answers what was submitted in random order and random batches; its text names prompt and seed."""
 
-    info: RuntimeInfo = INFO
-    order_seed: int = 0
-    tokenizer: Tokenizer | None = field(default_factory=lambda: AsciiTokenizer())
-    abort_share: float = 0.0
-    dies_after: int | None = None
-    sent: list[Sent] = field(default_factory=list)
-    closed: list[bool] = field(default_factory=list)
-    withdrawn: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.order_seed)
-        self.prefixes: dict[int, tuple[int, ...]] = {-1: ()}
-        self.outstanding: dict[int, Sent] = {}
-        self.num_answered = 0
-
-    def open_job(self) -> int:
-        return 5
+    def __init__(
+        self,
+        info: RuntimeInfo = INFO,
+        order_seed: int = 0,
+        tokenizer: Tokenizer | None = ASCII,
+        abort_share: float = 0.0,
+        dies_after: int | None = None,
+    ) -> None:
+        super().__init__(info, tokenizer)
+        self.random = random.Random(order_seed)
+        self.abort_share = abort_share
+        self.dies_after = dies_after
+        self.runs: list[PlannedRun] = []
+        self.sent: list[FakeRequest] = []
+        self.num_withdrawn = 0
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
-        assert job_id == 5
-        run = requests.run
-        start = 0
-        for i, (first, last) in enumerate(zip(run.prefix_start_len, run.prefix_end_len, strict=True)):
-            own = tuple(run.prefix_tokens[start : start + last - first].tolist())
-            self.prefixes[run.first_prefix + i] = self.prefixes[int(run.prefix_parent[i])] + own
-            start += last - first
-        start = 0
-        for i, private_len in enumerate(run.private_len.tolist()):
-            private = tuple(run.private_tokens[start : start + private_len].tolist())
-            start += private_len
-            sent = Sent(
-                prompt=self.prefixes[int(run.request_prefix[i])] + private,
-                seed=requests.seeds[i],
-                sampling=requests.sampling[requests.sampling_index[i]],
-                max_new_len=int(run.request_max_new_len[i]),
-                namespace=requests.namespaces[i] if requests.namespaces else "",
-            )
-            self.outstanding[run.first_position + i] = sent
-            self.sent.append(sent)
+        super().submit(job_id, requests)
+        self.runs.append(requests.run)
+        self.sent += list(self.jobs[job_id].outstanding.values())[-len(requests.run) :]
 
-    async def receive(self, job_id: int) -> FinishedRequests:
-        await asyncio.sleep(0)
+    def withdraw(self, job_id: int) -> None:
+        super().withdraw(job_id)
+        self.num_withdrawn += len(self.jobs[job_id].withdrawn)
+
+    async def before_answers(self, job: FakeJob) -> None:
         if self.dies_after is not None and self.num_answered >= self.dies_after:
             raise EngineDiedError("the scheduler is gone")
-        positions = list(self.outstanding)
-        self.random.shuffle(positions)
-        positions = positions[: self.random.randint(1, len(positions))]
-        self.num_answered += len(positions)
-        return FinishedRequests(
-            positions=positions,
-            completions=[self.answer(self.outstanding.pop(p), p in self.withdrawn) for p in positions],
-            num_computed_prompt_tokens=10 * self.num_answered,
-            num_retractions=3,
-            peak_kv_tokens=40,
-            prediction=PredictionError(),
-            steps=np.zeros(1, STEP_DTYPE),
-        )
 
-    def answer(self, sent: Sent, is_withdrawn: bool) -> Completion:
-        is_aborted = is_withdrawn or self.random.random() < self.abort_share
+    def choose(self, job: FakeJob) -> list[FakeRequest]:
+        outstanding = super().choose(job)
+        self.random.shuffle(outstanding)
+        return outstanding[: self.random.randint(1, len(outstanding))]
+
+    def counters(self, job: FakeJob) -> dict[str, Any]:
+        return {
+            "num_computed_prompt_tokens": 10 * job.num_answered,
+            "num_retractions": 3,
+            "peak_kv_tokens": 40,
+        }
+
+    def answer(self, request: FakeRequest) -> Completion:
+        is_aborted = self.random.random() < self.abort_share
         return Completion(
             index=0,
-            text=f"{bytes(sent.prompt)!r} {sent.seed}",
+            text=f"{bytes(request.prompt)!r} {request.seed}",
             output_ids=[1, 2, 3],
             finish_reason="abort" if is_aborted else "stop",
-            prompt_tokens=len(sent.prompt),
+            prompt_tokens=len(request.prompt),
             cached_tokens=0,
             error="out of luck" if is_aborted else None,
         )
-
-    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        loop = asyncio.new_event_loop()
-        try:
-            while True:
-                try:
-                    yield loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
-        finally:
-            loop.run_until_complete(stream.aclose())
-            loop.close()
-
-    def withdraw(self, job_id: int) -> None:
-        """All but the first of what is outstanding has not started; it comes back as aborted."""
-        for position in list(self.outstanding)[1:]:
-            self.withdrawn.append(position)
-
-    def close_job(self, job_id: int, *, is_complete: bool) -> None:
-        self.closed.append(is_complete)
-
-    def shutdown(self) -> None:
-        pass
 
 
 def _request(index: int, ids: Sequence[int] | None = (1, 2, 3), **fields: Any) -> Request:
@@ -196,10 +146,9 @@ class Loaded(Job):
     def __init__(self, runtime: ShufflingRuntime, requests: Sequence[Request], **options: Any) -> None:
         self.rows = JobRows(runtime.info, runtime.tokenizer, TokenStore(None, 1 << 30))
         self.rejected: list[tuple[Request, RowError]] = []
-        for first in range(0, len(requests), ENCODE_SLICE):
-            part = requests[first : first + ENCODE_SLICE]
-            self.rejected += [(r, e) for r, e in zip(part, self.rows.add(part), strict=True) if e is not None]
-        super().__init__(runtime, self.rows, **options)
+        self.rejected += [(r, e) for r, e in zip(requests, self.rows.add(requests), strict=True) if e is not None]
+        of_plan = {name: options.pop(name) for name in ("group_order", "max_run_requests") if name in options}
+        super().__init__(Jobs(runtime, is_for_one=True, **of_plan), self.rows, **options)
 
     def completions(self, runtime: ShufflingRuntime) -> list[Completion]:
         """Run it; each with its index and sample."""
@@ -250,7 +199,7 @@ def test_a_job_without_requests_ends_at_once() -> None:
     runtime = ShufflingRuntime()
     _, completions = _run(runtime, [])
     assert completions == []
-    assert runtime.closed == [True]
+    assert runtime.closed == []
 
 
 def test_text_gets_special_tokens_and_a_chat_those_of_its_template_only() -> None:
@@ -340,17 +289,6 @@ def test_a_row_above_the_kv_limit_fails_alone_and_says_how_much_it_needs() -> No
     assert "up to 21 tokens" in error.message and "raise it to at least 21" in error.message
 
 
-@dataclass
-class RecordingRuntime(ShufflingRuntime):
-    """Keeps the runs submitted."""
-
-    runs: list[PlannedRun] = field(default_factory=list)
-
-    def submit(self, job_id: int, requests: RunRequests) -> None:
-        self.runs.append(requests.run)
-        super().submit(job_id, requests)
-
-
 def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
     """A length nothing can change, a hint, a task; the rest is unknown."""
     requests = [
@@ -361,7 +299,7 @@ def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
         msgspec.structs.replace(_request(4, [5]), task="judge"),
     ]
     assert requests[0].sampling.max_new_tokens == 8
-    runtime = RecordingRuntime()
+    runtime = ShufflingRuntime()
     Loaded(runtime, requests, group_order="input").completions(runtime)
     known = [n for run in runtime.runs for n in run.request_known_len.tolist()]
     tasks = [n for run in runtime.runs for n in run.request_task.tolist()]
@@ -369,7 +307,7 @@ def test_what_is_known_of_output_lengths_travels_with_the_run() -> None:
 
 
 def test_each_message_carries_at_most_as_many_requests_as_it_may() -> None:
-    runtime = RecordingRuntime()
+    runtime = ShufflingRuntime()
     Loaded(runtime, [_request(i, [i + 1]) for i in range(5)], max_run_requests=1).completions(runtime)
     assert [len(run) for run in runtime.runs] == [1] * 5
 
@@ -517,7 +455,7 @@ def test_rejections_carry_a_sentence_and_the_field_at_fault() -> None:
 
 def test_a_job_that_stops_answers_what_runs_and_no_more() -> None:
     """Nothing is submitted after the stop, and what was withdrawn is neither answered nor failed."""
-    runtime = RecordingRuntime()
+    runtime = ShufflingRuntime()
     job = Loaded(runtime, [_request(i, [i, 1]) for i in range(100)], max_in_flight=10)
     answered: list[int] = []
     for finished in runtime.iterate(job.run()):
@@ -526,8 +464,8 @@ def test_a_job_that_stops_answers_what_runs_and_no_more() -> None:
             num_submitted = len(runtime.sent)
             job.stop_admitting()
     assert len(runtime.sent) == num_submitted < 100
-    assert len(answered) == num_submitted - len(runtime.withdrawn)
-    assert runtime.withdrawn
+    assert len(answered) == num_submitted - runtime.num_withdrawn
+    assert runtime.num_withdrawn
     assert len(set(answered)) == len(answered)
     assert runtime.closed == [False]
 
@@ -540,7 +478,7 @@ def test_a_job_that_gives_up_ends_with_requests_in_flight() -> None:
         answered.update(finished.rows)
         job.give_up()
     in_flight = job.rows_in_flight().tolist()
-    assert len(in_flight) == len(runtime.outstanding) > 0
+    assert len(in_flight) == len(runtime.sent) - runtime.num_answered > 0
     assert not answered & set(in_flight)
     assert runtime.closed == [False]
 
@@ -551,7 +489,7 @@ def test_never_more_in_flight_than_allowed(limit: int, order_seed: int) -> None:
     class Watching(ShufflingRuntime):
         def submit(self, job_id: int, requests: RunRequests) -> None:
             super().submit(job_id, requests)
-            assert len(self.outstanding) <= limit
+            assert len(self.jobs[job_id].outstanding) <= limit
 
     runtime = Watching(order_seed=order_seed)
     job = Loaded(runtime, [_request(i, [i % 5, i % 3, i]) for i in range(60)], max_in_flight=limit)

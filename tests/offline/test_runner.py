@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,18 +21,17 @@ from hypothesis import strategies as st
 from batchllm.dataset import BadRow, Row, RowKind
 from batchllm.errors import ConfigError, EngineDiedError, EngineError, WorkloadError
 from batchllm.offline import recovery
+from batchllm.offline.fake_runtime import FakeJob, FakeRequest, FakeRuntime
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.journal import Journal
 from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
 from batchllm.offline.recorder import Recorder
 from batchllm.offline.runner import Runner, RunOptions
-from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.offline.stop import StopSignal
 from batchllm.request import Completion, Request, SamplingParams, TokenLogprob
-from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokenizer import Tokenizer
-from batchllm.trace import STEP_DTYPE
 
 T = TypeVar("T")
 
@@ -99,66 +96,47 @@ class World:
         return LeisurelyRuntime(self)
 
 
-class LeisurelyRuntime:
+class LeisurelyRuntime(FakeRuntime):
     """Answers a few random requests at a time with their last token."""
 
     def __init__(self, world: World) -> None:
+        super().__init__(world.info, world.tokenizer)
         self.world = world
-        self.info = world.info
-        self.tokenizer = world.tokenizer
-        self.outstanding: dict[int, int] = {}
-        self.withdrawn: set[int] = set()
-        self.last_of_prefix: dict[int, int] = {}
+        self.closed = world.closed
         self.is_alive = True
-
-    def open_job(self) -> int:
-        self.outstanding.clear()
-        self.last_of_prefix.clear()
-        return 0
+        self.chosen: list[FakeRequest] = []
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
         assert self.is_alive
-        run = requests.run
-        start = 0
-        for i, (first, last) in enumerate(zip(run.prefix_start_len, run.prefix_end_len, strict=True)):
-            start += int(last - first)
-            self.last_of_prefix[run.first_prefix + i] = int(run.prefix_tokens[start - 1])
-        start = 0
-        for i, private_len in enumerate(run.private_len.tolist()):
-            start += private_len
-            last_id = run.private_tokens[start - 1] if private_len else None
-            position = run.first_position + i
-            self.outstanding[position] = (
-                self.last_of_prefix[int(run.request_prefix[i])] if last_id is None else int(last_id)
-            )
-            self.world.submitted[self.outstanding[position]] += 1
+        super().submit(job_id, requests)
+        sent = list(self.jobs[job_id].outstanding.values())[-len(requests.run) :]
+        self.world.submitted.update(request.prompt[-1] for request in sent)
 
-    async def receive(self, job_id: int) -> FinishedRequests:
-        await asyncio.sleep(0)
+    async def before_answers(self, job: FakeJob) -> None:
         world = self.world
         world.on_receive(world.num_answered)
-        num_chosen = min(3, len(self.outstanding))
-        positions = world.random.sample(list(self.outstanding), num_chosen)
+        outstanding = list(job.outstanding.values())
+        self.chosen = world.random.sample(outstanding, min(3, len(outstanding)))
         dies = world.random.random() < world.death_chance
-        if dies or any(self.outstanding[position] == POISON for position in positions):
+        if dies or any(request.prompt[-1] == POISON for request in self.chosen):
             self.is_alive = False
             raise EngineDiedError("the scheduler is gone")
-        world.num_answered += len(positions)
-        return FinishedRequests(
-            positions=positions,
-            completions=[self.answer(position) for position in positions],
-            num_computed_prompt_tokens=world.num_answered,
-            num_retractions=0,
-            peak_kv_tokens=1,
-            prediction=PredictionError(),
-            steps=np.zeros(1, STEP_DTYPE),
-        )
 
-    def answer(self, position: int) -> Completion:
-        last_id = self.outstanding.pop(position)
+    def choose(self, job: FakeJob) -> list[FakeRequest]:
+        self.world.num_answered += len(self.chosen)
+        return self.chosen
+
+    def has_started(self, place: int) -> bool:
+        return place < 2
+
+    def counters(self, job: FakeJob) -> dict[str, Any]:
+        return super().counters(job) | {"num_computed_prompt_tokens": self.world.num_answered}
+
+    def answer(self, request: FakeRequest) -> Completion:
+        last_id = request.prompt[-1]
         is_first = last_id == ABORTED_ONCE and last_id not in self.world.aborted_once
         self.world.aborted_once.add(last_id)
-        is_aborted = last_id in (ABORTED, AT_FAULT) or is_first or position in self.withdrawn
+        is_aborted = last_id in (ABORTED, AT_FAULT) or is_first
         return Completion(
             index=0,
             text=f"after {last_id}",
@@ -170,24 +148,6 @@ class LeisurelyRuntime:
             error="out of luck" if is_aborted else None,
             error_code="invalid_grammar" if last_id == AT_FAULT else None,
         )
-
-    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        loop = asyncio.new_event_loop()
-        try:
-            while True:
-                try:
-                    yield loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
-        finally:
-            loop.run_until_complete(stream.aclose())
-            loop.close()
-
-    def withdraw(self, job_id: int) -> None:
-        self.withdrawn = set(list(self.outstanding)[2:])
-
-    def close_job(self, job_id: int, *, is_complete: bool) -> None:
-        self.world.closed.append(is_complete)
 
     def shutdown(self) -> None:
         self.world.num_running = 0

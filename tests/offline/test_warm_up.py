@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from batchllm.errors import EngineDiedError, EngineError
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import JobRows
+from batchllm.offline.jobs import single_job
 from batchllm.offline.token_store import TokenStore
 from batchllm.offline.warm_up import MAX_SHARE, largest_step, warm_up
 from batchllm.planner import BatchPlan, plan_batch
@@ -36,7 +37,7 @@ def _job(runtime: ShufflingRuntime, num_rows: int, row_len: int) -> Job:
     sampling = SamplingParams(temperature=0, max_new_tokens=3)
     ids = [rng.integers(0, 100, row_len).tolist() for _ in range(num_rows)]
     rows.add([Request(row_id=str(i), index=i, sampling=sampling, input_ids=row) for i, row in enumerate(ids)])
-    return Job(runtime, rows)
+    return single_job(runtime, rows)
 
 
 async def _run(job: Job) -> int:

@@ -15,18 +15,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import fastapi
 import uvicorn
 
-from batchllm.offline.job import Job, JobMaker
-from batchllm.offline.runtime import FinishedRequests, RunRequests
+from batchllm.offline.fake_runtime import FakeJob
+from batchllm.offline.job import JobMaker
 from batchllm.server import BatchMetrics, BatchOptions, BatchService, LiveNumbers
 from tests.cli.instant_engine import InstantRuntime, Settings
 
@@ -38,43 +35,16 @@ START_S = 30
 KILLER = 998
 
 
-class SharedRuntime:
-    """Many jobs at once, each on an `InstantRuntime` of its own."""
+class SharedRuntime(InstantRuntime):
+    """Many jobs at once, each of which gets as many answers as the settings say."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._numbers = count()
-        self._jobs: dict[int, InstantRuntime] = {}
-        self._first = InstantRuntime(settings)
-        self.info = self._first.info
-        self.tokenizer = self._first.tokenizer
+    def num_answered_for(self, job: FakeJob) -> int:
+        return job.num_answered
 
-    def open_job(self) -> int:
-        job_id = next(self._numbers)
-        self._jobs[job_id] = InstantRuntime(self._settings)
-        self._settings = replace(self._settings, fault="")
-        return job_id
-
-    def submit(self, job_id: int, requests: RunRequests) -> None:
-        self._jobs[job_id].submit(job_id, requests)
-
-    async def receive(self, job_id: int) -> FinishedRequests:
-        job = self._jobs[job_id]
-        if KILLER in job._last_ids.values():
+    async def before_answers(self, job: FakeJob) -> None:
+        if any(request.prompt[-1] == KILLER for request in job.outstanding.values()):
             os.kill(os.getpid(), signal.SIGKILL)
-        return await job.receive(job_id)
-
-    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        return self._first.iterate(stream)
-
-    def withdraw(self, job_id: int) -> None:
-        self._jobs[job_id].withdraw(job_id)
-
-    def close_job(self, job_id: int, *, is_complete: bool) -> None:
-        del self._jobs[job_id]
-
-    def shutdown(self) -> None:
-        self._first.shutdown()
+        await super().before_answers(job)
 
 
 class Api:
@@ -93,7 +63,7 @@ class Api:
         is_started: bool = True,
         metrics: BatchMetrics | None = None,
         page_key: str | None = None,
-        make_job: JobMaker = Job,
+        make_job: JobMaker | None = None,
         numbers: LiveNumbers | None = None,
     ) -> None:
         self.service = BatchService(options, page_key=page_key)

@@ -18,10 +18,10 @@ import pytest
 
 from batchllm.errors import EngineDiedError
 from batchllm.offline.event_loop import LoopThread
-from batchllm.offline.joint_jobs import JointJobs
-from batchllm.offline.runtime import FinishedRequests
+from batchllm.offline.fake_runtime import FakeJob
+from batchllm.offline.jobs import Jobs
 from batchllm.server import BatchOptions
-from tests.cli.instant_engine import Settings
+from tests.cli.instant_engine import InstantRuntime, Settings
 from tests.cli.jobs import SubmissionLog, recorded_rows
 from tests.server.api_rows import (
     DEADLINE_S,
@@ -165,16 +165,18 @@ class _MortalRuntime(SharedRuntime):
 
     def open_job(self) -> int:
         job_id = super().open_job()
-        self._generation[job_id] = self.num_deaths
+        self._generation[id(self.jobs[job_id])] = self.num_deaths
         return job_id
 
-    async def receive(self, job_id: int) -> FinishedRequests:
-        if self._generation[job_id] == self.num_deaths and KILLER in self._jobs[job_id]._last_ids.values():
+    async def before_answers(self, job: FakeJob) -> None:
+        begun_at = self._generation[id(job)]
+        is_killer = any(request.prompt[-1] == KILLER for request in job.outstanding.values())
+        if begun_at == self.num_deaths and is_killer:
             await asyncio.sleep(0.02)  # others are answered meanwhile
             self.num_deaths += 1
-        if self._generation[job_id] < self.num_deaths:
+        if begun_at < self.num_deaths:
             raise EngineDiedError("it is dead")
-        return await self._jobs[job_id].receive(job_id)
+        await InstantRuntime.before_answers(self, job)
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         return self.loop_thread.iterate(stream)
@@ -187,7 +189,7 @@ def test_rows_that_kill_the_engine_are_found_and_all_others_are_answered(
     monkeypatch.setattr("batchllm.offline.recovery._FIRST_PAUSE_S", 0.01)
     runtime = _MortalRuntime()
     api = Api(BatchOptions(storage=tmp_path / "storage"), runtime, is_started=False)
-    jobs = JointJobs(runtime)
+    jobs = Jobs(runtime)
     api.service.start(lambda: runtime, jobs.make_job)
     try:
         file_id = upload(api.client, [*rows_of(40), row(40, prompt=[KILLER]), row(41, prompt=[5, KILLER])])

@@ -10,7 +10,7 @@ import pytest
 
 from batchllm.errors import EngineDiedError
 from batchllm.offline import recovery
-from batchllm.offline.runtime import FinishedRequests
+from batchllm.offline.fake_runtime import FakeJob
 from batchllm.server import BatchMetrics, dispatcher
 from tests.cli.instant_engine import Settings
 from tests.server.api_rows import begin, check_each_row_once, counts_of, row, rows_of, until, wait_for
@@ -25,11 +25,11 @@ class MortalRuntime(SharedRuntime):
         super().__init__(Settings())
         self.num_deaths = num_deaths
 
-    async def receive(self, job_id: int) -> FinishedRequests:
+    async def before_answers(self, job: FakeJob) -> None:
         if self.num_deaths:
             self.num_deaths -= 1
             raise EngineDiedError("the scheduler is gone")
-        return await super().receive(job_id)
+        await super().before_answers(job)
 
 
 def test_importing_it_loads_nothing_heavy() -> None:

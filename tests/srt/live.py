@@ -10,6 +10,7 @@ from batchllm import BatchEngine
 from batchllm.offline.event_loop import run_on
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import JobRows
+from batchllm.offline.jobs import single_job
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import Request, SamplingParams
 
@@ -27,7 +28,7 @@ def job_of(engine: BatchEngine, prompts: list[list[int]], max_new_tokens: int = 
     sampling = SamplingParams(temperature=0, max_new_tokens=max_new_tokens, ignore_eos=True)
     rows = JobRows(engine.runtime.info, engine.runtime.tokenizer, TokenStore(None, 1 << 30))
     rows.add([Request(row_id=str(i), index=i, sampling=sampling, input_ids=p) for i, p in enumerate(prompts)])
-    return Job(engine.runtime, rows)
+    return single_job(engine.runtime, rows)
 
 
 async def answers_of(job: Job, on_first: Callable[[], Any] | None = None) -> dict[int, list[int]]:

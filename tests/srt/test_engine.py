@@ -306,13 +306,13 @@ def test_bad_prompts_fail_by_themselves_with_a_reason(engine: BatchEngine) -> No
 
 
 def _job(engine: BatchEngine, requests: list[Any]) -> Any:
-    from batchllm.offline.job import Job
     from batchllm.offline.job_rows import JobRows
+    from batchllm.offline.jobs import single_job
     from batchllm.offline.token_store import TokenStore
 
     rows = JobRows(engine.runtime.info, engine.runtime.tokenizer, TokenStore(None, 1 << 30))
     assert rows.add(requests) == [None] * len(requests)
-    return Job(engine.runtime, rows)
+    return single_job(engine.runtime, rows)
 
 
 def test_namespaces_do_not_share(engine: BatchEngine) -> None:

@@ -23,19 +23,20 @@ from hypothesis import strategies as st
 
 from batchllm.dataset import Row
 from batchllm.errors import EngineDiedError
-from batchllm.offline import joint_job, joint_jobs
+from batchllm.offline import job as job_module
+from batchllm.offline import jobs as jobs_module
+from batchllm.offline.feeder import Feeder
 from batchllm.offline.fingerprint import Fingerprint
-from batchllm.offline.job import TICK_S, Job, RunningJob
+from batchllm.offline.job import TICK_S, Job
 from batchllm.offline.job_rows import JobRows
-from batchllm.offline.joint_job import JointJob
-from batchllm.offline.joint_jobs import JointJobs
-from batchllm.offline.joint_leg import divide
+from batchllm.offline.jobs import Jobs, single_job
 from batchllm.offline.joint_plan import JointPlan, Part
 from batchllm.offline.journal import Journal
 from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
 from batchllm.offline.recorder import Recorder
 from batchllm.offline.runner import Runner, RunOptions
+from batchllm.offline.running_plan import divide
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.offline.stop import StopSignal
 from batchllm.offline.token_store import TokenStore
@@ -324,7 +325,7 @@ Answers = list[tuple[int, int, str]]
 """Row, sample and text of each."""
 
 
-async def _collect(job: RunningJob, answers: Answers, act: Callable[[], bool] = lambda: False) -> None:
+async def _collect(job: Job, answers: Answers, act: Callable[[], bool] = lambda: False) -> None:
     """Run it; ``act`` is called at every message, and says whether to drop the job."""
     stream = job.run()
     try:
@@ -354,14 +355,11 @@ def _expected(requests: Sequence[Request], rows: JobRows) -> Answers:
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     """Planning kernels are compiled before an event loop waits for them, which takes much longer."""
-    joint = JointJobs(SteppingEngine())
+    joint = Jobs(SteppingEngine())
     for names in (("a", "b"), ("", "")):
-        jobs = [
-            JointJob(joint, _rows(_questions(i, 300, 1, namespace=names[i])), subset=None, keep_steps=False)
-            for i in range(2)
-        ]
+        jobs = [Job(joint, _rows(_questions(i, 300, 1, namespace=names[i]))) for i in range(2)]
         for num_jobs in (1, 2):
-            JointPlan([job.part() for job in jobs[:num_jobs]], INFO, "balanced").feeder.take_run()
+            Feeder(JointPlan([job.part() for job in jobs[:num_jobs]], INFO, "balanced").cutter, 256).take_run()
 
 
 @dataclass(frozen=True)
@@ -405,8 +403,8 @@ def test_whoever_comes_and_goes_each_job_gets_its_own_answers_once(
 ) -> None:
     """All of them, or after a stop those that had started. Nothing starts twice, and shares add up."""
     engine = SteppingEngine(order_seed=order_seed, num_slots=num_slots, delays_aborts=delays_aborts)
-    joint = JointJobs(engine)
-    jobs: list[RunningJob] = []
+    joint = Jobs(engine)
+    jobs: list[Job] = []
     all_rows: list[JobRows] = []
     expected: list[Answers] = []
     answers: list[Answers] = [[] for _ in plots]
@@ -460,7 +458,7 @@ def test_whoever_comes_and_goes_each_job_gets_its_own_answers_once(
     _check_shares(joint, jobs)
 
 
-def _check_shares(joint: JointJobs, jobs: Sequence[RunningJob]) -> None:
+def _check_shares(joint: Jobs, jobs: Sequence[Job]) -> None:
     for name in (
         "num_prompt_tokens",
         "num_optimal_prompt_tokens",
@@ -472,7 +470,7 @@ def _check_shares(joint: JointJobs, jobs: Sequence[RunningJob]) -> None:
     assert sum(job.stats.prediction.num_requests for job in jobs) == joint.stats.prediction.num_requests
 
 
-async def _run_all(jobs: Sequence[RunningJob]) -> list[Answers]:
+async def _run_all(jobs: Sequence[Job]) -> list[Answers]:
     answers: list[Answers] = [[] for _ in jobs]
     await asyncio.gather(*(_collect(job, own) for job, own in zip(jobs, answers, strict=True)))
     return answers
@@ -481,7 +479,7 @@ async def _run_all(jobs: Sequence[RunningJob]) -> list[Answers]:
 def test_jobs_that_come_together_cost_what_all_their_rows_cost_in_one_plan() -> None:
     """A document that both ask of is submitted, and computed, once."""
     engine = SteppingEngine(num_slots=16)
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     requests = [_questions(0, 90, 9), _questions(1, 90, 9)]
     jobs = [joint.make_job(engine, _rows(own)) for own in requests]
     _on(engine, _run_all(jobs))
@@ -498,9 +496,9 @@ def test_jobs_that_come_together_cost_what_all_their_rows_cost_in_one_plan() -> 
 def test_each_job_knows_the_prefixes_that_save_it_most() -> None:
     """Of the plan with others': its own rows, by their place in its input, as if it were alone."""
     engine = SteppingEngine(num_slots=16)
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     jobs = [joint.make_job(engine, _rows(own)) for own in (_questions(0, 12, 2), _questions(1, 30, 1))]
-    assert [list(job.largest_prefixes) for job in jobs] == [[], []]
+    assert [len(job.largest_prefixes) for job in jobs] == [0, 0]
     _on(engine, _run_all(jobs))
     found = [
         [(p.saved_tokens, p.num_consumers, p.own_len, p.end_len, p.level, p.example_row) for p in job.largest_prefixes]
@@ -514,8 +512,8 @@ def test_each_job_knows_the_prefixes_that_save_it_most() -> None:
 def test_a_job_alone_is_planned_as_it_would_be_without_the_others() -> None:
     engines = [SteppingEngine(), SteppingEngine()]
     requests = _questions(0, 100, 7)
-    _on(engines[0], _run_all([Job(engines[0], _rows(requests))]))
-    _on(engines[1], _run_all([JointJobs(engines[1]).make_job(engines[1], _rows(requests))]))
+    _on(engines[0], _run_all([single_job(engines[0], _rows(requests))]))
+    _on(engines[1], _run_all([Jobs(engines[1]).make_job(engines[1], _rows(requests))]))
     sent = [[(one.position, one.text) for one in engine.submitted] for engine in engines]
     assert sent[0] == sent[1]
 
@@ -523,7 +521,7 @@ def test_a_job_alone_is_planned_as_it_would_be_without_the_others() -> None:
 def test_a_small_job_that_joins_a_large_one_is_done_long_before_it() -> None:
     """Two pools' worth of the large one may come first, what is on its way, and as much as the small one is."""
     engine = SteppingEngine(num_slots=16)
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     large, small = (joint.make_job(engine, _rows(_questions(i, n, 40))) for i, n in ((0, 5000), (1, 50)))
     answers: list[Answers] = [[], []]
 
@@ -548,7 +546,7 @@ def test_a_small_job_that_joins_a_large_one_is_done_long_before_it() -> None:
 def test_equal_jobs_finish_together_wherever_their_rows_stand_in_the_order() -> None:
     """Each asks of documents of its own; none gets further ahead than quantum and window allow."""
     engine = SteppingEngine(num_slots=16)
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     jobs = [joint.make_job(engine, _rows(_questions(i, 800, 1, namespace=str(i)))) for i in range(3)]
     answers: list[Answers] = [[] for _ in jobs]
     spreads: list[int] = []
@@ -569,7 +567,7 @@ def test_equal_jobs_finish_together_wherever_their_rows_stand_in_the_order() -> 
 
 def test_after_a_stop_the_others_go_on_and_what_runs_of_it_is_answered() -> None:
     engine = SteppingEngine()
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     requests = [_questions(0, 300, 5), _questions(1, 300, 5)]
     jobs = [joint.make_job(engine, _rows(own)) for own in requests]
     answers: list[Answers] = [[], []]
@@ -591,7 +589,7 @@ def test_after_a_stop_the_others_go_on_and_what_runs_of_it_is_answered() -> None
 
 def test_rows_of_a_job_that_stops_while_they_are_planned_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SteppingEngine()
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     jobs = [joint.make_job(engine, _rows(_questions(i, 50, 5))) for i in range(2)]
 
     def plan(parts: Sequence[Part], info: RuntimeInfo, group_order: GroupOrder) -> JointPlan:
@@ -601,7 +599,7 @@ def test_rows_of_a_job_that_stops_while_they_are_planned_do_not_run(monkeypatch:
                 time.sleep(TICK_S)
         return JointPlan(parts, info, group_order)
 
-    monkeypatch.setattr(joint_jobs, "JointPlan", plan)
+    monkeypatch.setattr(jobs_module, "JointPlan", plan)
     assert [len(own) for own in _on(engine, _run_all(jobs))] == [0, 50]
     assert joint.num_plans >= 2
     assert {sent.prompt[-2] for sent in engine.started} == {101}
@@ -610,7 +608,7 @@ def test_rows_of_a_job_that_stops_while_they_are_planned_do_not_run(monkeypatch:
 def test_a_namespace_is_the_same_one_in_every_job_that_names_it_and_no_other() -> None:
     """Two jobs share in "b", the first name that one of them has met and the second of the other; not with "a"."""
     engine = SteppingEngine()
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     in_b = [_questions(i, 40, 4, namespace="b") for i in range(2)]
     in_a = [
         msgspec.structs.replace(request, index=40 + request.index, input_ids=[90, *(request.input_ids or ())])
@@ -637,7 +635,7 @@ def test_rows_of_an_adapter_share_across_jobs_and_run_together() -> None:
     info = replace(INFO, adapters=("x", "y"))
     engine = SteppingEngine()
     engine.info = info
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     kinds: list[dict[str, Any]] = [{}, {"lora_path": "x"}, {"lora_path": "y"}, {"lora_path": "x", "namespace": "n"}]
     requests = [
         [
@@ -667,7 +665,7 @@ def test_rows_of_an_adapter_share_across_jobs_and_run_together() -> None:
 def test_jobs_hear_that_the_engine_died_and_which_rows_were_in_flight() -> None:
     """And can run again on the one that takes its place."""
     engine = SteppingEngine(dies_after=40)
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     requests = [_questions(0, 100, 5), _questions(1, 100, 5)]
     all_rows = [_rows(own) for own in requests]
     jobs = [joint.make_job(engine, rows) for rows in all_rows]
@@ -705,7 +703,7 @@ def test_rows_that_may_run_a_few_at_a_time_run_while_no_others_do() -> None:
             assert not suspects or len(set(jobs)) == 1
 
     engine = Watching()
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     requests = [_questions(0, 300, 5), _questions(1, 40, 5), _questions(2, 40, 5)]
     jobs = [joint.make_job(engine, _rows(requests[0]))]
     jobs += [joint.make_job(engine, _rows(own), max_in_flight=3) for own in requests[1:]]
@@ -716,9 +714,9 @@ def test_rows_that_may_run_a_few_at_a_time_run_while_no_others_do() -> None:
 
 def test_nothing_more_is_submitted_while_results_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that waits for its disk must not fill the memory. One that leaves holds up nobody."""
-    monkeypatch.setattr(joint_job, "_MAX_UNREAD", 10)
+    monkeypatch.setattr(job_module, "_MAX_UNREAD", 10)
     engine = SteppingEngine()
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     window = 200  # what the feeder has in flight of rows this small; without the bound some 500 are unread
     requests = [_questions(i, 600, 4) for i in range(3)]
     slow, other, leaving = (joint.make_job(engine, _rows(own)) for own in requests)
@@ -730,7 +728,6 @@ def test_nothing_more_is_submitted_while_results_are_not_taken(monkeypatch: pyte
         async for finished in stream:
             texts = [completion.text for completion in finished.completions]
             answers += zip(finished.rows, finished.samples, texts, strict=True)
-            assert isinstance(slow, JointJob)
             most_unread = max(most_unread, slow._num_unread)
             for _ in range(20):
                 await asyncio.sleep(0)
@@ -757,7 +754,7 @@ def test_nothing_more_is_submitted_while_results_are_not_taken(monkeypatch: pyte
 def test_a_mistake_in_planning_is_every_job_s_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them waits for ever."""
     engine = SteppingEngine()
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     monkeypatch.setattr(engine, "open_job", lambda: 1 // 0)
 
     async def both() -> list[Any]:
@@ -769,7 +766,7 @@ def test_a_mistake_in_planning_is_every_job_s_to_raise(monkeypatch: pytest.Monke
 
 def test_forward_steps_are_kept_of_all_that_ran_while_a_job_did() -> None:
     engine = SteppingEngine()
-    joint = JointJobs(engine)
+    joint = Jobs(engine)
     kept = joint.make_job(engine, _rows(_questions(0, 50, 5)), keep_steps=True)
     other = joint.make_job(engine, _rows(_questions(1, 50, 5)))
     _on(engine, _run_all([kept, other]))
@@ -778,7 +775,7 @@ def test_forward_steps_are_kept_of_all_that_ran_while_a_job_did() -> None:
 
 def test_another_runtime_is_refused() -> None:
     with pytest.raises(ValueError, match="one runtime"):
-        JointJobs(SteppingEngine()).make_job(SteppingEngine(), _rows([]))
+        Jobs(SteppingEngine()).make_job(SteppingEngine(), _rows([]))
 
 
 @given(st.integers(0, 10**9), st.lists(st.integers(1, 10**6), min_size=1, max_size=9))
@@ -799,7 +796,7 @@ class _Server:
     folder: Path
 
     def __post_init__(self) -> None:
-        self.joint = JointJobs(self.engine)
+        self.joint = Jobs(self.engine)
         self.is_up = threading.Event()
         self.is_over: asyncio.Event | None = None
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))

@@ -7,13 +7,14 @@ INVARIANT: what the runtime has counted is divided among the parts so that their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from batchllm.offline.feeder import Feeder
 from batchllm.offline.job_rows import Int64Array
-from batchllm.offline.joint_plan import JointPlan
+from batchllm.offline.joint_plan import JointPlan, by_part
 from batchllm.offline.runtime import FinishedRequests, RunRequests
 from batchllm.offline.stats import JobStats
 from batchllm.request import Completion
@@ -41,22 +42,24 @@ class Delivery:
     stats: JobStats
 
 
-class Leg:
+class RunningPlan:
     """A plan as a job of the runtime.
 
     Args:
         job_id: Number of that job.
         plan: The plan; let go when the rest of it is withdrawn.
+        feeder: Walks it.
 
     Attributes:
         job_id: As given.
         is_settled: What was withdrawn is back.
     """
 
-    def __init__(self, job_id: int, plan: JointPlan) -> None:
+    def __init__(self, job_id: int, plan: JointPlan, feeder: Feeder) -> None:
         self.job_id = job_id
         self.is_settled = False
         self._plan: JointPlan | None = plan
+        self._feeder: Feeder | None = feeder  # None with the plan
         self._part_at, self._sample_at, self._optimal_at = plan.part_at, plan.sample_at, plan.optimal_at
         self._kept: Int64Array | None = None  # positions that the arrays are of, once they are not of all
         self._num_in_flight = 0
@@ -68,63 +71,72 @@ class Leg:
         return self._num_in_flight
 
     @property
+    def is_withdrawn(self) -> bool:
+        """Nothing more of it goes out."""
+        return self._feeder is None
+
+    @property
     def is_complete(self) -> bool:
         """All of the plan has run."""
-        return self._plan is not None and self._plan.feeder.is_done
+        return self._feeder is not None and self._feeder.is_done
 
     @property
     def is_done(self) -> bool:
         """Nothing more will come back, or go out."""
-        return self._num_in_flight == 0 and (self._plan is None or self._plan.feeder.is_done)
+        return self._num_in_flight == 0 and (self._feeder is None or self._feeder.is_done)
 
     def take_run(self) -> tuple[RunRequests, list[tuple[int, Int64Array]]] | None:
         """The next run to submit, and which samples of which parts are in it; None while the window is full."""
-        run = None if self._plan is None else self._plan.feeder.take_run()
-        if run is None or self._plan is None:
+        if self._feeder is None or self._plan is None or (run := self._feeder.take_run()) is None:
             return None
         self._num_in_flight += len(run)
-        places = np.arange(run.first_position, run.first_position + len(run))
-        return self._plan.requests(run), [(part, self._sample_at[own]) for part, _, own in self._by_part(places)]
+        positions = slice(run.first_position, run.first_position + len(run))
+        samples = self._sample_at[positions]
+        return self._plan.requests(run), [(part, samples[own]) for part, own in by_part(self._part_at[positions])]
 
     def withdraw(self) -> None:
         """Nothing more goes out. What is needed of the plan is where its requests in flight belong."""
-        assert self._plan is not None
-        self._kept = self._plan.feeder.positions_in_flight()
+        assert self._feeder is not None
+        self._kept = self._feeder.positions_in_flight()
         self._part_at, self._sample_at = self._part_at[self._kept], self._sample_at[self._kept]
         self._optimal_at = self._optimal_at[self._kept]
-        self._plan = None
+        self._plan = self._feeder = None
 
     def finish(self, finished: FinishedRequests) -> list[Delivery]:
         """These have come back."""
         self._num_in_flight -= len(finished.positions)
-        if self._plan is not None:
-            self._plan.feeder.finish(finished.positions)
+        if self._feeder is not None:
+            self._feeder.finish(finished.positions)
         places = np.array(finished.positions, np.int64)
         if self._kept is not None:
             places = np.searchsorted(self._kept, places)
-        groups = list(self._by_part(places))
+        groups = [
+            (part, places[own], [finished.completions[i] for i in np.arange(len(places))[own].tolist()])
+            for part, own in by_part(self._part_at[places])
+        ]
+        if not groups:
+            return []
         # Counters are of the whole job of the runtime. Computed tokens are divided by what the answers of the message
         # had to compute; what cannot be divided goes to the part with the most of them.
         counted = self._take_counters(finished)
-        completions = finished.completions
-        weights = [
-            sum([1 + completions[i].prompt_tokens - completions[i].cached_tokens for i in chosen])
-            for _, chosen, _ in groups
-        ]
-        shares = divide(counted.num_computed_prompt_tokens, weights)
-        largest = max((len(chosen) for _, chosen, _ in groups), default=0)
+        shares = [counted.num_computed_prompt_tokens]
+        if len(groups) > 1:
+            weights = [
+                sum([1 + c.prompt_tokens - c.cached_tokens for c in completions]) for _, _, completions in groups
+            ]
+            shares = divide(counted.num_computed_prompt_tokens, weights)
+        largest = max(groups, key=lambda group: len(group[1]))
         deliveries = []
-        for (part, chosen, own), share in zip(groups, shares, strict=True):
+        for group, share in zip(groups, shares, strict=True):
             stats = JobStats(num_computed_prompt_tokens=share, peak_kv_tokens=counted.peak_kv_tokens)
-            if len(chosen) == largest:
-                largest = -1  # one only
+            if group is largest:
                 stats.num_retractions, stats.prediction = counted.num_retractions, counted.prediction
-            deliveries.append(self._delivery(part, [completions[i] for i in chosen], own, stats))
+            deliveries.append(self._delivery(*group, stats))
         return deliveries
 
-    def _delivery(self, part: int, completions: list[Completion], places: Int64Array, stats: JobStats) -> Delivery:
+    def _delivery(self, part: int, places: Int64Array, completions: list[Completion], stats: JobStats) -> Delivery:
         withdrawn: Int64Array = np.zeros(0, np.int64)
-        if self._plan is None:  # what was withdrawn has not been answered
+        if self.is_withdrawn:  # what was withdrawn has not been answered
             is_answer = np.array([completion.finish_reason != "abort" for completion in completions])
             completions = [completion for completion in completions if completion.finish_reason != "abort"]
             withdrawn, places = self._sample_at[places[~is_answer]], places[is_answer]
@@ -140,17 +152,6 @@ class Leg:
             withdrawn=withdrawn,
             stats=stats,
         )
-
-    def _by_part(self, places: Int64Array) -> Iterator[tuple[int, list[int], Int64Array]]:
-        """Each part among these places: its number, which of them are its, and those."""
-        parts = self._part_at[places]
-        numbers = np.unique(parts).tolist()
-        if len(numbers) == 1:
-            yield numbers[0], list(range(len(places))), places
-            return
-        for number in numbers:
-            chosen = np.flatnonzero(parts == number)
-            yield number, chosen.tolist(), places[chosen]
 
     def _take_counters(self, finished: FinishedRequests) -> JobStats:
         """What has been counted since the last message."""
@@ -169,9 +170,7 @@ class Leg:
 
 
 def divide(total: int, weights: Sequence[int]) -> list[int]:
-    """``total`` in shares that are nearly as the weights are, and add up to it. One weight at least, if any total."""
-    if not weights:
-        return []
+    """``total`` in shares that are nearly as the weights are, and add up to it. One weight at least."""
     ends = np.cumsum(np.array(weights, np.float64))
     shares: list[int] = np.diff(np.rint(ends / ends[-1] * total).astype(np.int64), prepend=0).tolist()
     return shares
