@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ import openai
 import psutil
 import pytest
 
+from batchllm import default_model
 from tests.hostile_rows import completion_rows, is_unicode
 from tests.live_server import KEY, Server, answers, create, rows, text_of, wait, wait_for_answers
 
@@ -292,13 +294,37 @@ def test_a_dead_engine_is_started_again_behind_the_server(server: Server, victim
     assert json.loads(server.get("/health"))["scheduler"] == "BatchScheduler"
 
 
+@pytest.mark.thorough
+def test_an_engine_that_is_started_again_has_the_weights_that_were_loaded_last(server: Server) -> None:
+    """And a request of another kind that waited for the old engine is asked to come again."""
+    weights = {"model_path": default_model.cached_model_path(default_model.DEFAULT, seed=1)}
+    body = {"model": "m", "prompt": "a b c", "max_tokens": 8, "temperature": 0}
+    first = post(server, body).json()["choices"][0]["text"]
+    assert post(server, weights, "/update_weights_from_disk").status_code == 200
+    before = post(server, body).json()["choices"][0]["text"]
+    assert before != first
+    assert server.process is not None
+    (scheduler,) = [
+        child for child in psutil.Process(server.process.pid).children() if "scheduler" in " ".join(child.cmdline())
+    ]
+    scheduler.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, server, {"name": "model.norm.weight"}, "/get_weights_by_name")
+        time.sleep(1.0)
+        scheduler.kill()
+        assert waiting.result(60).status_code == 503
+    while (answer := post(server, body)).status_code == 503:
+        time.sleep(0.2)
+    assert answer.json()["choices"][0]["text"] == before
+
+
 _STARTED = "batchllm_scheduler_prompt_tokens_total"
 
 
-def post(server: Server, body: dict[str, Any]) -> httpx.Response:
-    """What a live completion is answered with."""
+def post(server: Server, body: dict[str, Any], url: str = "/v1/completions") -> httpx.Response:
+    """What a live completion is answered with, or another request."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}{url}", json=body, headers=headers, timeout=60)
 
 
 def test_a_server_killed_in_a_batch_goes_on_with_it(server: Server) -> None:
