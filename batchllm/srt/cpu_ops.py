@@ -77,21 +77,29 @@ def _add_gated(
     output.add_(torch.sigmoid(hidden_states @ gate_weight)[:, None] * shared_output)
 
 
+_PACKED = "_batchllm_packed"
+
+
 def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """``F.linear`` through oneDNN's packed weights, 1.1 to 2 times as fast as MKL on AMD processors; None where it does
     not apply. bfloat16 goes through oneDNN by itself.
 
-    The packed copy is kept beside the weight, and made anew when that was replaced or updated.
+    The packed copy is kept beside the weight until that is replaced, or `forget_packed_weights`.
     """
     weight = layer.weight
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return None
-    state = (weight.data_ptr(), weight._version)
-    packed = getattr(layer, "_batchllm_packed", None)
-    if packed is None or packed[0] != state:
-        packed = (state, torch.ops.mkldnn._reorder_linear_weight(weight.data, None))
-        layer._batchllm_packed = packed
+    packed = getattr(layer, _PACKED, None)
+    if packed is None or packed[0] != weight.data_ptr():
+        packed = (weight.data_ptr(), torch.ops.mkldnn._reorder_linear_weight(weight.data, None))
+        setattr(layer, _PACKED, packed)
     return torch.ops.mkldnn._linear_pointwise(x, packed[1], bias, "none", [], "")
+
+
+def forget_packed_weights(model: torch.nn.Module) -> None:
+    """Weights have been loaded into the model's tensors, which do not know it: SGLang writes to their ``data``."""
+    for module in model.modules():
+        module.__dict__.pop(_PACKED, None)
 
 
 def _linear(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,9 +8,17 @@ the parts together, and is where SGLang calls them.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+from sglang.srt.managers.io_struct import (
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
 from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.utils import TypeBasedDispatcher
@@ -20,6 +28,7 @@ from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt import live_sampling
 from batchllm.srt.coserving import Coserving
+from batchllm.srt.cpu_ops import forget_packed_weights
 from batchllm.srt.grammars import quiet_row_faults
 from batchllm.srt.io_struct import (
     PlannedAbortReqInput,
@@ -111,6 +120,14 @@ class BatchScheduler(Scheduler):
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
+        handlers = self._request_dispatcher._mapping
+        for kind in (
+            UpdateWeightFromDiskReqInput,
+            UpdateWeightsFromTensorReqInput,
+            UpdateWeightsFromDistributedReqInput,
+            UpdateWeightsFromIPCReqInput,
+        ):
+            handlers[kind] = partial(self._update_weights, handlers[kind])
         self._request_dispatcher += TypeBasedDispatcher(
             [
                 (PlannedRunReqInput, lambda message: self.intake.take_run(message)),
@@ -118,6 +135,11 @@ class BatchScheduler(Scheduler):
                 (PlannedCloseReqInput, lambda message: self.intake.close_job(message)),
             ]
         )
+
+    def _update_weights(self, update: Callable[[Any], Any], message: Any) -> Any:
+        result = update(message)
+        forget_packed_weights(self.tp_worker.model_runner.model)
+        return result
 
     def pause_generation(self, recv_req: Any) -> None:
         if self.coserving is not None:

@@ -168,14 +168,23 @@ class BatchTokenizerManager(TokenizerManager):
                 kept.append(ref)
         return kept
 
+    async def update_weights_from_disk(self, obj: Any, request: Any = None) -> Any:
+        return (*why, 0) if (why := self._why_no_weights()) else await super().update_weights_from_disk(obj, request)
+
     async def update_weights_from_tensor(self, obj: Any, request: Any = None) -> Any:
-        return self._note_weights(await super().update_weights_from_tensor(obj, request))
+        return self._why_no_weights() or self._note_weights(await super().update_weights_from_tensor(obj, request))
 
     async def update_weights_from_distributed(self, obj: Any, request: Any = None) -> Any:
-        return self._note_weights(await super().update_weights_from_distributed(obj, request))
+        return self._why_no_weights() or self._note_weights(await super().update_weights_from_distributed(obj, request))
 
     async def update_weights_from_ipc(self, obj: Any, request: Any = None) -> Any:
-        return self._note_weights(await super().update_weights_from_ipc(obj, request))
+        return self._why_no_weights() or self._note_weights(await super().update_weights_from_ipc(obj, request))
+
+    def _why_no_weights(self) -> tuple[bool, str] | None:
+        """What is said to whoever gives other weights while a batch runs: one model answers all of it."""
+        if not self._planned_outputs:
+            return None
+        return False, "a batch runs with the weights that are loaded; load others when it has ended, or cancel it"
 
     def _note_weights(self, result: Any) -> Any:
         """Remember that an engine has weights which no file has."""
