@@ -60,7 +60,7 @@ class PrefixPaths:
     """The planned prefixes that sequences may share: a parent and an end position for each id.
 
     Ids are dense, from 0 on. A prefix that was released keeps its id while another lives below it, then the id
-    is given out anew: prefixes may be released in any order. No path is stored, only the parent, so memory is a few
+    is used again: prefixes may be released in any order. No path is stored, only the parent, so memory is a few
     bytes an id however deep the tree; `plan_layout` climbs each prefix that is in use once a step.
     """
 

@@ -2,7 +2,7 @@
 
 Knows: devices by name and compute capability, shapes of heads. Must not know: layouts, kernels.
 Invariant: a tuned choice is used only on the device name, head shape, dtype and versions that it was timed with;
-nothing is timed here (`tuner.py` does, never inside a graph capture: only when asked to).
+nothing is timed here (`tuner.py` does, when it is called, and never inside a graph capture).
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ class TileConfig:
     merge_slots: int = 8
 
 
-def default_config(capability: tuple[int, int], head_dim: int) -> TileConfig:
-    """For a device and head shape never tuned: nothing spills, all programs are resident; speed was not measured."""
+def default_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> TileConfig:
+    """Give sizes for a device and head shape that were never tuned; their speed was not measured.
+
+    With them no register spills (up to 16 query heads for each KV head), and all programs are resident at once.
+    """
+    if dtype == torch.float32:  # products of whole float32 take no matrix units, and many registers
+        return TileConfig(32, 32, 256, 2, 1, *((8, 1) if head_dim > 32 else (4, 2)))
     is_hopper = capability >= (9, 0)
     if head_dim > 128:
         return TileConfig(64, 32, 256, 2, 1, 8, 2)
@@ -65,7 +70,7 @@ def load_config(
         ConfigError: The cache file is not what `save_config` writes.
     """
     if device.type != "cuda":
-        return default_config((8, 0), head_dim)
+        return default_config((8, 0), head_dim, dtype)
     path = cache_path(device)
     key = config_key(num_heads, num_kv_heads, head_dim, dtype)
     try:
@@ -75,7 +80,7 @@ def load_config(
         tuned = None
     except (json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not a file of tuned tile sizes ({error}); delete it") from None
-    return tuned or default_config(torch.cuda.get_device_capability(device), head_dim)
+    return tuned or default_config(torch.cuda.get_device_capability(device), head_dim, dtype)
 
 
 def save_config(

@@ -33,7 +33,7 @@ from batchllm.attention.work_list import TILE_FIELDS, TileShape, WorkList, build
 # Host buffers in turn: the copy of a step may still wait in the stream while the next steps are planned.
 _NUM_HOST_BUFFERS = 4
 
-# Lists begin at multiples of this many int32: Triton compiles anew for pointers that are not aligned to 16 bytes.
+# Lists begin at multiples of this many int32: Triton compiles another kernel for pointers not aligned to 16 bytes.
 _ALIGNMENT = 32
 
 # The reduction reads slots x heads x head_dim numbers at a time.

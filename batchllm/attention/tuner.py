@@ -40,7 +40,7 @@ _CUTS = {"tiles_per_program": (1, 2, 3, 4), "min_split": (128, 256, 512), "merge
 # Kernels take about all registers that a thread can have: this many warps fill a streaming multiprocessor.
 _MAX_WARPS = 8
 
-# Most that any device has per streaming multiprocessor; what does not fit on this one is told when it is launched.
+# Most that any device has per streaming multiprocessor; a launch reports what does not fit on this one.
 _MAX_SHARED_MEMORY = 228 << 10
 
 _NUM_WARMUPS, _NUM_TIMED = 3, 20
@@ -49,15 +49,15 @@ _NUM_WARMUPS, _NUM_TIMED = 3, 20
 _MAX_WORKERS = 8
 
 
-def candidates(capability: tuple[int, int], head_dim: int) -> list[TileConfig]:
+def candidates(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> list[TileConfig]:
     """The built-in sizes first, then what is near them."""
-    default = default_config(capability, head_dim)
+    default = default_config(capability, head_dim, dtype)
     configs = [default]
     for block_n, (block_wide, num_warps), num_stages, programs in product(
         (32, 64, 128), ((64, 4), (64, 8), (128, 8)), (2, 3, 4), (1, 2)
     ):
-        # Queries, and K and V of each stage but the one that is computed on, of two bytes a number.
-        shared_memory = 2 * head_dim * (block_wide + 2 * (num_stages - 1) * block_n)
+        # Queries, and K and V of each stage but the one that is computed on.
+        shared_memory = dtype.itemsize * head_dim * (block_wide + 2 * (num_stages - 1) * block_n)
         if programs * num_warps > _MAX_WARPS or programs * shared_memory > _MAX_SHARED_MEMORY:
             continue
         config = replace(
@@ -114,7 +114,7 @@ def tune(
             raise RuntimeError(f"none of the tile sizes fits on {torch.cuda.get_device_name(device)}")
         return min(times, key=times.__getitem__)
 
-    best = time_all(candidates(torch.cuda.get_device_capability(device), head_dim))
+    best = time_all(candidates(torch.cuda.get_device_capability(device), head_dim, dtype))
     # How ranges are cut depends little on the sizes: one after the other rather than every combination.
     for name, values in _CUTS.items():
         best = time_all(replace(best, **{name: value}) for value in values if getattr(best, name) != value)
@@ -129,7 +129,7 @@ def _compile_all(device: torch.device, heads: _Heads, configs: list[TileConfig])
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         done = [pool.submit(_launch_once, device.index, heads, config) for config in configs]
     for each in done:
-        if not isinstance(each.exception(), OutOfResources | None):  # what does not fit is told when it is timed
+        if not isinstance(each.exception(), OutOfResources | None):  # timing reports what does not fit
             each.result()
 
 

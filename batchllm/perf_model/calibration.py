@@ -50,7 +50,7 @@ _FIELDS = ("device", "model", "coefficients", "median_relative_error", "p90_rela
 # The order of the unknowns. The last three are solved for as 1 / efficiency.
 _NAMES = ("step_overhead_s", "request_overhead_s", "flops_efficiency", "bandwidth_efficiency", "attention_efficiency")
 _MAIN_NAMES = ("flops_efficiency", "bandwidth_efficiency")
-_MIN_TOLD = 2
+_MIN_DETERMINED = 2
 _LEAST = np.array([0.0, 0.0, 1.0, 1.0, 1.0])
 _EFFICIENCIES_TO_START_FROM = (0.2, 0.5, 0.9)
 _MAX_ROUNDS = 50
@@ -58,7 +58,7 @@ _MAX_ROUNDS = 50
 # Relative error that any timing has. Keeps exact samples from claiming what they cannot tell.
 _LEAST_NOISE = 1e-3
 
-# A coefficient is told by the samples if wrong values of it fit worse by so many standard deviations.
+# The samples determine a coefficient if wrong values of it fit worse by so many standard deviations.
 _NUM_DEVIATIONS = 3
 
 
@@ -185,17 +185,15 @@ def fit(device: DeviceSpec, model: ModelShape, samples: Sequence[tuple[StepWork,
     default = _unknowns(default_coefficients(device))
     is_free = np.ones(len(_NAMES), np.bool_)
     found = min((problem.solve(start, is_free) for start in _starts(default)), key=problem.loss)
-    while (least_told := problem.least_told(found, default, is_free)) is not None:
-        is_free[least_told] = False
-        found[least_told] = default[least_told]
+    while (least_determined := problem.least_determined(found, default, is_free)) is not None:
+        is_free[least_determined] = False
+        found[least_determined] = default[least_determined]
         found = problem.solve(found, is_free)
     assumed = tuple(name for name, free in zip(_NAMES, is_free, strict=True) if not free)
-    told = set(_NAMES) - set(assumed)
-    if len(told) < _MIN_TOLD or told.isdisjoint(_MAIN_NAMES):
-        raise ConfigError(
-            f"the {len(samples)} steps differ too little: they tell only {' and '.join(sorted(told)) or 'nothing'}. "
-            f"{_WHAT_IS_NEEDED}"
-        )
+    determined = set(_NAMES) - set(assumed)
+    if len(determined) < _MIN_DETERMINED or determined.isdisjoint(_MAIN_NAMES):
+        names = " and ".join(sorted(determined)) or "nothing"
+        raise ConfigError(f"the {len(samples)} steps differ too little: they tell only {names}. {_WHAT_IS_NEEDED}")
     errors = np.abs(problem.relative_seconds(found) - 1)
     return Fit(
         cost_model=CostModel(device=device, model=model, coefficients=_coefficients(found)),
@@ -295,10 +293,11 @@ class _Problem:
             best, best_loss = trial, trial_loss
         return best
 
-    def least_told(self, unknowns: Float64Array, default: Float64Array, is_free: BoolArray) -> int | None:
-        """The free unknown that the samples say least about, if it is too little; None if all are told.
+    def least_determined(self, unknowns: Float64Array, default: Float64Array, is_free: BoolArray) -> int | None:
+        """The free unknown that the samples say least about, if it is too little; None if all are determined.
 
-        One whose default the samples contradict is told, although they may only say on which side of it the truth is.
+        One whose default the samples contradict counts as determined, although they may only
+        say on which side of it the truth is.
         """
         loss = self.loss(unknowns)
         noise = max(float(np.sqrt(loss / len(self.peaks))), _LEAST_NOISE)
@@ -320,7 +319,7 @@ class _Problem:
 
 
 def _rivals(j: int, unknowns: Float64Array, default: Float64Array) -> Iterator[float]:
-    """Values of an unknown that must fit worse if it is told: twice and half of an efficiency, where physical.
+    """Values of an unknown that must fit worse if it is determined: twice and half of an efficiency, where physical.
 
     An overhead may be nothing, so it moves by its default if that is more.
     """

@@ -36,7 +36,7 @@ class FairPlan:
 
     Attributes:
         plan: The plan; what its cuts cost is its ``num_lost_tokens``.
-        quantum: What an owner may be behind another, in units of the costs: at least what was asked for.
+        quantum: What an owner may be behind another, in units of the costs: at least the value that the caller gave.
     """
 
     plan: BatchPlan
@@ -266,7 +266,7 @@ def _runs_of_prefixes(
 def _as_prefixes(
     prefix_of: Int32Array, above: Int32Array, first: Int64Array, num: Int64Array, end_len: Int32Array
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int64Array, Int64Array]:
-    """Parents, starts, ends, first and number of consumers of the runs as prefixes, numbered anew.
+    """Parents, starts, ends, first and number of consumers of the runs as prefixes, with new numbers.
 
     A run of one shares nothing, and of two prefixes with the same run the longer stands for both.
     """

@@ -216,7 +216,7 @@ def _balance_siblings(start: Int64Array, siblings: Int64Array, tokens: Int64Arra
 
 
 def _rearranged(tree: PrefixTree, owner: Int32Array, start: Int64Array, siblings: Int64Array) -> PrefixTree:
-    """The tree whose nodes have their siblings as listed: positions, numbers and LCPs anew."""
+    """The tree whose nodes have their siblings as listed: positions, numbers and LCPs are computed again."""
     num_below = _subtree_sums(tree.parent, np.ones(len(tree.depth), np.int64))
     source, lcp, first, number = _lay_out(tree.depth, tree.first, tree.num_prompts, owner, num_below, start, siblings)
     node = np.empty(len(number), np.int64)

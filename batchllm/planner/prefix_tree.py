@@ -198,7 +198,7 @@ def _skip_common(s: _Sorting, start: int, end: int) -> tuple[np.int64, bool]:
         if differ or s.keys[start] & np.uint64(0xFFFFFFFF) == 0:
             return depth, differ
         depth += 2
-        # Growing windows: what a failed window compares in vain is a few times what the bucket has
+        # Growing windows: what a failed window compares to no use is a few times what the bucket has
         # already agreed on, so the skip is linear even where prompts leave one token at a time.
         window = 8
         while True:

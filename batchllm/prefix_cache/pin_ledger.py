@@ -46,7 +46,7 @@ class Lookup:
     Attributes:
         resident_id: Deepest resident prefix of the path, or `NO_PREFIX`.
         resident_len: Tokens whose KV is resident, from the start of the prompt.
-        is_computing: True when the next deeper prefix is being computed: wait for it.
+        is_computing: True when any of ``missing_ids`` is being computed: its consumers wait for it.
         missing_ids: Prefixes of the path that are not resident, outermost first. Whoever runs first computes
             them.
     """

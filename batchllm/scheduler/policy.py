@@ -130,7 +130,7 @@ class _Step:
         led_tokens = sum(map(view.ledger.num_tokens, found.missing_ids))
         estimate, num_generated = request.output, request.num_generated
         expected_len = int(view.lengths.expected_lens([estimate], [num_generated])[0])
-        # The first token comes of the prefill itself, and the last one is never stored.
+        # The prefill itself samples the first token, and the last one is never stored.
         remaining_len = min(expected_len - num_generated - 1, request.total_len - request.prefill_len)
         remaining_len += view.release_lag
         is_guess = expected_len < estimate.max_new_len and not estimate.known_len

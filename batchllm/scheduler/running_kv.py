@@ -1,7 +1,7 @@
 """The KV of everything that has been admitted, from columns of counts: what it occupies and how long it will grow.
 
 Knows: counts of tokens, expected output lengths. Must not know: engines, requests, how KV is stored.
-Invariant: the runtime, the simulator and the tests of the policy reckon with the same numbers.
+Invariant: the runtime, the simulator and the tests of the policy use the same numbers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def project(
     in_pieces: PromptInPieces | None = None,
     fixed_remaining: Sequence[int] | None = None,
 ) -> RunningKv:
-    """Reckon what each admitted request owns, and the decode steps until it is expected to finish.
+    """Compute what each admitted request owns, and the decode steps until it is expected to finish.
 
     Args:
         lengths: Expected output lengths; brought up to date first.

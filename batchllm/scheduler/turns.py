@@ -30,7 +30,7 @@ class Turns:
         self._num_live_ahead = self._num_steps_in_vain = 0
 
     def add(self, num_live_tokens: int, num_planned_tokens: int) -> None:
-        """A step has taken so many prompt tokens of each while both waited; of none, it has been in vain."""
+        """A step has taken so many prompt tokens of each while both waited; of neither, the turn was wasted."""
         if not num_live_tokens and not num_planned_tokens:
             self.wait()
             return

@@ -55,7 +55,7 @@ def simulate(
     """Run a workload to its end.
 
     Args:
-        workload: What is asked.
+        workload: Prompts and output lengths.
         scheduler: One of `SCHEDULERS`.
         cost_model: The clock, and the size of the KV pool.
         kv_limit_tokens: Slots that ours may use. None: the whole pool. Other schedulers have no such limit.

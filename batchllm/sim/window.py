@@ -1,4 +1,4 @@
-"""The window of planned requests: what the scheduler has been told of, and does not run yet.
+"""The window of planned requests: those that were submitted and do not run yet.
 
 Knows: a plan, in counts, and what its requests look like to the policy. Must not know: tokens, steps, time.
 Invariant: the window is in plan order.

@@ -1,6 +1,6 @@
 """Workloads to simulate: prompts, and what a real model would have answered, as lengths.
 
-Knows: rows of tokens, lengths of outputs, and what the scheduler is told of them. Must not know: schedules, KV, time.
+Knows: rows of tokens, lengths of outputs, and what the scheduler knows of them. Must not know: schedules, KV, time.
 Invariant: the same arguments give the same workload, and prompts share exactly what is said, not a token more.
 """
 
@@ -23,7 +23,7 @@ class SimWorkload:
         table: The prompts, none empty.
         output_len: Tokens each row will generate, 1 to ``max_new_len``, int64[num_requests].
         max_new_len: Tokens each row may generate, int64[num_requests].
-        known_len: What the scheduler is told of ``output_len``, 0 for nothing, int64[num_requests].
+        known_len: What the scheduler knows of ``output_len``, 0 for nothing, int64[num_requests].
         task: Number of the task that each row names, -1 for none, int32[num_requests].
 
     Raises:
@@ -76,7 +76,7 @@ class SimWorkload:
             table: The prompts.
             output_len: Tokens each row generates, int64[num_requests].
             max_new_len: Tokens each row may generate. None: what it does.
-            known_len: Tokens the scheduler is told that each will generate, 0 for nothing. None: nothing is told.
+            known_len: Tokens that the scheduler expects of each, 0 where it does not know. None: it knows nothing.
             task: Number of the task that each row names, -1 for none. None: none does.
 
         Raises:
@@ -100,7 +100,7 @@ class OutputDraw:
         median_len: Median tokens of an output; all of them where ``sigma`` is 0.
         sigma: Standard deviation of the logarithm of the length: log-normal.
         max_new_len: Where an output is cut. 0: at ``median_len`` without ``sigma``, else at 4096.
-        is_known: Whether the scheduler is told each length.
+        is_known: Whether the scheduler knows each length.
     """
 
     median_len: int

@@ -24,7 +24,7 @@ WORKLOAD_KINDS: Mapping[str, Mapping[str, float]] = {
 
 ``prefix``, ``private``, ``prompt``: tokens. ``sharing``: requests a prefix. ``output``: median tokens generated;
 ``sigma``: spread of their logarithm; ``max_new``: where they are cut, 0 for 4096 (or ``output`` without ``sigma``);
-``known``: 1 where the scheduler is told them. ``delay``: mean distance of a query from its document's time, in queries.
+``known``: 1 where the scheduler knows them. ``delay``: mean distance of a query from its document's time, in queries.
 """
 
 _LEAST = {"sigma": 0.0, "max_new": 0.0, "known": 0.0, "seed": 0.0, "delay": 0.0}

@@ -27,6 +27,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils import is_flashinfer_available
+from triton.runtime.errors import OutOfResources
 
 from batchllm.attention.base import LayerShape
 from batchllm.attention.dispatch import Dispatcher
@@ -91,6 +92,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         device_name = torch.cuda.get_device_name(self.device) if is_cuda else str(self.device)
         self.dispatcher = Dispatcher(device_name, has_cascade=has_cascade)
         self._has_fallen_back = False
+        # What failed on this device, by path and shape; not tried again.
+        self._failed: set[tuple[Kind, LayerShape]] = set()
         self._is_checking = bool(os.environ.get(CHECK_VARIABLE))
         self._why_never = self._why_unsupported_model()
         if self._why_never is not None:
@@ -210,6 +213,9 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         """Plan the current step for layers of one shape. An eager step that cannot be done becomes a plain one."""
         step = self._step
         assert step.layout is not None
+        if (step.kind, shape) in self._failed:
+            step.kind = "plain"
+            return
         try:
             if step.kind == "cascade":
                 if shape not in self._cascade:
@@ -219,13 +225,20 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
                 if (step.kind, shape) not in self._shared:
                     self._shared[step.kind, shape] = self._make_shared(step.kind, shape)
                 self._shared[step.kind, shape].plan(step.layout, self.req_to_token, num_rows=step.num_rows)
-        except (ConfigError, ValueError) as error:
-            if step.kind == "graph":  # the bounds above exclude it, and a captured graph has no other path
-                raise
-            if not self._has_fallen_back:
-                logger.warning("attention: %s; SGLang's triton backend computes this step, and others like it", error)
-            self._has_fallen_back = True
-            step.kind = "plain"
+        except (ConfigError, ValueError, RuntimeError) as error:  # a ValueError is of this step only: it is too large
+            self._fall_back(error, None if isinstance(error, ValueError) else shape)
+
+    def _fall_back(self, error: Exception, failed: LayerShape | None = None) -> None:
+        """Leave this eager step to SGLang; with a shape, every step of the same kind that has layers of that shape."""
+        if self._step.kind == "graph":  # a captured graph has no other path
+            raise error
+        if failed is not None:
+            self._failed.add((self._step.kind, failed))
+        if not self._has_fallen_back:
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("attention: %s; SGLang's triton backend computes this step, and others like it", reason)
+        self._has_fallen_back = True
+        self._step.kind = "plain"
 
     def _make_cascade(self, shape: LayerShape) -> FlashInferSharedAttention:
         return FlashInferSharedAttention(shape, self.device, max_levels=_MAX_NESTED_SEGMENTS)
@@ -291,9 +304,9 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         extras: tuple[Any, ...],
         output: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Save the KV and compute the layer, into ``output`` if given; None, with nothing done, if SGLang has to."""
+        """Save the KV and compute the layer, into ``output`` if given; None if SGLang has to do both."""
         shape = None if self._step.kind == "plain" else self._shape_of(layer, q, extras)
-        if shape is None or self._step.kind == "plain":  # the first layer of a shape may find that there is no room
+        if shape is None or self._step.kind == "plain":  # the first layer of a shape may find that it cannot be done
             return None
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
@@ -306,10 +319,12 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             output.view(heads),
         )
-        if self._step.kind == "cascade":
-            self._cascade[shape].run(*tensors)
-        else:
-            self._shared[self._step.kind, shape].run(*tensors)
+        try:
+            attention = self._cascade[shape] if self._step.kind == "cascade" else self._shared[self._step.kind, shape]
+            attention.run(*tensors)
+        except (OutOfResources, RuntimeError) as error:  # a kernel that this device cannot run is found at its launch
+            self._fall_back(error, shape)
+            return None
         return output
 
     def _shape_of(self, layer: Any, q: torch.Tensor, extras: tuple[Any, ...]) -> LayerShape | None:

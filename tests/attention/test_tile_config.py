@@ -33,17 +33,17 @@ def test_a_choice_holds_for_its_device_heads_and_dtype(monkeypatch: pytest.Monke
     path = save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
     assert path.parts[-3:] == ("batchllm", "attention", "nvidia-h200.json")
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == _TUNED
-    default = default_config((9, 0), 128)
+    default = default_config((9, 0), 128, torch.bfloat16)
     assert load_config(_CUDA, 32, 8, 128, torch.float16) == default
     assert load_config(_CUDA, 28, 4, 128, torch.bfloat16) == default
-    assert load_config(torch.device("cpu"), 32, 8, 128, torch.bfloat16) == default_config((8, 0), 128)
+    assert load_config(torch.device("cpu"), 32, 8, 128, torch.bfloat16) == default_config((8, 0), 128, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == default
 
 
 def test_other_choices_stay() -> None:
     save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
-    path = save_config(_CUDA, 28, 4, 128, torch.bfloat16, default_config((9, 0), 128))
+    path = save_config(_CUDA, 28, 4, 128, torch.bfloat16, default_config((9, 0), 128, torch.bfloat16))
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == _TUNED
     assert len(json.loads(path.read_text())) == 2
     assert list(path.parent.iterdir()) == [path]
@@ -60,8 +60,8 @@ def test_a_broken_file_is_named(content: str) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_candidates_are_different_and_begin_with_the_default(head_dim: int) -> None:
-    configs = tuner.candidates((9, 0), head_dim)
-    assert configs[0] == default_config((9, 0), head_dim)
+    configs = tuner.candidates((9, 0), head_dim, torch.bfloat16)
+    assert configs[0] == default_config((9, 0), head_dim, torch.bfloat16)
     assert len(set(configs)) == len(configs) > 10
 
 

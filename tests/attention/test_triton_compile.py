@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from itertools import product
+from pathlib import Path
+
 import pytest
+import torch
 import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -13,24 +20,35 @@ from batchllm.attention.work_list import TILE_FIELDS
 
 # Shared memory of a streaming multiprocessor, of which every resident program also takes 1 KiB for itself.
 _SHARED_MEMORY = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10, 100: 228 << 10}
+_SHARED_MEMORY_OF_A_PROGRAM = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Capability, query heads for each KV head, head_dim, dtype, logit cap. Each takes seconds to compile.
+_QUICK = [
+    (80, 4, 128, "bf16", 0.0),
+    (86, 8, 128, "fp16", 0.0),
+    (90, 4, 128, "bf16", 0.0),
+    (90, 1, 256, "bf16", 50.0),
+    (100, 8, 64, "bf16", 0.0),
+    (86, 4, 256, "fp32", 0.0),
+    (80, 1, 32, "fp32", 0.0),
+]
+_ALL = [(*c, 0.0) for c in product(_SHARED_MEMORY, (1, 8, 16), (16, 32, 64, 128, 256), _DTYPES)]
 
 
 @pytest.mark.parametrize(
-    ("capability", "num_heads", "head_dim", "dtype", "logit_cap"),
-    [
-        (80, 32, 128, "bf16", 0.0),
-        (86, 32, 128, "fp16", 0.0),
-        (90, 32, 128, "bf16", 0.0),
-        (90, 8, 256, "bf16", 50.0),
-        (100, 64, 64, "bf16", 0.0),
-    ],
+    ("capability", "group", "head_dim", "dtype", "logit_cap"),
+    [*_QUICK, *(pytest.param(*case, marks=pytest.mark.thorough) for case in _ALL if case not in _QUICK)],
 )
-def test_the_built_in_sizes_fit(capability: int, num_heads: int, head_dim: int, dtype: str, logit_cap: float) -> None:
-    """All programs of the grid are resident at once."""
-    config = default_config(divmod(capability, 10), head_dim)
+def test_the_built_in_sizes_fit(
+    capability: int, group: int, head_dim: int, dtype: str, logit_cap: float, tmp_path: Path
+) -> None:
+    """All programs of the grid are resident at once, and no register spills."""
+    config = default_config(divmod(capability, 10), head_dim, _DTYPES[dtype])
     constants = {
-        "NUM_HEADS": num_heads,
-        "GROUP": num_heads // 8,
+        "NUM_HEADS": 8 * group,
+        "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_WIDE": config.block_wide,
         "BLOCK_NARROW": 16,
@@ -42,6 +60,17 @@ def test_the_built_in_sizes_fit(capability: int, num_heads: int, head_dim: int, 
     kernel = _compile(triton_kernels.attend_tiles, capability, dtype, constants, options)
     resident = config.programs_per_processor * (kernel.metadata.shared + 1024)
     assert resident <= _SHARED_MEMORY[capability]
+    assert kernel.metadata.shared <= _SHARED_MEMORY_OF_A_PROGRAM[capability]
+    assert _stack_bytes(kernel, tmp_path / "kernel.cubin") == 0
+
+
+def _stack_bytes(kernel: triton.compiler.CompiledKernel, path: Path) -> int:
+    """Bytes of memory that a thread uses as a stack: what does not fit into its registers."""
+    path.write_bytes(kernel.asm["cubin"])
+    tool = Path(nvidia.__file__).with_name("bin") / "cuobjdump"
+    report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", report)
+    return int(stack)
 
 
 def test_the_reduction_compiles() -> None:

@@ -19,11 +19,13 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from triton.runtime.errors import OutOfResources
 
 from batchllm.attention import reference
 from batchllm.attention.base import LayerShape
 from batchllm.attention.dispatch import Dispatcher
 from batchllm.attention.tolerance import check_close
+from batchllm.attention.triton_shared import SharedAttention
 from batchllm.errors import LayoutError
 from batchllm.prefix_cache.pin_ledger import PinLedger
 from batchllm.srt import gpu_attention_backend
@@ -301,6 +303,34 @@ def test_other_layers_are_left_to_sglang(
         output: Any = world.backend.forward_decode(q, None, None, layer, batch)
         assert output is _STOCK
     assert len(caplog.records) == 1 and reason in caplog.text
+
+
+@pytest.mark.parametrize("error", [OutOfResources(200_000, 101_376, "shared memory"), RuntimeError("no kernel image")])
+def test_what_a_device_cannot_launch_is_left_to_sglang(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the first launch on, for all layers of the shape, with the reason once. A graph has no other path."""
+    caplog.set_level(logging.WARNING, logger="batchllm")
+    launches: list[Any] = []
+
+    def launch(self: Any, *tensors: Any) -> None:
+        launches.append(tensors)
+        raise error
+
+    monkeypatch.setattr(SharedAttention, "run", launch)
+    world = _World()
+    batch = world.batch([1, 2], [175, 171])
+    for _ in range(3):
+        world.backend.init_forward_metadata(batch)
+        assert world.check(batch, _layer()) is _STOCK
+        assert world.backend._step.kind == "plain"
+    assert len(launches) == 1
+    assert len(caplog.records) == 1 and str(error) in caplog.text
+    world.backend.init_cuda_graph_state(4, 4)
+    batch = world.batch([1, 2], [175, 171], num_padding=0)
+    world.backend.init_forward_metadata_out_graph(batch)
+    with pytest.raises(type(error)):
+        world.check(batch, _layer())
 
 
 def test_sinks_are_left_to_sglang() -> None:
