@@ -54,6 +54,8 @@ def default_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtyp
     With them no register spills (up to 16 query heads for each KV head), and all programs are resident at once.
     """
     if dtype == torch.float32:  # products of whole float32 take no matrix units, and many registers
+        if head_dim > 128:
+            return TileConfig(16, 16, 256, 2, 1, 4, 1)
         return TileConfig(32, 32, 256, 2, 1, *((8, 1) if head_dim > 32 else (4, 2)))
     is_hopper = capability >= (9, 0)
     if head_dim > 128:
