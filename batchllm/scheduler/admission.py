@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,21 +57,6 @@ class RunningKv:
     remaining_len: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
     is_guess: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     longest_total_len: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        private_len: Sequence[int],
-        remaining_len: Sequence[int] | Int64Array,
-        is_guess: Sequence[bool],
-        longest_total_len: int,
-    ) -> RunningKv:
-        return cls(
-            np.array(private_len, np.int64),
-            np.array(remaining_len, np.int64),
-            np.array(is_guess, np.bool_),
-            longest_total_len,
-        )
 
     def __len__(self) -> int:
         return len(self.private_len)

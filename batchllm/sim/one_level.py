@@ -57,14 +57,7 @@ def _groups(plan: BatchPlan, *, is_exact_cut: bool) -> list[_Group]:
 class OneLevelScheduler:
     """Runs a plan's groups to their end.
 
-    Args:
-        workload: Its rows.
-        plan: Their plan.
-        recorder: The clock.
-        chunk_tokens: Tokens of a full step.
-        max_running: Requests that may run at once. None: 256 + 100, as released.
-        is_exact_cut: The best one-level groups, or the greedy ones of the paper.
-        shares_reads: Whether attention reads a prefix once a step for all members that decode.
+    Arguments are those of `simulate`; ``max_running`` None: 256 + 100, as released.
     """
 
     def __init__(

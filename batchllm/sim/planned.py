@@ -26,15 +26,7 @@ from batchllm.tokens import Int64Array
 class PlannedScheduler:
     """Runs one plan to its end.
 
-    Args:
-        workload: Its rows.
-        plan: Their plan.
-        recorder: The clock, and how much KV there is.
-        chunk_tokens: Tokens of a full step.
-        is_mixed: Whether decoding rows are part of steps that prefill; else they wait meanwhile.
-        max_running: Requests that may run at once. None: as many as the KV holds.
-        shares_reads: Whether attention reads KV that rows share once a step.
-        has_overlap: Whether a step starts before the results of the one before it are known.
+    Arguments are those of `simulate`; the recorder is the clock, and knows how much KV there is.
 
     Raises:
         ConfigError: A request cannot fit the KV limit, or a chunk is smaller than a page.
@@ -276,12 +268,7 @@ class PlannedScheduler:
         """Take KV from requests until those that decode find their slots.
 
         A prompt in pieces goes first, then the least generated, then the longest prompt, then the last to start.
-
-        Args:
-            going_on: Rows that are to decode; those that lose their KV are removed.
-
-        Returns:
-            How many lost theirs.
+        Rows that lose their KV are removed from ``going_on``. Returns how many requests lost theirs.
         """
         columns, num_retracted = self._columns, 0
         while self._num_used() + self._decode_growth(going_on) > self._recorder.kv_capacity_tokens:

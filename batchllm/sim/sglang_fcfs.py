@@ -32,13 +32,7 @@ _STEPS_AFTER_RETRACTION = 20
 class SglangScheduler:
     """Runs a workload to its end.
 
-    Args:
-        workload: Its rows.
-        tree: The KV pool.
-        recorder: The clock.
-        arrival: Rows in the order in which they come, int64[num_requests].
-        chunk_tokens: Prompt tokens of a pass.
-        max_running: Requests that may run at once. None: 4096.
+    Arguments are those of `simulate`, and rows in the order of their arrival; ``max_running`` None: 4096.
     """
 
     def __init__(

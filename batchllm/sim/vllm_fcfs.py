@@ -29,13 +29,7 @@ _WATERMARK = 0.01
 class VllmScheduler:
     """Runs a workload to its end.
 
-    Args:
-        workload: Its rows.
-        tree: The KV pool.
-        recorder: The clock.
-        arrival: Rows in the order in which they come, int64[num_requests].
-        chunk_tokens: Token budget of a step.
-        max_running: Requests that may run at once. None: 256.
+    Arguments are those of `simulate`, and rows in the order of their arrival; ``max_running`` None: 256.
     """
 
     def __init__(

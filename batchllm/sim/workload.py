@@ -71,13 +71,7 @@ class SimWorkload:
     ) -> SimWorkload:
         """Prompts of a real file with the outputs they had, or are supposed to have.
 
-        Args:
-            name: What it is, one line.
-            table: The prompts.
-            output_len: Tokens each row generates, int64[num_requests].
-            max_new_len: Tokens each row may generate. None: what it does.
-            known_len: Tokens that the scheduler expects of each, 0 where it does not know. None: it knows nothing.
-            task: Number of the task that each row names, -1 for none. None: none does.
+        Arguments are the attributes; without one a row reaches its limit, nothing is known, and no task is named.
 
         Raises:
             WorkloadError: The arrays do not fit each other.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,11 @@ from batchllm.prefix_cache import PinLedger
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler.admission import KvProjection, OpenPrefixes, RunningKv, page_ceil, reusable_len
 from tests.sizes import sized
+
+
+def _running(private_len: list[int], remaining_len: list[int], *, is_guess: bool = False) -> RunningKv:
+    guesses = np.full(len(private_len), is_guess)
+    return RunningKv(np.array(private_len, np.int64), np.array(remaining_len, np.int64), guesses)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,7 @@ def test_a_request_fits_exactly_if_the_simulated_peak_does(
     running: list[tuple[int, int]], more: list[tuple[int, int]], shared: int, spare: int
 ) -> None:
     """Whether those beside it were there from the start or have been added since."""
-    kv = RunningKv.of([r[0] for r in running], [r[1] for r in running], [False] * len(running), 0)
+    kv = _running([r[0] for r in running], [r[1] for r in running])
     projection = KvProjection(kv, shared, page_size=1)
     admitted = list(running)
     for private, remaining in more:
@@ -144,8 +150,8 @@ def test_a_request_fits_exactly_if_the_simulated_peak_does(
 
 
 def test_guessed_lengths_leave_room_for_being_wrong_and_known_ones_do_not() -> None:
-    known = KvProjection(RunningKv.of([10] * 100, [10] * 100, [False] * 100, 0), 0, 1)
-    guessed = KvProjection(RunningKv.of([10] * 100, [10] * 100, [True] * 100, 0), 0, 1)
+    known = KvProjection(_running([10] * 100, [10] * 100), 0, 1)
+    guessed = KvProjection(_running([10] * 100, [10] * 100, is_guess=True), 0, 1)
     assert known.fits(10, 10, False, 0, 2020)
     assert not guessed.fits(10, 10, True, 0, 2020)
     assert guessed.fits(10, 10, True, 0, 2020 + 10 * 11)  # a standard deviation of their sum is 10 * sqrt(101)

@@ -98,7 +98,9 @@ def _free(view: SchedulerView, kv_free_tokens: int) -> SchedulerView:
 def _beside(view: SchedulerView, *running: tuple[int, int], longest: int = 0) -> SchedulerView:
     """Others run, ``(private_len, remaining_len)`` each."""
     private_len, remaining_len = zip(*running, strict=True)
-    return replace(view, running=RunningKv.of(private_len, remaining_len, [False] * len(running), longest))
+    return replace(
+        view, running=RunningKv(np.array(private_len), np.array(remaining_len), np.zeros(len(running), bool), longest)
+    )
 
 
 def _decide(view: SchedulerView) -> list[Admission]:
