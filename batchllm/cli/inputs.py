@@ -7,6 +7,7 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from batchllm.cli.outcome import say
 from batchllm.dataset import BadRow, ColumnMap, Input, Row, open_input, parse_sampling, read_rows
 from batchllm.dataset.field_checks import any_json_schema_text, json_schema_text
+from batchllm.dataset.sources import InputFormat
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.ingest import Ingest
@@ -57,35 +59,63 @@ def add_input_flags(parser: argparse.ArgumentParser, *, is_required: bool = True
     )
 
 
-def column_map(args: argparse.Namespace) -> ColumnMap | None:
+@dataclass(frozen=True, kw_only=True)
+class InputFlags:
+    """The flags of `add_input_flags` by their names, and what else a command may say of rows."""
+
+    input: str
+    model: str | None = None
+    demo_model: bool = False
+    input_format: InputFormat | None = None
+    prompt_column: str | None = None
+    messages_column: str | None = None
+    template: str | None = None
+    id_column: str | None = None
+    sampling: str | None = None
+    carry: str | None = None
+    schema: str | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> InputFlags:
+        """Those of a command's flags."""
+        given = vars(args)
+        return InputFlags(**{field.name: given[field.name] for field in fields(InputFlags) if field.name in given})
+
+    @property
+    def checks_schemas(self) -> bool:
+        """Answers are checked against the schemas that the grammar does not keep."""
+        return self.schema == "check"
+
+
+def column_map(flags: InputFlags) -> ColumnMap | None:
     """How columns become prompts, where a flag says something about it."""
-    carry = tuple(name for name in (getattr(args, "carry", None) or "").split(",") if name)
-    given = (args.prompt_column, args.messages_column, args.template, args.id_column)
+    carry = tuple(name for name in (flags.carry or "").split(",") if name)
+    given = (flags.prompt_column, flags.messages_column, flags.template, flags.id_column)
     if not carry and all(flag is None for flag in given):
         return None
     return ColumnMap(
-        id_column=args.id_column,
-        prompt_column=args.prompt_column,
-        messages_column=args.messages_column,
-        template=args.template,
+        id_column=flags.id_column,
+        prompt_column=flags.prompt_column,
+        messages_column=flags.messages_column,
+        template=flags.template,
         carry=carry,
     )
 
 
-def sampling_defaults(args: argparse.Namespace) -> SamplingParams:
+def sampling_defaults(flags: InputFlags) -> SamplingParams:
     """Sampling of rows that say nothing.
 
     Raises:
         ConfigError: ``--sampling`` is not JSON, or not sampling parameters.
     """
-    if args.sampling is None:
+    if flags.sampling is None:
         return SamplingParams()
     try:
-        mapping = json.loads(args.sampling)
+        mapping = json.loads(flags.sampling)
         return parse_sampling(
             mapping,
             defaults=SamplingParams(),
-            json_schema=any_json_schema_text if checks_schemas(args) else json_schema_text,
+            json_schema=any_json_schema_text if flags.checks_schemas else json_schema_text,
         )
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--sampling: is not JSON: {error}") from error
@@ -93,18 +123,13 @@ def sampling_defaults(args: argparse.Namespace) -> SamplingParams:
         raise ConfigError(f"--sampling: {error.message}") from error
 
 
-def rows_of(args: argparse.Namespace, source: Input) -> Iterator[Row | BadRow]:
+def rows_of(flags: InputFlags, source: Input) -> Iterator[Row | BadRow]:
     """The rows of an input, as the flags say they are to be read."""
-    defaults = sampling_defaults(args)
-    chosen = () if args.sampling is None else json.loads(args.sampling)
+    defaults = sampling_defaults(flags)
+    chosen = () if flags.sampling is None else json.loads(flags.sampling)
     return read_rows(
-        source, defaults=defaults, chosen=chosen, checks_schemas=checks_schemas(args), columns=column_map(args)
+        source, defaults=defaults, chosen=chosen, checks_schemas=flags.checks_schemas, columns=column_map(flags)
     )
-
-
-def checks_schemas(args: argparse.Namespace) -> bool:
-    """Answers are checked against the schemas that the grammar does not keep."""
-    return getattr(args, "schema", None) == "check"
 
 
 class _PromptTokenizer:
@@ -154,17 +179,18 @@ class Prompts:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        flags = InputFlags.of(args)
         with tempfile.TemporaryDirectory(prefix="batchllm-") as name:
             folder = Path(name)
-            source = open_input(args.input, spool_folder=folder, input_format=args.input_format)
+            source = open_input(flags.input, spool_folder=folder, input_format=flags.input_format)
             self.bad: list[BadRow] = []
             spool = RowSpool(folder)
             store = TokenStore(None, 1 << 60)
-            tokenizer = _PromptTokenizer(args.model)
+            tokenizer = _PromptTokenizer(flags.model)
             self.rows = JobRows(UNLIMITED, tokenizer, store)
             ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
-            intake = ingest.load(rows_of(args, source), lambda: self.rows)
+            intake = ingest.load(rows_of(flags, source), lambda: self.rows)
             spool.close()
-        if tokenizer.is_used and args.model is None and not args.demo_model:
+        if tokenizer.is_used and flags.model is None and not flags.demo_model:
             say("no -m MODEL: tokens are counted with the embedded model's tokenizer (--demo-model: say nothing)")
         self.samples, self.table = self.rows.sample_table(None if intake is None else intake.left)

@@ -6,22 +6,21 @@ import argparse
 import gc
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from batchllm.cli.engine_flags import adapter_identities, flag_value, flags_of_answers, with_config
 from batchllm.cli.inputs import rows_of
 from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed, show
+from batchllm.cli.run_command import RunCommand
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import is_same_output
 from batchllm.default_model import default_model_path
@@ -42,8 +41,6 @@ OUTPUT_FORMAT = "1"
 """Of the lines; a job begun with another one cannot go on with this."""
 
 _COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "carry", "input_format", "schema")
-_PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "model", "job_dir")
-_FLAGS_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port", "verbose")
 DEMO_MODEL = "no {flag} MODEL: the answers are a random model's, for trying out (--demo-model: say nothing)"
 _DEFAULT_MEMORY_SHARE = 0.5
 _TOKEN_BYTES = 4
@@ -53,9 +50,11 @@ COLLECT_EVERY = 100_000
 
 def run(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Run a job, or what is left of it; returns the exit status."""
-    _check_other_files(args)
-    with StopSignal(args.grace) as stop, _job_folder(args) as folder:
-        folder.status = _run_job(args, server_flags, folder, stop)
+    command = RunCommand.of_run(args, server_flags)
+    _check_other_files(command)
+    with StopSignal(command.grace) as stop, _job_folder(command) as folder:
+        command = replace(command, job_dir=str(folder.path) if folder.is_temporary else command.job_dir)
+        folder.status = _run_job(command, folder, stop)
         return folder.status
 
 
@@ -63,11 +62,9 @@ def retry(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Run again what failed in a job, and whatever has no result yet; returns the exit status."""
     folder = _JobFolder(Path(args.job_dir))
     with Journal.open(folder.path) as journal:
-        command = journal.command
-    given = {name: value for name, value in vars(args).items() if name in _FLAGS_OF_RETRY and value is not None}
-    again = argparse.Namespace(**command["flags"] | given | {"job_dir": args.job_dir, "restart": False})
-    with StopSignal(again.grace) as stop:
-        return _run_job(again, command["server_flags"] + server_flags, folder, stop, runs_failed=True)
+        command = RunCommand.of_retry(args, server_flags, journal.command)
+    with StopSignal(command.grace) as stop:
+        return _run_job(command, folder, stop, runs_failed=True)
 
 
 @dataclass(slots=True)
@@ -92,42 +89,43 @@ class _JobFolder:
 
 
 def _run_job(
-    args: argparse.Namespace,
-    server_flags: list[str],
+    command: RunCommand,
     folder: _JobFolder,
     stop: StopSignal,
     *,
     runs_failed: bool = False,
 ) -> int:
     started = time.perf_counter()
-    input_path = None if args.input == "-" else args.input
-    check_outputs(args.output, errors_path=args.errors, input_path=input_path)
-    if args.output == "-" and sys.stdout is None:
+    input_path = None if command.input == "-" else command.input
+    check_outputs(command.output, errors_path=command.errors, input_path=input_path)
+    if command.output == "-" and sys.stdout is None:
         raise ConfigError("-o -: standard output is closed; give a path")
-    options = _options(args)
+    options = _options(command)
     with ExitStack() as stack:
-        source = _open_source(args, folder.path, stack)
-        rows = _as_hashed(rows_of(args, source), source, source.states())
-        if args.restart and Journal.exists(folder.path):
+        source = _open_source(command, folder.path, stack)
+        rows = _as_hashed(rows_of(command, source), source, source.states())
+        if command.restart and Journal.exists(folder.path):
             Journal.remove(folder.path)
-        journal = stack.enter_context(_open_journal(args, server_flags, folder, source))
+        journal = stack.enter_context(_open_journal(command, folder, source))
         if runs_failed:
             journal.set_failed_aside()
         num_before = journal.num_rows
-        outputs = stack.enter_context(Outputs(args.output, errors_path=args.errors, order=args.order, journal=journal))
+        outputs = stack.enter_context(
+            Outputs(command.output, errors_path=command.errors, order=command.order, journal=journal)
+        )
         progress = stack.enter_context(
             Progress(
                 None,
-                show=args.progress,
+                show=command.progress,
                 num_done_before=num_before,
-                file=None if args.progress_file is None else Path(args.progress_file),
+                file=None if command.progress_file is None else Path(command.progress_file),
             )
         )
-        if args.metrics_port is not None:
-            stack.enter_context(MetricsServer(progress, args.metrics_port))
-        recorder = Recorder(journal, outputs, progress, args.max_failures)
+        if command.metrics_port is not None:
+            stack.enter_context(MetricsServer(progress, command.metrics_port))
+        recorder = Recorder(journal, outputs, progress, command.max_failures)
         runner = Runner(
-            lambda: _start_engine(args, server_flags, journal),
+            lambda: _start_engine(command, journal),
             journal=journal,
             recorder=recorder,
             progress=progress,
@@ -149,7 +147,7 @@ def _run_job(
             return EXIT_STOPPED
         outputs.finish()
     runner.stats.write_s = time.perf_counter() - run_ended
-    return _tell(args, runner, recorder, num_before, time.perf_counter() - started)
+    return _tell(command, runner, recorder, num_before, time.perf_counter() - started)
 
 
 @contextmanager
@@ -163,18 +161,18 @@ def _rare_collections() -> Iterator[None]:
         gc.set_threshold(*thresholds)
 
 
-def _check_other_files(args: argparse.Namespace) -> None:
+def _check_other_files(command: RunCommand) -> None:
     """The files about the run can be written, and none takes the place of another or of the answers.
 
     Raises:
         ConfigError: One cannot, or does.
     """
-    others = {"--report": args.report, "--trace": args.trace, "--progress-file": args.progress_file}
-    taken = {"-o": args.output, "--errors": args.errors}
+    others = {"--report": command.report, "--trace": command.trace, "--progress-file": command.progress_file}
+    taken = {"-o": command.output, "--errors": command.errors}
     for flag, path in others.items():
         if path is None:
             continue
-        check_writable(path, flag, input_path=args.input)
+        check_writable(path, flag, input_path=command.input)
         for other_flag, other in taken.items():
             if other is not None and is_same_output(path, other):
                 raise ConfigError(f"{flag} {path}: is what {other_flag} writes; write to another file")
@@ -182,19 +180,18 @@ def _check_other_files(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _job_folder(args: argparse.Namespace) -> Iterator[_JobFolder]:
+def _job_folder(command: RunCommand) -> Iterator[_JobFolder]:
     """The job's folder; a temporary one, gone when all is done, where the output has no folder of its own."""
-    if args.job_dir is not None:
-        yield _JobFolder(Path(args.job_dir))
+    if command.job_dir is not None:
+        yield _JobFolder(Path(command.job_dir))
         return
-    if args.output != "-" and "://" not in args.output:
-        yield _JobFolder(Path(f"{args.output}.job"))
+    if command.output != "-" and "://" not in command.output:
+        yield _JobFolder(Path(f"{command.output}.job"))
         return
     try:
-        args.job_dir = tempfile.mkdtemp(prefix="batchllm-job-")
+        folder = _JobFolder(Path(tempfile.mkdtemp(prefix="batchllm-job-")), is_temporary=True)
     except OSError as error:
         raise ConfigError(f"no folder can be made for the job: {error}; give one, --job-dir") from error
-    folder = _JobFolder(Path(args.job_dir), is_temporary=True)
     try:
         yield folder
     finally:
@@ -202,10 +199,10 @@ def _job_folder(args: argparse.Namespace) -> Iterator[_JobFolder]:
             shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def _open_source(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Input:
+def _open_source(command: RunCommand, folder: Path, stack: ExitStack) -> Input:
     """The input. A URL is read once for a job; standard input comes again with each run, and is compared."""
-    is_begun = Journal.exists(folder) and not args.restart
-    if args.input == "-" and is_begun:
+    is_begun = Journal.exists(folder) and not command.restart
+    if command.input == "-" and is_begun:
         # Not in the place of the job's own copy, which `retry` reads, as long as it may be another input.
         try:
             copies = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
@@ -213,10 +210,10 @@ def _open_source(args: argparse.Namespace, folder: Path, stack: ExitStack) -> In
             raise ConfigError(f"-i -: cannot be copied to {folder}: {error.strerror}") from error
         folder = Path(stack.enter_context(copies))
     return open_input(
-        args.input,
+        command.input,
         spool_folder=folder,
-        input_format=args.input_format,
-        reuse_spool=args.input != "-" and is_begun,
+        input_format=command.input_format,
+        reuse_spool=command.input != "-" and is_begun,
     )
 
 
@@ -232,14 +229,12 @@ def _as_hashed(rows: Iterable[Row | BadRow], source: Input, states: list[tuple[i
 
 
 @contextmanager
-def _open_journal(
-    args: argparse.Namespace, server_flags: list[str], folder: _JobFolder, source: Input
-) -> Iterator[Journal]:
+def _open_journal(command: RunCommand, folder: _JobFolder, source: Input) -> Iterator[Journal]:
     """The journal of this very job. One that has nothing in it when an error ends the run is not left behind."""
-    fingerprint = _fingerprint(args, server_flags, source)
+    fingerprint = _fingerprint(command, source)
     is_new = not Journal.exists(folder.path)
     if is_new:
-        journal = Journal.create(folder.path, fingerprint=fingerprint, command=_command(args, server_flags, source))
+        journal = Journal.create(folder.path, fingerprint=fingerprint, command=command.to_journal(source.spool_path))
     else:
         journal = Journal.open(folder.path)
     try:
@@ -271,28 +266,15 @@ def _remove_job(folder: Path, source: Input) -> None:
         folder.rmdir()  # unless there are other things in it
 
 
-def _command(args: argparse.Namespace, server_flags: list[str], source: Input) -> dict[str, Any]:
-    """What `retry` needs to run the job again, from wherever it is called."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("command", "restart")}
-    for name in _PATHS:
-        value = flags[name]
-        if value is not None and value != "-" and "://" not in value and (name != "model" or os.path.exists(value)):
-            flags[name] = os.path.abspath(value)
-    if source.spool_path is not None:
-        flags["input"] = str(source.spool_path.absolute())
-    return {"flags": flags, "server_flags": server_flags}
-
-
-def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Input) -> Fingerprint:
+def _fingerprint(command: RunCommand, source: Input) -> Fingerprint:
     """What the job's answers depend on."""
-    # A job that an earlier version began has not every flag.
-    columns = {name: getattr(args, name, None) for name in _COLUMN_FLAGS}
-    server_flags = with_config(server_flags)
+    columns = {name: getattr(command, name) for name in _COLUMN_FLAGS}
+    server_flags = with_config(list(command.server_flags))
     adapters = adapter_identities(server_flags)
     parts = {
         "input": source.content_hash(),
-        "model": model_identity(_model_path(args, server_flags)),
-        "sampling": args.sampling or "{}",
+        "model": model_identity(_model_path(command, server_flags)),
+        "sampling": command.sampling or "{}",
         "columns": json.dumps({name: value for name, value in columns.items() if value is not None}),
         "engine": " ".join(flags_of_answers(server_flags)),
         **({"adapters": json.dumps(adapters)} if adapters else {}),
@@ -302,48 +284,52 @@ def _fingerprint(args: argparse.Namespace, server_flags: list[str], source: Inpu
     return Fingerprint({name: part.encode(errors="backslashreplace").decode() for name, part in parts.items()})
 
 
-def _model_path(args: argparse.Namespace, server_flags: list[str]) -> str:
-    given = args.model or flag_value(server_flags, "model-path")
+def _model_path(command: RunCommand, server_flags: list[str]) -> str:
+    given = command.model or flag_value(server_flags, "model-path")
     return given if given is not None else default_model_path()
 
 
-def _start_engine(args: argparse.Namespace, server_flags: list[str], journal: Journal) -> Runtime:
+def _start_engine(command: RunCommand, journal: Journal) -> Runtime:
     """An engine that draws the seeds of the job's first one, so that a resumed job samples what it would have."""
     seed = journal.notes.get("random_seed")
     runtime = HostedRuntime(
-        args.model,
+        command.model,
         default_model_path=default_model_path(),
-        flags=server_flags,
-        is_verbose=args.verbose or flag_value(server_flags, "log-level") is not None,
+        flags=command.server_flags,
+        is_verbose=command.verbose or flag_value(list(command.server_flags), "log-level") is not None,
         **({} if seed is None else {"random_seed": int(seed)}),
     )
     if seed is None:
         journal.note("random_seed", str(runtime.info.random_seed))
-        if runtime.model_path == default_model_path() and args.model is None and not getattr(args, "demo_model", False):
+        if runtime.model_path == default_model_path() and command.model is None and not command.demo_model:
             say(DEMO_MODEL.format(flag="-m"))
     return runtime
 
 
-def _options(args: argparse.Namespace) -> RunOptions:
-    if args.token_memory is None:
+def _options(command: RunCommand) -> RunOptions:
+    if command.token_memory is None:
         max_token_bytes = int(psutil.virtual_memory().available * _DEFAULT_MEMORY_SHARE)
     else:
-        if not _TOKEN_BYTES <= args.token_memory * 2**30 < math.inf:
-            raise ConfigError(f"--token-memory {args.token_memory}: must be an amount of memory, in GiB")
-        max_token_bytes = int(args.token_memory * 2**30)
-    for name, value in (("--retry", args.retry), ("--max-failures", args.max_failures), ("--grace", args.grace)):
+        if not _TOKEN_BYTES <= command.token_memory * 2**30 < math.inf:
+            raise ConfigError(f"--token-memory {command.token_memory}: must be an amount of memory, in GiB")
+        max_token_bytes = int(command.token_memory * 2**30)
+    for name, value in (
+        ("--retry", command.retry),
+        ("--max-failures", command.max_failures),
+        ("--grace", command.grace),
+    ):
         if value is not None and value < 0:
             raise ConfigError(f"{name} {value}: must be at least 0")
     return RunOptions(
-        num_retries=args.retry,
-        shares_answers=args.dedupe,
+        num_retries=command.retry,
+        shares_answers=command.dedupe,
         max_token_bytes=max_token_bytes,
-        group_order=args.group_order,
-        keep_steps=args.trace is not None,
+        group_order=command.group_order,
+        keep_steps=command.trace is not None,
     )
 
 
-def _tell(args: argparse.Namespace, runner: Runner, recorder: Recorder, num_before: int, elapsed_s: float) -> int:
+def _tell(command: RunCommand, runner: Runner, recorder: Recorder, num_before: int, elapsed_s: float) -> int:
     """Failed rows in words, the report, and the files about the run that were asked for; returns the exit status."""
     say_failed(recorder.first_failed, recorder.num_failed)
     if runner.num_lost_tokens:
@@ -360,11 +346,11 @@ def _tell(args: argparse.Namespace, runner: Runner, recorder: Recorder, num_befo
     )
     show(report.render())
     try:
-        if args.trace is not None and runner.info is not None:
-            make_trace(f"run {args.input}", runner.steps, runner.info, runner.started_at).write(args.trace)
-        if args.report is not None:
-            report.write_json(args.report)
+        if command.trace is not None and runner.info is not None:
+            make_trace(f"run {command.input}", runner.steps, runner.info, runner.started_at).write(command.trace)
+        if command.report is not None:
+            report.write_json(command.report)
     except OSError as error:
-        say(f"--trace or --report: {error.filename}: {error.strerror}; the answers are whole, in {args.output}")
+        say(f"--trace or --report: {error.filename}: {error.strerror}; the answers are whole, in {command.output}")
         return EXIT_CANNOT_RUN
     return EXIT_ROWS_FAILED if recorder.num_failed else EXIT_OK
