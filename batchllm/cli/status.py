@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from batchllm.cli.outcome import EXIT_OK, refuse
-from batchllm.offline.job_status import JobStatus, read_status
+from batchllm.offline.journal import JobStatus, read_status
 
 _NUM_EVENTS = 10
 

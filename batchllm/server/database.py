@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm.errors import ConfigError
-from batchllm.offline.job_folder import FolderLock, file_identity
+from batchllm.offline.folder_lock import FolderLock, file_identity
 
 NAME = "batches.db"
 FLAG = "--batch-storage"
@@ -80,11 +80,12 @@ class Database:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _check_ours(folder)
-            self._lock = FolderLock(folder)
         except OSError as error:
             raise ConfigError(f"{FLAG} {folder}: cannot be made: {error.strerror}") from error
+        try:
+            self._lock = FolderLock(folder, "a server")
         except ConfigError as error:
-            raise ConfigError(f"{FLAG}: another server uses it, or it cannot be written: {error}") from error
+            raise ConfigError(f"{FLAG} {error}") from error
         try:
             self._path = folder / NAME
             self._db = self._open(self._path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchllm.offline.job_status import JobStatus, read_status
+from batchllm.offline.journal import JobStatus, read_status
 from tests.cli.instant_engine import Settings
 
 ENGINE = Path(__file__).with_name("instant_engine.py")

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from batchllm.errors import ConfigError, JournalError
 from batchllm.offline.fingerprint import Fingerprint
-from batchllm.offline.job_status import NUM_EXAMPLES, read_status
-from batchllm.offline.journal import MAX_COMMIT_AGE_S, NUM_ROWS_PER_COMMIT, Journal
+from batchllm.offline.journal import MAX_COMMIT_AGE_S, NUM_EXAMPLES, NUM_ROWS_PER_COMMIT, Journal, read_status
 
 FINGERPRINT = Fingerprint({"model": "m", "input": "i"})
 

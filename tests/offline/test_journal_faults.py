@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from batchllm.errors import BatchLLMError, JournalError
 from batchllm.offline.fingerprint import Fingerprint
-from batchllm.offline.job_status import read_status
-from batchllm.offline.journal import Journal
+from batchllm.offline.journal import Journal, read_status
 from tests.mounted_disk import mount, run_with_mounts
 from tests.sizes import sized
 

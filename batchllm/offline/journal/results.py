@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.errors import ConfigError, JournalError
-from batchllm.offline import job_folder, result_table
 from batchllm.offline.fingerprint import Fingerprint
-from batchllm.offline.job_folder import FolderLock, clock_second, damaged, database_path, faults, wal_path
+from batchllm.offline.folder_lock import FolderLock, file_identity
+from batchllm.offline.journal import database, result_table
+from batchllm.offline.journal.database import clock_second, damaged, database_path, faults, wal_path
 
 Int64Array = npt.NDArray[np.int64]
 Order = Literal["input", "finished"]
@@ -63,7 +64,7 @@ class Journal:
         self._started_second = clock_second()
         self._fault: JournalError | None = None
         self.num_rows = 0
-        self._db, num_dropped = job_folder.open_writer(folder)
+        self._db, num_dropped = database.open_writer(folder)
         try:
             with self._reading():
                 self.num_rows = int(self._one("SELECT num_rows FROM total")[0])
@@ -100,11 +101,11 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{folder}: {error.strerror}; the job's folder cannot be made") from error
-        lock = FolderLock(folder)
+        lock = FolderLock(folder, "the job")
         try:
             if cls.exists(folder):
                 raise ConfigError(f"{folder}: this folder has a job already; go on with it, or give --restart")
-            job_folder.make_database(folder, json.dumps(list(fingerprint.parts.items())), json.dumps(dict(command)))
+            database.make_database(folder, json.dumps(list(fingerprint.parts.items())), json.dumps(dict(command)))
             return cls(folder, lock)
         except BaseException:
             lock.release()
@@ -118,10 +119,10 @@ class Journal:
             ConfigError: There is none, or another process is running it.
             JournalError: The disk refuses, or the file is damaged.
         """
-        job_folder.check_journal_there(folder)
-        lock = FolderLock(folder)
+        database.check_journal_there(folder)
+        lock = FolderLock(folder, "the job")
         try:
-            job_folder.check_journal_there(folder)
+            database.check_journal_there(folder)
             return cls(folder, lock)
         except BaseException:
             lock.release()
@@ -134,7 +135,7 @@ class Journal:
         Raises:
             ConfigError: Another process is running the job, or the folder cannot be written.
         """
-        job_folder.remove_journal(folder)
+        database.remove_journal(folder)
 
     def append(
         self,
@@ -320,7 +321,7 @@ class Journal:
         """All or nothing of it is on disk, in the file that has the name; if nothing, no other is tried."""
         self._check_usable()
         try:
-            with faults(self._path, f"{self.num_rows} rows are safe; {job_folder.GO_ON}"):
+            with faults(self._path, f"{self.num_rows} rows are safe; {database.GO_ON}"):
                 try:
                     self._db.execute("BEGIN IMMEDIATE")
                     yield
@@ -333,7 +334,7 @@ class Journal:
             self._fault = error
             raise
         except BaseException:  # whether it is on disk is not known here
-            self._fault = JournalError(f"{self._path}: a commit was interrupted; {job_folder.GO_ON}")
+            self._fault = JournalError(f"{self._path}: a commit was interrupted; {database.GO_ON}")
             raise
         self.num_rows += num_added
 
@@ -351,12 +352,12 @@ class Journal:
             )
 
     def _identities(self) -> list[tuple[int, int] | None]:
-        return [job_folder.file_identity(self._path), job_folder.file_identity(wal_path(self.folder))]
+        return [file_identity(self._path), file_identity(wal_path(self.folder))]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         try:
-            with faults(self._path, f"{self.num_rows} rows are safe; {job_folder.GO_ON}"):
+            with faults(self._path, f"{self.num_rows} rows are safe; {database.GO_ON}"):
                 yield
         except (ValueError, TypeError, OverflowError) as error:  # a value of another kind than was written
             raise damaged(self._path, str(error)) from error

@@ -1,26 +1,21 @@
-"""A job's folder from outside: what its files are, whose it is, what can go wrong with it, and how far its job is.
+"""A journal's file: its tables, how it is made, opened and deleted, and what can go wrong with it.
 
-Knows files, locks, tables and SQLite's codes of faults; how far a job is, but not how it is run.
+Knows files, tables and SQLite's codes of faults; not what is recorded, or how a job is run.
 
-INVARIANT: at most one process holds a folder's lock, and the kernel gives it back when that process ends, however.
+INVARIANT: under the journal's name there is a whole journal or none.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 from batchllm.errors import ConfigError, JournalError
-
-_LOCK_NAME = "journal.lock"
-_LOCK_WAIT_S = 0.5
-"""`open_reader` holds the lock for some milliseconds, which must not turn a driver away."""
+from batchllm.offline.folder_lock import FolderLock, lock_holder
 
 _WAL_HEADER_LEN = 32
 _WAL_FRAME_HEADER_LEN = 24
@@ -92,56 +87,6 @@ def clock_second() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
-class FolderLock:
-    """The right to write in a job's folder, until `release` or the end of the process.
-
-    Raises:
-        ConfigError: Another process has it, or the folder cannot be written.
-    """
-
-    NAME = _LOCK_NAME
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / _LOCK_NAME
-        deadline = time.monotonic() + _LOCK_WAIT_S
-        while not self._try_lock():
-            if time.monotonic() >= deadline:
-                raise ConfigError(
-                    f"{folder}: process {_lock_pid(self._path)} is running the job in this folder already"
-                )
-            time.sleep(0.02)
-        os.ftruncate(self._fd, 0)
-        # Informative only: on a full disk the lock holds without it.
-        with contextlib.suppress(OSError):
-            os.pwrite(self._fd, b"%d" % os.getpid(), 0)
-
-    def _try_lock(self) -> bool:
-        try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(f"{self._path}: {error.strerror}; the job's folder must be writable") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that was deleted while we opened it locks nothing.
-            if file_identity(self._path) == _identity(os.fstat(fd)):
-                self._fd = fd
-                return True
-        except BlockingIOError:
-            pass
-        os.close(fd)
-        return False
-
-    def delete(self) -> None:
-        """Delete the file of the lock, while it is held."""
-        self._path.unlink(missing_ok=True)
-
-    def release(self) -> None:
-        """Let others have it. Releasing twice does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 def make_database(folder: Path, fingerprint: str, command: str) -> None:
     """Makes an empty journal, under its name only when it is complete; the lock is held.
 
@@ -189,7 +134,7 @@ def remove_journal(folder: Path) -> None:
     """See `Journal.remove`."""
     if not folder.is_dir():
         return
-    lock = FolderLock(folder)
+    lock = FolderLock(folder, "the job")
     try:
         _unlink_database(database_path(folder).with_name(database_path(folder).name + ".new"))
         _unlink_database(database_path(folder))
@@ -220,7 +165,7 @@ def open_reader(folder: Path) -> Iterator[tuple[sqlite3.Connection, int | None]]
     check_journal_there(folder)
     path = database_path(folder)
     with contextlib.ExitStack() as stack:
-        pid = _writer(folder, stack)
+        pid = lock_holder(folder, stack)
         uri = f"file:{quote(str(path.absolute()))}?mode=ro"
         # A journal that was closed is one file. Read like any other it would get a log and an index again, or could not
         # be read at all on a disk that is read-only; the lock keeps writers away meanwhile.
@@ -242,27 +187,6 @@ def _check_format(database: sqlite3.Connection, path: Path) -> None:
             f"{path}: written by another version of batchllm (format {version}, this one has {_FORMAT}); "
             "finish the job with that version, or give --restart to delete its results and begin anew"
         )
-
-
-def _writer(folder: Path, stack: contextlib.ExitStack) -> int | None:
-    """The process that has the lock; if none has, none gets it before the stack unwinds."""
-    try:
-        fd = os.open(folder / _LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # a copy without the lock's file, or one that others may not read
-        return None
-    stack.callback(os.close, fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _lock_pid(folder / _LOCK_NAME)
-    return None
-
-
-def _lock_pid(path: Path) -> int:
-    try:
-        return int(path.read_bytes())
-    except (OSError, ValueError):  # it has just been locked or deleted
-        return 0
 
 
 @contextlib.contextmanager
@@ -301,14 +225,6 @@ def damaged(path: Path, detail: str) -> JournalError:
     )
 
 
-def file_identity(path: Path) -> tuple[int, int] | None:
-    """What stays the same as long as a name means the same file; None if there is no such file."""
-    try:
-        return _identity(path.stat())
-    except FileNotFoundError:
-        return None
-
-
 def _count_wal_frames(folder: Path) -> int:
     """Pages in SQLite's log that were written since it last began anew, whether or not their commit was completed.
 
@@ -338,10 +254,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
 
 
 def _size(path: Path) -> int:

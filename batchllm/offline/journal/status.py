@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchllm.offline.job_folder import clock_second, damaged, database_path, open_reader
+from batchllm.offline.journal.database import clock_second, damaged, database_path, open_reader
 
 RECENT_S = 300
 """What `JobStatus.recent_speed` looks back."""
