@@ -18,7 +18,6 @@ from batchllm.offline.joint_plan import JointPlan, by_part
 from batchllm.offline.runtime import FinishedRequests, RunRequests
 from batchllm.offline.stats import JobStats
 from batchllm.request import Completion
-from batchllm.scheduler.output_length import PredictionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -165,7 +164,7 @@ class RunningPlan:
             num_computed_prompt_tokens=finished.num_computed_prompt_tokens - before.num_computed_prompt_tokens,
             num_retractions=finished.num_retractions - before.num_retractions,
             peak_kv_tokens=finished.peak_kv_tokens,
-            prediction=_difference(finished.prediction, before.prediction),
+            prediction=finished.prediction - before.prediction,
         )
 
 
@@ -174,12 +173,3 @@ def divide(total: int, weights: Sequence[int]) -> list[int]:
     ends = np.cumsum(np.array(weights, np.float64))
     shares: list[int] = np.diff(np.rint(ends / ends[-1] * total).astype(np.int64), prepend=0).tolist()
     return shares
-
-
-def _difference(after: PredictionError, before: PredictionError) -> PredictionError:
-    return PredictionError(
-        num_requests=after.num_requests - before.num_requests,
-        num_predicted_tokens=after.num_predicted_tokens - before.num_predicted_tokens,
-        num_actual_tokens=after.num_actual_tokens - before.num_actual_tokens,
-        sum_absolute_error=after.sum_absolute_error - before.sum_absolute_error,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -37,21 +37,8 @@ class JobStats:
     """After the last answer."""
 
     def __add__(self, other: JobStats) -> JobStats:
-        return JobStats(
-            num_prompt_tokens=self.num_prompt_tokens + other.num_prompt_tokens,
-            num_optimal_prompt_tokens=self.num_optimal_prompt_tokens + other.num_optimal_prompt_tokens,
-            num_computed_prompt_tokens=self.num_computed_prompt_tokens + other.num_computed_prompt_tokens,
-            num_output_tokens=self.num_output_tokens + other.num_output_tokens,
-            num_retractions=self.num_retractions + other.num_retractions,
-            peak_kv_tokens=max(self.peak_kv_tokens, other.peak_kv_tokens),
-            prediction=self.prediction + other.prediction,
-            start_s=self.start_s + other.start_s,
-            read_s=self.read_s + other.read_s,
-            tokenize_s=self.tokenize_s + other.tokenize_s,
-            plan_s=self.plan_s + other.plan_s,
-            run_s=self.run_s + other.run_s,
-            write_s=self.write_s + other.write_s,
-        )
+        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return JobStats(**sums | {"peak_kv_tokens": max(self.peak_kv_tokens, other.peak_kv_tokens)})
 
     def report(
         self,
@@ -73,31 +60,22 @@ class JobStats:
             num_done_before: Rows that earlier runs of the job had finished.
             num_engine_restarts: Engines started in the place of one that died.
         """
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "prediction"}
+        # Below it is what an earlier batch left in the cache, or a part of a plan that did not run whole.
+        own["num_optimal_prompt_tokens"] = min(self.num_optimal_prompt_tokens, self.num_computed_prompt_tokens)
         return RunReport(
+            **own,
             num_requests=num_requests,
             num_succeeded=num_requests - num_failed,
             num_failed=num_failed,
             num_done_before=num_done_before,
             num_engine_restarts=num_engine_restarts,
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_computed_prompt_tokens=self.num_computed_prompt_tokens,
-            # Below it is what an earlier batch left in the cache, or a part of a plan that did not run whole.
-            num_optimal_prompt_tokens=min(self.num_optimal_prompt_tokens, self.num_computed_prompt_tokens),
-            num_output_tokens=self.num_output_tokens,
             elapsed_s=elapsed_s,
-            num_retractions=self.num_retractions,
-            peak_kv_tokens=self.peak_kv_tokens,
             kv_capacity_tokens=0 if info is None else info.kv_capacity_tokens,
             num_predicted=self.prediction.num_requests,
             num_predicted_tokens=round(self.prediction.num_predicted_tokens),
             num_predicted_actual_tokens=self.prediction.num_actual_tokens,
             sum_prediction_error_tokens=round(self.prediction.sum_absolute_error),
-            start_s=self.start_s,
-            read_s=self.read_s,
-            tokenize_s=self.tokenize_s,
-            plan_s=self.plan_s,
-            run_s=self.run_s,
-            write_s=self.write_s,
         )
 
 

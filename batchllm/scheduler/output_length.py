@@ -11,8 +11,9 @@ Where nothing is known yet, what is left of the distribution lies at ``max_new_l
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -75,12 +76,10 @@ class PredictionError:
             self.sum_absolute_error += abs(estimate.predicted_len - num_generated)
 
     def __add__(self, other: PredictionError) -> PredictionError:
-        return PredictionError(
-            num_requests=self.num_requests + other.num_requests,
-            num_predicted_tokens=self.num_predicted_tokens + other.num_predicted_tokens,
-            num_actual_tokens=self.num_actual_tokens + other.num_actual_tokens,
-            sum_absolute_error=self.sum_absolute_error + other.sum_absolute_error,
-        )
+        return PredictionError(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: PredictionError) -> PredictionError:
+        return PredictionError(*map(operator.sub, astuple(self), astuple(other)))
 
 
 class _Kind:
