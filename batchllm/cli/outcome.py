@@ -24,6 +24,8 @@ EXIT_STATUSES = (
 )
 _NUM_SHOWN = 5
 
+DEMO_MODEL = "no {flag} MODEL: the answers are a random model's, for trying out (--demo-model: say nothing)"
+
 
 def say(text: str) -> None:
     """On standard error, each line as ours: what libraries say in our messages may have several."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import shutil
@@ -17,9 +16,19 @@ from pathlib import Path
 
 import psutil
 
+from batchllm.cli.collector import rare_collections
 from batchllm.cli.engine_flags import adapter_identities, flag_value, flags_of_answers, with_config
 from batchllm.cli.inputs import rows_of
-from batchllm.cli.outcome import EXIT_CANNOT_RUN, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say, say_failed, show
+from batchllm.cli.outcome import (
+    DEMO_MODEL,
+    EXIT_CANNOT_RUN,
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    EXIT_STOPPED,
+    say,
+    say_failed,
+    show,
+)
 from batchllm.cli.run_command import RunCommand
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import is_same_output
@@ -41,11 +50,8 @@ OUTPUT_FORMAT = "1"
 """Of the lines; a job begun with another one cannot go on with this."""
 
 _COLUMN_FLAGS = ("prompt_column", "messages_column", "template", "id_column", "carry", "input_format", "schema")
-DEMO_MODEL = "no {flag} MODEL: the answers are a random model's, for trying out (--demo-model: say nothing)"
 _DEFAULT_MEMORY_SHARE = 0.5
 _TOKEN_BYTES = 4
-COLLECT_EVERY = 100_000
-"""Containers made between two looks of the garbage collector: those of a row go without it, and there are millions."""
 
 
 def run(args: argparse.Namespace, server_flags: list[str]) -> int:
@@ -136,7 +142,7 @@ def _run_job(
         stack.callback(runner.close)
         journal.event("start", f"{num_before} rows had a result")
         outputs.begin()
-        with _rare_collections():
+        with rare_collections():
             is_complete = runner.run(rows)
         run_ended = time.perf_counter()
         journal.event("end" if is_complete else "stop", stop.name or "")
@@ -148,17 +154,6 @@ def _run_job(
         outputs.finish()
     runner.stats.write_s = time.perf_counter() - run_ended
     return _tell(command, runner, recorder, num_before, time.perf_counter() - started)
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """This process has nothing else to do: the garbage collector looks rarely."""
-    thresholds = gc.get_threshold()
-    gc.set_threshold(COLLECT_EVERY, *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
 
 
 def _check_other_files(command: RunCommand) -> None:

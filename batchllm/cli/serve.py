@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchllm.cli.outcome import EXIT_OK, EXIT_STOPPED, say
-from batchllm.cli.run import COLLECT_EVERY, DEMO_MODEL
+from batchllm.cli.collector import collect_rarely
+from batchllm.cli.outcome import DEMO_MODEL, EXIT_OK, EXIT_STOPPED, say
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
 from batchllm.srt import host_imports
@@ -48,7 +47,7 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     server_args = make_server_args(model_path, **given)
     _check_adapter_places(server_args)
-    gc.set_threshold(COLLECT_EVERY, *gc.get_threshold()[1:])
+    collect_rarely()
     service = BatchService(_batch_options(batch, server_args.port), page_key=server_args.api_key)
     try:
         server = HttpServer(

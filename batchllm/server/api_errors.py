@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from batchllm.errors import BatchLLMError
+from batchllm.server.objects import ErrorResponse
 
 logger = logging.getLogger(__name__)
 
@@ -114,3 +115,19 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def errors(*status_codes: int) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer beside 200, for its description."""
+    codes: tuple[int | str, ...] = (400, 401, *status_codes, 503, "4XX")
+    return {code: {"model": ErrorResponse} for code in codes}
+
+
+def unknown_file(file_id: str, param: str) -> ApiError:
+    """The answer to an id that no file has."""
+    return ApiError(404, f"No such File object: {file_id[:64]}", code="file_not_found", param=param)
+
+
+def unknown_cursor(after: str | None) -> ApiError:
+    """The answer to a page after something that is not there."""
+    return ApiError(404, f"after: there is no {after!r}", code="invalid_cursor", param="after")

@@ -14,12 +14,11 @@ from fastapi import Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
-from batchllm.server.api_errors import ApiError, OpenAIRoute, invalid
+from batchllm.server.api_errors import ApiError, OpenAIRoute, errors, invalid, unknown_cursor, unknown_file
 from batchllm.server.batch_store import BatchRecord, BatchStore
 from batchllm.server.database import Database
-from batchllm.server.file_routes import IdempotencyKey, errors, unknown_cursor, unknown_file
 from batchllm.server.file_store import FileStore, UnknownCursorError
-from batchllm.server.idempotency import IdempotencyKeys, request_digest
+from batchllm.server.idempotency import IdempotencyKey, IdempotencyKeys, request_digest
 from batchllm.server.objects import (
     ACTIVE_STATUSES,
     INPUT_PURPOSE,

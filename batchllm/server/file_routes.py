@@ -9,21 +9,20 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Annotated, Any, BinaryIO
 
 import fastapi
-from fastapi import Depends, Header, Query, Request
+from fastapi import Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from batchllm.server.api_errors import ApiError, OpenAIRoute
+from batchllm.server.api_errors import ApiError, OpenAIRoute, errors, unknown_cursor, unknown_file
 from batchllm.server.database import Database
 from batchllm.server.file_store import FileInUseError, FileRecord, FileStore, Order, UnknownCursorError
-from batchllm.server.idempotency import IdempotencyKeys, request_digest
+from batchllm.server.idempotency import IdempotencyKey, IdempotencyKeys, request_digest
 from batchllm.server.metrics import BatchMetrics
 from batchllm.server.objects import (
     INPUT_PURPOSE,
     MAX_EXPIRY_S,
     MIN_EXPIRY_S,
-    ErrorResponse,
     FileDeleted,
     FileList,
     FileObject,
@@ -61,13 +60,6 @@ _CONTENT: dict[int | str, dict[str, Any]] = {
         "description": "The file's bytes",
     }
 }
-IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
-
-
-def errors(*status_codes: int) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer beside 200, for its description."""
-    codes: tuple[int | str, ...] = (400, 401, *status_codes, 503, "4XX")
-    return {code: {"model": ErrorResponse} for code in codes}
 
 
 class FileRoutes:
@@ -233,16 +225,6 @@ class _OpenFileResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._stream:
             await super().__call__(scope, receive, send)
-
-
-def unknown_file(file_id: str, param: str) -> ApiError:
-    """The answer to an id that no file has."""
-    return ApiError(404, f"No such File object: {file_id[:64]}", code="file_not_found", param=param)
-
-
-def unknown_cursor(after: str | None) -> ApiError:
-    """The answer to a page after something that is not there."""
-    return ApiError(404, f"after: there is no {after!r}", code="invalid_cursor", param="after")
 
 
 def _pieces(stream: BinaryIO) -> Iterator[bytes]:

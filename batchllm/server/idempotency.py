@@ -8,14 +8,17 @@ INVARIANT: of all requests with one key, one makes an object.
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
+from fastapi import Header
 
 from batchllm.server.api_errors import ApiError
 from batchllm.server.database import Database
 
 Kind = Literal["file", "batch"]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+"""The parameter of a route that may be asked again."""
 
 
 class IdempotencyKeys:
