@@ -15,10 +15,9 @@ from typing import Any
 
 import jinja2
 
-from batchllm.server.api_errors import ApiError
+from batchllm.server.api_errors import ApiError, unknown_cursor, unknown_file
 from batchllm.server.batch_activity import BatchActivity
 from batchllm.server.batch_store import BatchRecord, BatchStore
-from batchllm.server.file_routes import unknown_cursor, unknown_file
 from batchllm.server.file_store import FileRecord, FileStore, UnknownCursorError
 from batchllm.server.objects import INPUT_PURPOSE
 from batchllm.server.page import view
