@@ -18,7 +18,7 @@ import numpy as np
 
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import Completion, SamplingParams
-from batchllm.scheduler.output_length import PredictionError
+from batchllm.scheduler.counters import JobCounters
 from batchllm.trace.steps import STEP_DTYPE
 
 T = TypeVar("T")
@@ -146,9 +146,9 @@ class FakeRuntime:
         """Whether the outstanding request of this place, in their order, runs on when its job is withdrawn."""
         return place < 1
 
-    def counters(self, job: FakeJob) -> dict[str, Any]:
-        """What is said of a job with its answers: fields of `FinishedRequests`."""
-        return {"num_computed_prompt_tokens": job.num_computed, "num_retractions": 0, "peak_kv_tokens": 1}
+    def counters(self, job: FakeJob) -> JobCounters:
+        """What is said of a job with its answers."""
+        return JobCounters(num_computed_prompt_tokens=job.num_computed, peak_kv_tokens=1)
 
     # The seam
 
@@ -187,10 +187,12 @@ class FakeRuntime:
             completions = [self.answer(request) for request in finished]
             job.num_answered += len(finished)
             self.num_answered += len(finished)
-        fields: dict[str, Any] = {"prediction": PredictionError(), "steps": np.zeros(1, STEP_DTYPE)} | self.counters(
-            job
+        return FinishedRequests(
+            positions=[request.position for request in finished],
+            completions=completions,
+            counters=self.counters(job),
+            steps=np.zeros(1, STEP_DTYPE),
         )
-        return FinishedRequests(positions=[request.position for request in finished], completions=completions, **fields)
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         loop = asyncio.new_event_loop()

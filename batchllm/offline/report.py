@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from batchllm.trace.whole_file import write_whole
 
@@ -38,6 +38,8 @@ class RunReport:
     """The whole job, reading to last line written."""
     num_retractions: int
     """Times a running request lost its KV and had to begin again."""
+    num_recomputed_for_live: int
+    """Tokens computed again since live requests took their KV."""
     peak_kv_tokens: int
     kv_capacity_tokens: int
     num_predicted: int
@@ -84,36 +86,14 @@ class RunReport:
         return _ratio(self.num_output_tokens, self.elapsed_s)
 
     def to_dict(self) -> dict[str, int | float]:
-        """All counts and ratios by name, in the order of the table."""
-        return {
-            "num_requests": self.num_requests,
-            "num_succeeded": self.num_succeeded,
-            "num_failed": self.num_failed,
-            "num_done_before": self.num_done_before,
-            "num_engine_restarts": self.num_engine_restarts,
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_computed_prompt_tokens": self.num_computed_prompt_tokens,
-            "num_optimal_prompt_tokens": self.num_optimal_prompt_tokens,
+        """All counts, times and ratios by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {
             "reuse": self.reuse,
             "optimal_reuse": self.optimal_reuse,
-            "num_output_tokens": self.num_output_tokens,
-            "elapsed_s": self.elapsed_s,
             "prompt_tokens_per_s": self.prompt_tokens_per_s,
             "output_tokens_per_s": self.output_tokens_per_s,
-            "num_retractions": self.num_retractions,
-            "peak_kv_tokens": self.peak_kv_tokens,
-            "kv_capacity_tokens": self.kv_capacity_tokens,
-            "num_predicted": self.num_predicted,
-            "num_predicted_tokens": self.num_predicted_tokens,
-            "num_predicted_actual_tokens": self.num_predicted_actual_tokens,
-            "sum_prediction_error_tokens": self.sum_prediction_error_tokens,
             "mean_prediction_error": self.mean_prediction_error,
-            "start_s": self.start_s,
-            "read_s": self.read_s,
-            "tokenize_s": self.tokenize_s,
-            "plan_s": self.plan_s,
-            "run_s": self.run_s,
-            "write_s": self.write_s,
         }
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
@@ -135,6 +115,11 @@ class RunReport:
             ("output tokens", f"{self.num_output_tokens:,}", ""),
             ("peak KV tokens", f"{self.peak_kv_tokens:,}", f"of {self.kv_capacity_tokens:,}"),
             ("retractions", f"{self.num_retractions:,}", ""),
+            *(
+                [("computed again for live", f"{self.num_recomputed_for_live:,}", "")]
+                if self.num_recomputed_for_live
+                else []
+            ),
             ("lengths learned", f"{self.num_predicted:,}", self._prediction()),
             ("prompt tokens/s", f"{self.prompt_tokens_per_s:,.1f}", ""),
             ("output tokens/s", f"{self.output_tokens_per_s:,.1f}", ""),

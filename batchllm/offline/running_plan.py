@@ -18,6 +18,7 @@ from batchllm.offline.joint_plan import JointPlan, by_part
 from batchllm.offline.runtime import FinishedRequests, RunRequests
 from batchllm.offline.stats import JobStats
 from batchllm.request import Completion
+from batchllm.scheduler.counters import JobCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +63,7 @@ class RunningPlan:
         self._part_at, self._sample_at, self._optimal_at = plan.part_at, plan.sample_at, plan.optimal_at
         self._kept: Int64Array | None = None  # positions that the arrays are of, once they are not of all
         self._num_in_flight = 0
-        self._counted = JobStats()
+        self._counted = JobCounters()
 
     @property
     def num_in_flight(self) -> int:
@@ -117,7 +118,7 @@ class RunningPlan:
             return []
         # Counters are of the whole job of the runtime. Computed tokens are divided by what the answers of the message
         # had to compute; what cannot be divided goes to the part with the most of them.
-        counted = self._take_counters(finished)
+        counted, self._counted = finished.counters - self._counted, finished.counters
         shares = [counted.num_computed_prompt_tokens]
         if len(groups) > 1:
             weights = [
@@ -127,9 +128,9 @@ class RunningPlan:
         largest = max(groups, key=lambda group: len(group[1]))
         deliveries = []
         for group, share in zip(groups, shares, strict=True):
-            stats = JobStats(num_computed_prompt_tokens=share, peak_kv_tokens=counted.peak_kv_tokens)
-            if group is largest:
-                stats.num_retractions, stats.prediction = counted.num_retractions, counted.prediction
+            own = counted if group is largest else JobCounters(peak_kv_tokens=counted.peak_kv_tokens)
+            stats = JobStats.of(own)
+            stats.num_computed_prompt_tokens = share
             deliveries.append(self._delivery(*group, stats))
         return deliveries
 
@@ -150,21 +151,6 @@ class RunningPlan:
             optimal_lens=optimal_lens,
             withdrawn=withdrawn,
             stats=stats,
-        )
-
-    def _take_counters(self, finished: FinishedRequests) -> JobStats:
-        """What has been counted since the last message."""
-        before = self._counted
-        self._counted = JobStats(
-            num_computed_prompt_tokens=finished.num_computed_prompt_tokens,
-            num_retractions=finished.num_retractions,
-            prediction=finished.prediction,
-        )
-        return JobStats(
-            num_computed_prompt_tokens=finished.num_computed_prompt_tokens - before.num_computed_prompt_tokens,
-            num_retractions=finished.num_retractions - before.num_retractions,
-            peak_kv_tokens=finished.peak_kv_tokens,
-            prediction=finished.prediction - before.prediction,
         )
 
 

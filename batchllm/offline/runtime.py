@@ -11,7 +11,7 @@ from batchllm.errors import RowError
 from batchllm.planner.run import PlannedRun
 from batchllm.request import ChatOptions, ChatPrompt, Completion, SamplingParams
 from batchllm.scheduler.admission import max_total_len
-from batchllm.scheduler.output_length import PredictionError
+from batchllm.scheduler.counters import JobCounters
 from batchllm.trace.steps import StepArray
 
 T = TypeVar("T")
@@ -92,19 +92,13 @@ class FinishedRequests:
     Attributes:
         positions: Plan positions.
         completions: One per position; their ``index`` and ``sample`` are still 0.
-        num_computed_prompt_tokens: Prompt tokens of the job computed so far, counted in the scheduler.
-        num_retractions: Of the job so far.
-        peak_kv_tokens: Most slots in use at once so far.
-        prediction: How far off expected output lengths were so far.
+        counters: What the job has cost so far.
         steps: Forward steps since the last of these, ``start_s`` on the monotonic clock. `STEP_DTYPE` ``[num_steps]``.
     """
 
     positions: list[int]
     completions: list[Completion]
-    num_computed_prompt_tokens: int
-    num_retractions: int
-    peak_kv_tokens: int
-    prediction: PredictionError
+    counters: JobCounters
     steps: StepArray
 
 

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from batchllm.offline.report import RunReport
 from batchllm.offline.runtime import RuntimeInfo
-from batchllm.scheduler.output_length import PredictionError
+from batchllm.scheduler.counters import JobCounters
 from batchllm.trace import StepTrace
 from batchllm.trace.steps import STEP_DTYPE, StepArray
 
 
 @dataclass(slots=True, kw_only=True)
-class JobStats:
+class JobStats(JobCounters):
     """Counts and seconds, all of them counted or timed where it happened."""
 
     num_prompt_tokens: int = 0
     """Of the samples that have finished."""
     num_optimal_prompt_tokens: int = 0
     """Of these samples, as they were planned."""
-    num_computed_prompt_tokens: int = 0
     num_output_tokens: int = 0
-    num_retractions: int = 0
-    peak_kv_tokens: int = 0
-    prediction: PredictionError = field(default_factory=PredictionError)
     start_s: float = 0.0
     """Waiting for engines to start."""
     read_s: float = 0.0
@@ -36,9 +32,10 @@ class JobStats:
     write_s: float = 0.0
     """After the last answer."""
 
-    def __add__(self, other: JobStats) -> JobStats:
-        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
-        return JobStats(**sums | {"peak_kv_tokens": max(self.peak_kv_tokens, other.peak_kv_tokens)})
+    @classmethod
+    def of(cls, counters: JobCounters) -> JobStats:
+        """The counts, and no seconds."""
+        return cls(**{field.name: getattr(counters, field.name) for field in fields(JobCounters)})
 
     def report(
         self,

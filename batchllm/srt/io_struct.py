@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from sglang.srt.managers.io_struct import BaseReq
 
-from batchllm.scheduler.output_length import PredictionError
+from batchllm.scheduler.counters import JobCounters
 
 INVALID_GRAMMAR = "invalid_grammar"
 """A grammar does not compile, or cannot be followed with this model's tokens."""
@@ -67,24 +66,6 @@ class PlannedCloseReqInput(BaseReq):
     """Driver to scheduler: every request of the job has been answered; forget it."""
 
     job_id: int
-
-
-class JobCounters(BaseReq):
-    """What a job has cost so far, counted where it happens.
-
-    Attributes:
-        num_computed_prompt_tokens: Prompt tokens that went through a forward pass.
-        num_retractions: Requests that lost their KV and had to start again.
-        num_recomputed_for_live: Tokens computed again since live requests took their KV.
-        peak_kv_tokens: Most KV slots in use at the start of any step.
-        prediction: How far off expected output lengths were, where they had to be learned.
-    """
-
-    num_computed_prompt_tokens: int = 0
-    num_retractions: int = 0
-    num_recomputed_for_live: int = 0
-    peak_kv_tokens: int = 0
-    prediction: PredictionError = msgspec.field(default_factory=PredictionError)
 
 
 class PlannedBatchOutput(BaseReq):

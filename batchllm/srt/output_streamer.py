@@ -14,8 +14,9 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+from batchllm.scheduler.counters import JobCounters
 from batchllm.srt.grammars import explain_abort
-from batchllm.srt.io_struct import JobCounters, PlannedBatchOutput
+from batchllm.srt.io_struct import PlannedBatchOutput
 from batchllm.srt.schedule_batch import PlannedReq
 
 NUM_CONTEXT_TOKENS = 5

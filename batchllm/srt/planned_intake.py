@@ -13,10 +13,11 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from batchllm.scheduler.counters import JobCounters
 from batchllm.scheduler.decision import SettledDecision
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt.grammars import hold_stops
-from batchllm.srt.io_struct import JobCounters, PlannedAbortReqInput, PlannedCloseReqInput, PlannedRunReqInput
+from batchllm.srt.io_struct import PlannedAbortReqInput, PlannedCloseReqInput, PlannedRunReqInput
 from batchllm.srt.planned_jobs import PlannedJobs
 from batchllm.srt.planned_run import RunReader
 from batchllm.srt.schedule_batch import PlannedReq

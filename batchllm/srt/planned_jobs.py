@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from batchllm.srt.io_struct import JobCounters
+from batchllm.scheduler.counters import JobCounters
 from batchllm.srt.schedule_batch import PlannedReq
 
 

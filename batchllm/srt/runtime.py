@@ -93,10 +93,7 @@ class ManagedRuntime:
         return FinishedRequests(
             positions=output.positions,
             completions=_completions(output),
-            num_computed_prompt_tokens=output.counters.num_computed_prompt_tokens,
-            num_retractions=output.counters.num_retractions,
-            peak_kv_tokens=output.counters.peak_kv_tokens,
-            prediction=output.counters.prediction,
+            counters=output.counters,
             steps=output.steps,
         )
 

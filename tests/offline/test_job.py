@@ -25,6 +25,7 @@ from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
 from batchllm.planner.run import PlannedRun
 from batchllm.request import ChatOptions, ChatPrompt, Completion, Request, SamplingParams
+from batchllm.scheduler.counters import JobCounters
 from batchllm.tokenizer import Tokenizer
 from tests.sizes import sized
 
@@ -113,12 +114,8 @@ class ShufflingRuntime(FakeRuntime):
         self.random.shuffle(outstanding)
         return outstanding[: self.random.randint(1, len(outstanding))]
 
-    def counters(self, job: FakeJob) -> dict[str, Any]:
-        return {
-            "num_computed_prompt_tokens": 10 * job.num_answered,
-            "num_retractions": 3,
-            "peak_kv_tokens": 40,
-        }
+    def counters(self, job: FakeJob) -> JobCounters:
+        return JobCounters(num_computed_prompt_tokens=10 * job.num_answered, num_retractions=3, peak_kv_tokens=40)
 
     def answer(self, request: FakeRequest) -> Completion:
         is_aborted = self.random.random() < self.abort_share

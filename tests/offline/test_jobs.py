@@ -42,6 +42,7 @@ from batchllm.offline.stop import StopSignal
 from batchllm.offline.token_store import TokenStore
 from batchllm.planner import GroupOrder, plan_batch
 from batchllm.request import Completion, Request, SamplingParams
+from batchllm.scheduler.counters import JobCounters
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.tokens import TokenTable
 from batchllm.trace import STEP_DTYPE
@@ -260,10 +261,12 @@ class SteppingEngine:
             FinishedRequests(
                 positions=[sent.position for sent in ended],
                 completions=[_completion(sent, reason) for sent in ended],
-                num_computed_prompt_tokens=self.computed[job_id],
-                num_retractions=self.computed[job_id] // 10,
-                peak_kv_tokens=40,
-                prediction=PredictionError(num_requests=self.computed[job_id]),
+                counters=JobCounters(
+                    num_computed_prompt_tokens=self.computed[job_id],
+                    num_retractions=self.computed[job_id] // 10,
+                    peak_kv_tokens=40,
+                    prediction=PredictionError(num_requests=self.computed[job_id]),
+                ),
                 steps=np.zeros(1, STEP_DTYPE),
             )
         )

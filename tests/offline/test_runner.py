@@ -31,6 +31,7 @@ from batchllm.offline.runner import Runner, RunOptions
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.offline.stop import StopSignal
 from batchllm.request import Completion, Request, SamplingParams, TokenLogprob
+from batchllm.scheduler.counters import JobCounters
 from batchllm.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -129,8 +130,8 @@ class LeisurelyRuntime(FakeRuntime):
     def has_started(self, place: int) -> bool:
         return place < 2
 
-    def counters(self, job: FakeJob) -> dict[str, Any]:
-        return super().counters(job) | {"num_computed_prompt_tokens": self.world.num_answered}
+    def counters(self, job: FakeJob) -> JobCounters:
+        return JobCounters(num_computed_prompt_tokens=self.world.num_answered, peak_kv_tokens=1)
 
     def answer(self, request: FakeRequest) -> Completion:
         last_id = request.prompt[-1]
