@@ -85,7 +85,7 @@ class Database:
         try:
             self._lock = FolderLock(folder, "a server")
         except ConfigError as error:
-            raise ConfigError(f"{FLAG} {error}") from error
+            raise ConfigError(f"{FLAG}: {error}") from error
         try:
             self._path = folder / NAME
             self._db = self._open(self._path)
