@@ -24,6 +24,7 @@ import uvicorn
 
 from batchllm.offline.fake_runtime import FakeJob
 from batchllm.offline.job import JobMaker
+from batchllm.offline.jobs import single_job
 from batchllm.server import BatchMetrics, BatchOptions, BatchService, LiveNumbers
 from tests.cli.instant_engine import InstantRuntime, Settings
 
@@ -63,7 +64,7 @@ class Api:
         is_started: bool = True,
         metrics: BatchMetrics | None = None,
         page_key: str | None = None,
-        make_job: JobMaker | None = None,
+        make_job: JobMaker = single_job,
         numbers: LiveNumbers | None = None,
     ) -> None:
         self.service = BatchService(options, page_key=page_key)
