@@ -9,7 +9,7 @@ from typing import Any
 import sglang.srt.managers.scheduler as upstream
 from sglang.srt.entrypoints.engine import Engine
 
-from batchllm.srt import child_process
+from batchllm.srt.entrypoints import child_process
 
 _SHARED_MEMORY = Path("/dev/shm")
 

@@ -26,7 +26,7 @@ from typing import TextIO
 from batchllm import tokenizer
 from batchllm.errors import BatchLLMError
 from batchllm.host import template
-from batchllm.srt import host_imports
+from batchllm.srt.platforms import host_imports
 
 _VERBOSE_FLAGS = ("-v", "--verbose", "--log-level")
 

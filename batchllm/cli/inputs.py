@@ -26,7 +26,7 @@ from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.runtime import Chat
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import ChatPrompt, SamplingParams
-from batchllm.srt import host_imports
+from batchllm.srt.platforms import host_imports
 from batchllm.tokenizer import Tokenizer
 
 INPUT_FORMATS = ("jsonl", "parquet", "hf", "csv")
@@ -156,7 +156,9 @@ class _PromptTokenizer:
         self.is_used = True
         host_imports.prepare_environment()
         with host_imports.quiet():
-            from batchllm.srt.chat_tokenizer import tokenizer_of_model  # seconds to import: torch, and parts of SGLang
+            from batchllm.srt.managers.chat_tokenizer import (
+                tokenizer_of_model,  # seconds to import: torch, and parts of SGLang
+            )
 
             return tokenizer_of_model(self._model or default_model_path())
 

@@ -12,11 +12,11 @@ from batchllm.cli.collector import collect_rarely
 from batchllm.cli.outcome import DEMO_MODEL, EXIT_OK, EXIT_STOPPED, say
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
-from batchllm.srt import host_imports
+from batchllm.srt.platforms import host_imports
 
 if TYPE_CHECKING:
     from batchllm.server import BatchOptions, BatchService
-    from batchllm.srt.http_server import ServerRuntime
+    from batchllm.srt.entrypoints.http_server import ServerRuntime
 
 PROGRAM = "python -m batchllm.launch_server"
 _MIN_ADAPTER_PLACES = 2
@@ -29,7 +29,7 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     # The engine's processes are forked from this one: SGLang comes first, before there are threads.
     host_imports.import_all()
     from batchllm.server import BatchService
-    from batchllm.srt.http_server import HttpServer
+    from batchllm.srt.entrypoints.http_server import HttpServer
     from batchllm.srt.server_args import make_parser, make_server_args, own_flags, parse_server_flags
 
     parser = make_parser(PROGRAM)

@@ -57,7 +57,7 @@ _CHAT_FIELDS: Mapping[str, checks.Check] = {
     "separate_reasoning": checks.boolean,
     "task": checks.anything,
 }
-"""What SGLang's chat serving makes of these is its own (`batchllm.srt.serving_chat`)."""
+"""What SGLang's chat serving makes of these is its own (`batchllm.srt.entrypoints.serving_chat`)."""
 
 IGNORED = frozenset(
     {

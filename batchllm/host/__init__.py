@@ -6,5 +6,5 @@
     logs        what the processes of an engine print
 
 Knows the wire and the seam to jobs. Must not know SGLang: importing this room takes no torch and no seconds. The other
-side is `batchllm.srt.template` and `batchllm.srt.engine_host`.
+side is `batchllm.srt.entrypoints.template` and `batchllm.srt.entrypoints.engine_host`.
 """

@@ -1,6 +1,7 @@
 """What the processes of an engine print: in files of their own, shown where one fails.
 
-INVARIANT: a run that succeeds shows none of it. Errors that are logged are shown at once, by `srt.child_process`.
+INVARIANT: a run that succeeds shows none of it. Errors that are logged are shown at once
+(`batchllm.srt.entrypoints.child_process`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from batchllm.offline.event_loop import LoopThread
 from batchllm.offline.runtime import Answer, Chat, FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import ChatPrompt, Completion
 
-SCHEDULER_PROCESS = "batchllm.srt.scheduler_process:run_scheduler_process"
+SCHEDULER_PROCESS = "batchllm.srt.managers.scheduler_process:run_scheduler_process"
 """Target of the scheduler's process."""
 _STOP_TIMEOUT_S = 30
 T = TypeVar("T")
@@ -307,7 +307,7 @@ class HostedRuntime:
 
 
 class HostedTokenizer:
-    """The tokenizer of an engine, in the engine's process: a `batchllm.srt.chat_tokenizer.ChatTokenizer`."""
+    """The tokenizer of an engine, in the engine's process: a `batchllm.srt.managers.chat_tokenizer.ChatTokenizer`."""
 
     def __init__(self, runtime: HostedRuntime) -> None:
         self._runtime = runtime

@@ -4,7 +4,7 @@ SGLang takes many seconds and a gigabyte to import. It is imported once, in a pr
 is forked from there in no time, and all its processes share that memory. A template serves every engine of this process
 that wants the same environment variables, since SGLang reads many of them at import, and ends with the last of them.
 
-Knows how the process is started and asked; what it does is in `batchllm.srt.template`.
+Knows how the process is started and asked; what it does is in `batchllm.srt.entrypoints.template`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Template:
         self.environment = _environment()
         self.is_verbose = is_verbose
         self.num_users = 0
-        # The name is one that the next engine knows to be of a process that has ended (`batchllm.srt.processes`).
+        # The name is one that the next engine knows to be of a process that has ended
+        # (`batchllm.srt.entrypoints.processes`).
         self._folder = Path(tempfile.mkdtemp(prefix=f"batchllm-{os.getpid()}-"))
         self.logs = None if is_verbose else EngineLogs(self._folder)
         self._socket, theirs = socket.socketpair()
@@ -176,7 +177,8 @@ def _python() -> list[str]:
 
 
 def _program(fd: int) -> str:
-    return f"import sys; sys.path[:] = {sys.path!r}; from batchllm.srt.template import main; main({fd}, {os.getpid()})"
+    main = f"from batchllm.srt.entrypoints.template import main; main({fd}, {os.getpid()})"
+    return f"import sys; sys.path[:] = {sys.path!r}; {main}"
 
 
 def _stderr_fd() -> int:

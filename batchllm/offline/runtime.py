@@ -111,7 +111,7 @@ class PromptTokenizer(Protocol):
 
 
 class BulkTokenizer(PromptTokenizer, Protocol):
-    """Text to token ids and back: `batchllm.srt.chat_tokenizer.ChatTokenizer`, here or in another process."""
+    """Text to token ids and back: `batchllm.srt.managers.chat_tokenizer.ChatTokenizer`, here or in another process."""
 
     def decode_token(self, token_id: int) -> bytes | str: ...
 

@@ -1,4 +1,4 @@
-"""The ground that this package stands on, verified when a process starts.
+"""The ground that this package stands on, verified when a process starts. Runs in every process that imports SGLang.
 
 SGLang logs and swallows errors of plugins, so nothing here relies on them silently: the version must match
 exactly, and every upstream function that we override or replace must still be the one we read. After an

@@ -1,4 +1,5 @@
-"""SGLang's server arguments with our defaults, and the features that plans do not support yet.
+"""SGLang's server arguments with our defaults, and the features that plans do not support yet. Runs in the engine's or
+the server's process.
 
 (Upstream: ``srt/server_args.py``.)
 """
@@ -20,7 +21,10 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs, add_attention_backend_choices
 
 from batchllm.errors import ConfigError
-from batchllm.srt import adapter_files, model_files, model_support, radix_cache
+from batchllm.srt.configs import model_support
+from batchllm.srt.lora import adapter_files
+from batchllm.srt.mem_cache import radix_cache
+from batchllm.srt.model_loader import model_files
 
 ATTENTION_BACKEND = "batchllm"
 _CPU_KV_TOKENS = 131_072
@@ -58,7 +62,7 @@ class BatchServerArgs(ServerArgs):
         NS("batchllm"),
     ] = None
     shares_attention: bool = False
-    """Whether the scheduler process computes with `batchllm.srt.attention_backend`: by ``attention_backend``."""
+    """Whether the scheduler process computes with `batchllm.srt.layers.attention_backend`: by ``attention_backend``."""
     orders_live: bool = True
     """Whether live requests wait in our order: not where a ``schedule_policy`` was asked for."""
 
@@ -258,7 +262,7 @@ def _has_accelerator() -> bool:
 
 
 def _attention(server_args: dict[str, Any]) -> dict[str, Any]:
-    """Our attention backend by the name that SGLang knows it under, see `batchllm.srt.attention_backend.register`."""
+    """Our attention backend by the name that SGLang knows it by, see `srt.layers.attention_backend.register`."""
     if _has_accelerator() or server_args.get("attention_backend", ATTENTION_BACKEND) != ATTENTION_BACKEND:
         return server_args
     return server_args | {"attention_backend": "torch_native", "shares_attention": True}

@@ -32,9 +32,11 @@ from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import Bas
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from batchllm.srt import child_process, gpu_attention_backend, server_args
-from batchllm.srt.platform_cpu import CpuPlatform
-from batchllm.srt.scheduler_process import OfflineBatchScheduler, install
+from batchllm.srt import server_args
+from batchllm.srt.entrypoints import child_process
+from batchllm.srt.layers import gpu_attention_backend
+from batchllm.srt.managers.scheduler_process import OfflineBatchScheduler, install
+from batchllm.srt.platforms.platform_cpu import CpuPlatform
 from batchllm.trace.whole_file import write_whole
 
 COUNTS = "EMULATED_GPU_COUNTS"

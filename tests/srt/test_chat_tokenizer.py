@@ -19,9 +19,9 @@ from batchllm.dataset import BadRow, Row, read_rows
 from batchllm.errors import RowError
 from batchllm.offline.encode import encode_requests
 from batchllm.request import ChatOptions, ChatPrompt, Completion, SamplingParams
-from batchllm.srt import chat_tokenizer
-from batchllm.srt.chat_tokenizer import ChatTokenizer
-from batchllm.srt.serving_chat import RenderedText, ServingChat
+from batchllm.srt.entrypoints.serving_chat import RenderedText, ServingChat
+from batchllm.srt.managers import chat_tokenizer
+from batchllm.srt.managers.chat_tokenizer import ChatTokenizer
 from tests.sizes import sized
 from tests.srt.chat_templates import TEMPLATES, model_with
 

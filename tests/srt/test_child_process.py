@@ -19,7 +19,7 @@ def child(path):
     os.replace(path + ".tmp", path)
     while os.getppid() == multiprocessing.parent_process().pid and sys.argv[2] == "before":
         time.sleep(0.01)  # as if it were still importing when its parent dies
-    from batchllm.srt import child_process
+    from batchllm.srt.entrypoints import child_process
     child_process.begin("child")
     time.sleep(600)
 

@@ -14,7 +14,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from torch import nn
 
 from batchllm.errors import ConfigError
-from batchllm.srt import filled_parameters
+from batchllm.srt.model_loader import filled_parameters
 from tests.sizes import sized
 
 

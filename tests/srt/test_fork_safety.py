@@ -12,7 +12,8 @@ import pytest
 import sglang.srt.entrypoints.engine as upstream
 import torch
 
-from batchllm.srt import fork_safety, processes
+from batchllm.srt.entrypoints import processes
+from batchllm.srt.platforms import fork_safety
 
 _STATES = {
     "nothing": ("", "None"),
@@ -28,8 +29,8 @@ _STATES = {
 def test_a_process_with_threads_is_not_forked(state: str) -> None:
     code, answer = _STATES[state]
     script = (
-        "from batchllm.srt import host_imports; host_imports.prepare_environment(); import torch\n"
-        f"{code}\nfrom batchllm.srt.fork_safety import process_state; print(process_state())"
+        "from batchllm.srt.platforms import host_imports; host_imports.prepare_environment(); import torch\n"
+        f"{code}\nfrom batchllm.srt.platforms.fork_safety import process_state; print(process_state())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(answer)
@@ -81,8 +82,9 @@ def test_arguments_that_need_a_new_interpreter_get_one(
 def test_the_template_has_one_thread_and_no_cuda_context() -> None:
     """After all imports: what an engine is forked from is safe to fork."""
     script = (
-        "from batchllm.srt import host_imports; host_imports.prepare_environment(); host_imports.import_all()\n"
-        "from batchllm.srt.fork_safety import process_state; print(process_state())"
+        "from batchllm.srt.platforms import host_imports\n"
+        "host_imports.prepare_environment(); host_imports.import_all()\n"
+        "from batchllm.srt.platforms.fork_safety import process_state; print(process_state())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "None"

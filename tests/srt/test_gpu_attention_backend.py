@@ -28,9 +28,9 @@ from batchllm.attention.tolerance import check_close
 from batchllm.attention.triton_shared import SharedAttention
 from batchllm.errors import LayoutError
 from batchllm.prefix_cache.pin_ledger import PinLedger
-from batchllm.srt import gpu_attention_backend
-from batchllm.srt.gpu_attention_backend import SharedGpuAttnBackend
-from batchllm.srt.shared_prefixes import SharedPrefixes
+from batchllm.srt.layers import gpu_attention_backend
+from batchllm.srt.layers.gpu_attention_backend import SharedGpuAttnBackend
+from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
 from tests.attention.test_triton import interpreter  # noqa: F401 - a fixture, for every test of this file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")

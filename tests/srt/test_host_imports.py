@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchllm.srt.host_imports import _clean_mappings
+from batchllm.srt.platforms.host_imports import _clean_mappings
 
 _SMAPS = """\
 1000-3000 r-xp 00000000 fe:00 17 /usr/lib/libx.so

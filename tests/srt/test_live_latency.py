@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchllm.srt.live_latency import observe
+from batchllm.srt.managers.live_latency import observe
 from batchllm.trace.latency import LiveLatency
 
 

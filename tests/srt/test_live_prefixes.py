@@ -10,9 +10,9 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from batchllm.srt.allocator import CpuTokenAllocator
-from batchllm.srt.live_prefixes import LivePrefixes
-from batchllm.srt.radix_cache import PlannedRadixCache
+from batchllm.srt.mem_cache.allocator import CpuTokenAllocator
+from batchllm.srt.mem_cache.live_prefixes import LivePrefixes
+from batchllm.srt.mem_cache.radix_cache import PlannedRadixCache
 
 POOL = 1000
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
-from batchllm.srt import model_files
+from batchllm.srt.model_loader import model_files
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pytest
 from sglang.srt.models.registry import import_model_classes
 
-from batchllm.srt import model_registry
+from batchllm.srt.model_loader import model_registry
 
 
 def test_architectures_are_those_that_sglang_finds_by_importing_everything() -> None:

@@ -14,8 +14,8 @@ from sglang.srt.configs.model_config import is_hybrid_swa_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from batchllm.errors import ConfigError
-from batchllm.srt import model_support
-from batchllm.srt.model_registry import find_architectures
+from batchllm.srt.configs import model_support
+from batchllm.srt.model_loader.model_registry import find_architectures
 from batchllm.srt.server_args import make_server_args
 
 _TINY = {

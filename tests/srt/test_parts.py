@@ -14,9 +14,12 @@ import torch
 
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, SeamError
-from batchllm.srt import compat, plugin, processes, radix_cache, sampling
-from batchllm.srt.allocator import CpuTokenAllocator
-from batchllm.srt.platform_cpu import CpuPlatform, activate
+from batchllm.srt import compat, plugin
+from batchllm.srt.entrypoints import processes
+from batchllm.srt.layers import sampler
+from batchllm.srt.mem_cache import radix_cache
+from batchllm.srt.mem_cache.allocator import CpuTokenAllocator
+from batchllm.srt.platforms.platform_cpu import CpuPlatform, activate
 from batchllm.srt.server_args import make_parser, make_server_args, parse_server_flags
 
 
@@ -107,7 +110,7 @@ def test_seeded_draws_follow_the_probabilities() -> None:
     """Over many seeds the Gumbel-max draws of one row have its distribution."""
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05]).repeat(20_000, 1)
     seeds, positions = torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)
-    hashes = sampling._murmur_hash32(seeds, positions, torch.arange(4))
+    hashes = sampler._murmur_hash32(seeds, positions, torch.arange(4))
     assert int(hashes.min()) >= 0
     assert int(hashes.max()) < 2**32
     noise = -torch.log(-torch.log((hashes.to(torch.float64) + 0.5) / 2**32))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchllm.srt import processes
+from batchllm.srt.entrypoints import processes
 
 DEAD = 4194305  # above the largest pid there can be
 

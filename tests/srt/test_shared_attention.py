@@ -18,11 +18,11 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from batchllm import BatchEngine
 from batchllm.kernels.cpu import CpuKernels, load
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
-from batchllm.srt import cpu_ops
-from batchllm.srt.schedule_batch import PlannedReq
+from batchllm.srt.layers import cpu_ops
+from batchllm.srt.layers.step_layout import why_unsupported
+from batchllm.srt.managers.schedule_batch import PlannedReq
+from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
 from batchllm.srt.server_args import make_server_args, parse_server_flags
-from batchllm.srt.shared_prefixes import SharedPrefixes
-from batchllm.srt.step_layout import why_unsupported
 from batchllm.trace import StepTrace
 
 _PREFIX_LEN, _PRIVATE_LEN, _GROUP_SIZE = 120, 6, 8

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from batchllm.srt import step_recorder
-from batchllm.srt.step_clock import DeviceClock, HostClock, step_clock
-from batchllm.srt.step_recorder import StepRecorder
+from batchllm.srt.managers import step_recorder
+from batchllm.srt.managers.step_clock import DeviceClock, HostClock, step_clock
+from batchllm.srt.managers.step_recorder import StepRecorder
 from batchllm.trace.steps import checked_steps
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from batchllm.srt import untouched_cuda
+from batchllm.srt.platforms import untouched_cuda
 
 
 class Touched(Exception):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchllm.attention.layout import AttentionLayout, PrefixPaths, plan_layout
-from batchllm.srt.wanted_rows import WantedRows, last_rows, narrowed
+from batchllm.srt.layers.wanted_rows import WantedRows, last_rows, narrowed
 
 
 def _layout(*qo_len: int) -> AttentionLayout:

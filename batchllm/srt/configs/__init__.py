@@ -1,0 +1,1 @@
+"""Models as configurations: which are refused, and why. (Upstream: ``srt/configs``.)"""

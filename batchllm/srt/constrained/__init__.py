@@ -1,0 +1,1 @@
+"""Grammars. (Upstream: ``srt/constrained``.)"""

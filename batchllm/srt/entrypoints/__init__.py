@@ -1,0 +1,1 @@
+"""What starts processes, and what each begins with. (Upstream: ``srt/entrypoints``.)"""

@@ -1,0 +1,192 @@
+"""The processes that an engine or a server starts, and the files they talk through. Runs in the engine's or the
+server's process. (Upstream: ``srt/entrypoints/engine.py``, which never removes the files and ends *all* children of
+this process.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.context import ForkContext, SpawnContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import sglang.srt.entrypoints.engine as upstream
+from sglang.srt.managers.io_struct import ShutdownReq
+
+from batchllm.srt.platforms.fork_safety import launch_state, process_state
+
+_SOCKET_DIR_PREFIX = "batchllm-"
+_LOADS_PREFIX = "sglang_loads_"
+_SHARED_MEMORY = Path("/dev/shm")
+_GRACE_S = 5
+_SHORT_FOLDER = "/tmp"
+_MAX_FOLDER_LEN = 107 - len("/batchllm-4194304-12345678/tmp12345678")  # of a socket's whole name: sys/un.h
+_STOP_TIMEOUT_S = 30
+
+
+class EngineProcesses:
+    """Ends what was started in `starting`, and removes what was left on disk there."""
+
+    def __init__(self) -> None:
+        self._socket_dir: str | None = None
+        self._children: list[psutil.Process] = []
+
+    @property
+    def are_up(self) -> bool:
+        """Something was started and has not been ended."""
+        return self._socket_dir is not None
+
+    @property
+    def instance_id(self) -> str:
+        """What SGLang may call files of this engine that lie elsewhere, for `end` to find them."""
+        assert self._socket_dir is not None
+        return os.path.basename(self._socket_dir)
+
+    @contextlib.contextmanager
+    def starting(self, server_args: Any) -> Iterator[None]:
+        """Processes started in here, and temporary files made, belong to this engine; those of before are ended.
+
+        They are forks of this process where that is safe (`srt.platforms.fork_safety`), else they import SGLang again.
+        """
+        if self._socket_dir is None:
+            _remove_files_of_the_dead()
+            self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-", dir=_socket_parent())
+        self._kill_children()
+        before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
+        before_us = {child.pid for child in psutil.Process().children()}
+        # A kernel library makes a temporary directory in every process at import and leaves it there.
+        quiet = os.environ.get("PYTHONWARNINGS", "ignore::UserWarning")
+        try:
+            with _environment(CUDA_TILE_TEMP_DIR=self._socket_dir, PYTHONWARNINGS=quiet), _start_method(server_args):
+                yield
+        finally:
+            tempfile.tempdir = before
+            # Not the resource tracker of multiprocessing, which serves this whole process.
+            self._children = [
+                child
+                for child in psutil.Process().children()
+                if child.pid not in before_us and "resource_tracker" not in _command(child)
+            ]
+
+    async def ask_to_end(self, manager: Any) -> None:
+        """Let the schedulers end by themselves: such a process takes its semaphores along."""
+        if manager._subprocess_watchdog is not None:
+            manager._subprocess_watchdog.stop()
+        schedulers = [child for child in self._children if "scheduler" in _command(child)]
+        if manager.death is not None or not all(map(_is_alive, schedulers)):
+            return
+        with contextlib.suppress(TimeoutError):  # one that is just dying takes no message any more
+            await asyncio.wait_for(manager.send_and_wait(ShutdownReq()), _GRACE_S)
+        psutil.wait_procs(schedulers, timeout=_GRACE_S)
+
+    def end(self, manager: Any) -> None:
+        """End what is left, and remove the files. Doing it twice does nothing.
+
+        Args:
+            manager: The tokenizer manager, whose sockets are closed; None if it was never made.
+        """
+        if self._socket_dir is None:
+            return
+        self._kill_children()
+        if manager is not None:
+            for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer):
+                socket.close(linger=0)
+        for path in _SHARED_MEMORY.glob(f"{_LOADS_PREFIX}{self.instance_id}*"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._socket_dir, ignore_errors=True)
+        self._socket_dir = None
+
+    def _kill_children(self) -> None:
+        for child in self._children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(self._children, timeout=_STOP_TIMEOUT_S)
+        self._children = []
+
+
+@contextlib.contextmanager
+def _start_method(server_args: Any) -> Iterator[None]:
+    """Have SGLang start processes as it is safe here; it would spawn them."""
+    is_safe = process_state() is None and launch_state(server_args) is None
+    before, upstream.mp = upstream.mp, _Forking() if is_safe else _Spawning()
+    try:
+        yield
+    finally:
+        upstream.mp = before
+
+
+class _Forking(ForkContext):
+    """Forks, whatever start method it is told to use."""
+
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        pass
+
+
+class _Spawning(SpawnContext):
+    """Spawns, whatever start method it is told to use."""
+
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        pass
+
+
+def _socket_parent() -> str:
+    """Where the folder of the sockets is made: among temporary files, if their names are short enough there."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_LEN else _SHORT_FOLDER
+
+
+def _remove_files_of_the_dead() -> None:
+    """What is left of engines whose process was killed before it could remove its own."""
+    folders = {tempfile.gettempdir(), _socket_parent()}
+    for path in (
+        *(path for folder in folders for path in Path(folder).glob(f"{_SOCKET_DIR_PREFIX}*-*")),
+        *_SHARED_MEMORY.glob(f"{_LOADS_PREFIX}{_SOCKET_DIR_PREFIX}*-*"),
+    ):
+        pid = path.name.removeprefix(_LOADS_PREFIX).removeprefix(_SOCKET_DIR_PREFIX).partition("-")[0]
+        if not pid.isdecimal() or psutil.pid_exists(int(pid)):
+            continue
+        with contextlib.suppress(OSError):  # another engine that starts does the same, or it is not ours to remove
+            status = path.lstat()
+            if status.st_uid != os.getuid():
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _command(process: psutil.Process) -> str:
+    """Command line; empty for a process that is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for the processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

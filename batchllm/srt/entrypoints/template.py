@@ -1,0 +1,65 @@
+"""The process that imports SGLang, and that engines are forked from. (The other side: `batchllm.host.template`.)
+
+It has one thread, and computes nothing: a fork copies memory, but no other thread, no OpenMP team and no CUDA context.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import Any
+
+import setproctitle
+
+from batchllm.srt.platforms import host_imports
+
+_LOOK_EVERY_S = 0.5
+
+
+def main(fd: int, driver_pid: int) -> None:
+    """Import, then fork an engine's process whenever the driver asks for one; end with the driver.
+
+    Args:
+        fd: A socket to the driver. A byte and a file descriptor, of a connection to the driver, ask for an engine.
+        driver_pid: The process that started this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's job; the driver decides
+    _end_with(driver_pid)
+    host_imports.prepare_environment()
+    host_imports.import_all()
+    setproctitle.setproctitle("batchllm::template")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _serve(socket.socket(fileno=fd))
+
+
+def _serve(driver: socket.socket) -> None:
+    from batchllm.srt.entrypoints import engine_host
+    from batchllm.srt.platforms.fork_safety import process_state
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for an engine's process to end
+    while True:
+        message, fds, _, _ = socket.recv_fds(driver, 1, 1)
+        if not message:
+            return
+        parent_pid = os.getpid()
+        if process_state() is not None:
+            parent_pid = os.getppid()
+        elif os.fork():
+            os.close(fds[0])
+            continue
+        # A fork; or this process itself, where a fork would be broken: the next engine then gets a template of its own.
+        driver.close()
+        engine_host.main(fds[0], parent_pid)
+        return
+
+
+def _end_with(driver_pid: int) -> None:
+    """End when the driver does, also while this process is importing and listens to nobody."""
+
+    def look(signum: int, frame: Any) -> None:
+        if os.getppid() != driver_pid:
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY_S, _LOOK_EVERY_S)

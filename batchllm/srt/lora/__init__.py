@@ -1,0 +1,1 @@
+"""Adapters. (Upstream: ``srt/lora``.)"""

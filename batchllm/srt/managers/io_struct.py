@@ -1,0 +1,103 @@
+"""Messages of a planned batch between engine, scheduler and detokenizer, in bulk.
+(SGLang's own: ``srt/managers/io_struct.py``.)
+
+They travel by pickle, SGLang's default for this wire.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.io_struct import BaseReq
+
+from batchllm.scheduler.counters import JobCounters
+
+INVALID_GRAMMAR = "invalid_grammar"
+"""A grammar does not compile, or cannot be followed with this model's tokens."""
+INVALID_SAMPLING = "invalid_sampling"
+"""SGLang refuses sampling parameters that passed our checks."""
+UNLOADED_ADAPTER = "unknown_adapter"
+"""An adapter was unloaded before the request came to the scheduler."""
+ROW_FAULTS = frozenset({INVALID_GRAMMAR, INVALID_SAMPLING, UNLOADED_ADAPTER})
+"""``err_type`` of a finish reason where the request is at fault: codes of its row."""
+
+
+class PlannedRunReqInput(BaseReq):
+    """Driver to scheduler: the next requests of a job, in plan order.
+
+    Attributes:
+        job_id: Number of the job; later jobs have larger numbers.
+        run: A `batchllm.planner.run.PlannedRun`.
+        sampling: Distinct sampling parameters of the run, as keyword arguments of SGLang's
+            ``SamplingParams``.
+        sampling_index: Which of ``sampling`` each request uses.
+        seeds: Sampling seed of each request.
+        num_logprobs: -1 for no log probabilities, else how many alternatives beside the chosen token.
+        require_reasoning: Of each of ``sampling`` whether the output begins with reasoning.
+        lora_paths: Of each of ``sampling`` the name of its adapter, None for the base model.
+        lora_ids: SGLang's identifiers of those; None also for one that is not loaded any more.
+        extra_keys: Cache namespace of each request, or None where all are in the default one.
+    """
+
+    job_id: int
+    run: Any
+    sampling: list[dict[str, Any]]
+    sampling_index: Any
+    seeds: Any
+    num_logprobs: Any
+    require_reasoning: list[bool]
+    lora_paths: list[str | None]
+    lora_ids: list[str | None]
+    extra_keys: list[str | None] | None = None
+
+
+class PlannedAbortReqInput(BaseReq):
+    """Driver to scheduler: drop what is left of a job. Each of its requests is answered as aborted.
+
+    Attributes:
+        job_id: The job.
+        spares_running: Only those that have not started.
+    """
+
+    job_id: int
+    spares_running: bool = False
+
+
+class PlannedCloseReqInput(BaseReq):
+    """Driver to scheduler: every request of the job has been answered; forget it."""
+
+    job_id: int
+
+
+class PlannedBatchOutput(BaseReq):
+    """Scheduler to detokenizer to driver: requests that have finished, column by column.
+
+    Attributes:
+        job_id: The job.
+        positions: Plan positions.
+        output_ids: Generated token ids of each, a matched stop token included.
+        context_ids: Last prompt tokens of each: what the text continues.
+        finish_reasons: ``to_json()`` of SGLang's finish reason of each.
+        prompt_tokens: Prompt length of each.
+        cached_tokens: Prompt tokens of each read from the cache.
+        skip_special_tokens: Of each, like the next two.
+        logprobs: None, or per request ``(logprob, top_logprobs, top_ids)`` of every generated token.
+        counters: The job's counters after these.
+        steps: `batchllm.trace.STEP_DTYPE` of the steps since the last message, ``start_s`` on the monotonic clock.
+        texts: Filled in by the detokenizer.
+    """
+
+    job_id: int
+    positions: list[int]
+    output_ids: list[Any]
+    context_ids: list[Any]
+    finish_reasons: list[dict[str, Any]]
+    prompt_tokens: list[int]
+    cached_tokens: list[int]
+    skip_special_tokens: list[bool]
+    spaces_between_special_tokens: list[bool]
+    no_stop_trim: list[bool]
+    logprobs: list[Any]
+    counters: JobCounters
+    steps: Any
+    texts: list[str] | None = None

@@ -1,0 +1,52 @@
+"""Live requests whose sampling the engine cannot hold: SGLang takes it, and ends when it makes tensors of it. Runs in
+the scheduler's process.
+
+(Upstream: ``srt/sampling/sampling_batch_info.py``.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.sampling.sampling_params import SamplingParams as SglangParams
+
+from batchllm.dataset.limits import check_sampling_ids, check_token_ids
+from batchllm.dataset.sampling import SGLANG_FIELDS
+from batchllm.errors import RowError
+from batchllm.request import SamplingParams
+
+_NUMBERS = (
+    *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    *("sampling_seed", "logit_bias"),
+)
+
+
+def fault(req: Any, vocab_size: int) -> str | None:
+    """Why a request would end the engine; None where it would not.
+
+    Args:
+        req: SGLang's, its parameters normalized.
+        vocab_size: Token ids of the model are below this.
+    """
+    params = req.sampling_params
+    try:
+        for name in _NUMBERS:
+            value = getattr(params, name, None)
+            if value is not None:
+                SGLANG_FIELDS[name].check(name, value)
+        if params.min_new_tokens and params.stop_token_ids:  # the scores of these are lowered meanwhile
+            check_sampling_ids(SamplingParams(stop_token_ids=tuple(params.stop_token_ids)), vocab_size)
+        check_token_ids(req.logprob.token_ids_logprob or (), vocab_size)
+    except RowError as error:
+        return error.message
+    num_wanted = req.logprob.top_logprobs_num
+    if num_wanted > vocab_size:
+        return f"log probabilities of {num_wanted} tokens are asked for, and the vocabulary has {vocab_size}"
+    return None
+
+
+def make_harmless(req: Any, tokenizer: Any) -> None:
+    """Take out of a request what would end the engine: one that is refused runs a step all the same."""
+    req.sampling_params = SglangParams(max_new_tokens=1)
+    req.sampling_params.normalize(tokenizer)
+    req.logprob.top_logprobs_num, req.logprob.token_ids_logprob = 0, None
