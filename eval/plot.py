@@ -1,4 +1,4 @@
-"""Draws the README's two plots from the results: ``python eval/plot.py``. Plain SVG, no library needed."""
+"""Draws the two plots of docs/ from the results: ``python eval/plot.py``. Plain SVG, no library needed."""
 
 from __future__ import annotations
 
