@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 
 from batchllm import BatchEngine
-from batchllm.offline.job import Job as OfflineJob
 from batchllm.offline.job_rows import JobRows
+from batchllm.offline.jobs import single_job
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import Request, SamplingParams
 from batchllm.trace.steps import FIELD_NAMES, TIME_FIELDS, StepArray
@@ -32,8 +32,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "not mixed": {"max_total_tokens": 1500, "chunked_prefill_size": 256},
 }
 """Those that `tests/srt` has."""
-# Attention reads no segment of a few tokens, which the simulator does not know.
-COLUMNS = [name for name in FIELD_NAMES if name not in (*TIME_FIELDS, "kv_read_tokens")]
+# Attention reads no segment of a few tokens, which the simulator does not know, and nobody live is there.
+_LEFT_OUT = (*TIME_FIELDS, "kv_read_tokens", "num_live_prefill_tokens", "num_live_decode_tokens")
+COLUMNS = [name for name in FIELD_NAMES if name not in _LEFT_OUT]
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -63,7 +64,7 @@ def run_rows(engine: BatchEngine, rows: list[Row]) -> tuple[list[list[int]], lis
         job_rows = JobRows(engine.runtime.info, engine.runtime.tokenizer, store)
         errors = job_rows.add([_request(index, row) for index, row in enumerate(rows)])
         assert not any(errors)
-        job = OfflineJob(engine.runtime, job_rows, keep_steps=True)
+        job = single_job(engine.runtime, job_rows, keep_steps=True)
         outputs: list[list[int]] = [[] for _ in rows]
         for finished in engine.runtime.iterate(job.run()):
             for row, completion in zip(finished.rows, finished.completions, strict=True):

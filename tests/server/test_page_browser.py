@@ -327,8 +327,11 @@ def test_without_scripts_all_of_it_is_there(browser: webdriver.Chrome, serve: Se
         browser.get(f"{api.url}/batch")
         browser.find_element(By.ID, "file").send_keys(str(path))
         browser.find_element(By.XPATH, "//button[text()='Upload']").click()
-        browser.find_element(By.XPATH, "//option[text()='/v1/completions']").click()
+        option = "//option[text()='/v1/completions']"
+        until(lambda: bool(browser.find_elements(By.XPATH, option)), "the file is there")
+        browser.find_element(By.XPATH, option).click()
         browser.find_element(By.XPATH, "//button[text()='Create batch']").click()
+        until(lambda: bool(browser.find_elements(By.LINK_TEXT, "Refresh")), "the batch is shown")
         (batch,) = api.client.batches.list().data
         shown = wait_for(api.client, batch.id)
         browser.find_element(By.LINK_TEXT, "Refresh").click()

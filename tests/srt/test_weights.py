@@ -25,11 +25,15 @@ def test_weights_that_are_loaded_answer_from_then_on_and_none_under_a_batch(engi
     ]
     stream = engine.batch_generate_iter(input_ids=prompts * 20, sampling_params=GREEDY)
     next(stream)
-    refused = run(engine, tell_manager(engine, "update_weights_from_disk", UpdateWeightFromDiskReqInput(other)))
+    refused = run(
+        engine, tell_manager(engine, "update_weights_from_disk", UpdateWeightFromDiskReqInput(model_path=other))
+    )
     assert not refused[0] and "a batch runs" in refused[1]
     list(stream)
     for path, answers in ((other, [ids.tolist() for ids in expected]), (default_model.default_model_path(), before)):
-        assert run(engine, tell_manager(engine, "update_weights_from_disk", UpdateWeightFromDiskReqInput(path)))[0]
+        assert run(
+            engine, tell_manager(engine, "update_weights_from_disk", UpdateWeightFromDiskReqInput(model_path=path))
+        )[0]
         assert _greedy(engine, prompts) == answers
 
 
