@@ -23,18 +23,20 @@ def test_weights_that_are_loaded_answer_from_then_on_and_none_under_a_batch(engi
         loaded.generate(torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(prompt) :]
         for prompt in prompts
     ]
-    stream = engine.batch_generate_iter(input_ids=prompts * 20, sampling_params=GREEDY)
+    stream = engine.batch_generate_iter(input_ids=prompts * 300, sampling_params=GREEDY | {"max_new_tokens": 100})
     next(stream)
-    refused = run(
-        engine, tell_manager(engine, "update_weights_from_disk", UpdateWeightFromDiskReqInput(model_path=other))
-    )
-    assert not refused[0] and "a batch runs" in refused[1]
+    success, message, _ = _load(engine, other)
+    assert not success and "a batch runs" in message
     list(stream)
     for path, answers in ((other, [ids.tolist() for ids in expected]), (default_model.default_model_path(), before)):
-        assert run(
-            engine, tell_manager(engine, "update_weights_from_disk", UpdateWeightFromDiskReqInput(model_path=path))
-        )[0]
+        assert _load(engine, path)[0]
         assert _greedy(engine, prompts) == answers
+
+
+def _load(engine: BatchEngine, path: str) -> tuple[bool, str, int]:
+    message = UpdateWeightFromDiskReqInput(model_path=path)
+    result: tuple[bool, str, int] = run(engine, tell_manager(engine, "update_weights_from_disk", message))
+    return result
 
 
 def _greedy(engine: BatchEngine, prompts: list[list[int]]) -> list[list[int]]:
