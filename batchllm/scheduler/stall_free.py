@@ -39,7 +39,7 @@ class Work:
         planned_kv_lens: Tokens that each planned row which could decode attends to, in plan order. int64[num_rows].
         planned_waits: Whether planned prompts are to be computed.
         planned_cached_len: Tokens in front of the first of these that have KV.
-        mixes: Whether a step may carry rows that decode beside prompt tokens.
+        mixes: Whether the step carries rows that decode beside prompt tokens; else prompts make them wait.
         page_size: Prompts are cut at a page.
     """
 

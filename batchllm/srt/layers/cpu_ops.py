@@ -95,7 +95,25 @@ def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> to
     if packed is None or packed[0] != state:
         packed = (state, torch.ops.mkldnn._reorder_linear_weight(weight.data, None))
         setattr(layer, _PACKED, packed)
-    return torch.ops.mkldnn._linear_pointwise(x, packed[1], bias, "none", [], "")
+    num_rows = x.shape[0]
+    num_padded = _padded_rows(num_rows) if x.dim() == 2 else num_rows
+    if num_padded != num_rows:
+        padded = x.new_zeros(num_padded, x.shape[1])
+        padded[:num_rows] = x
+        x = padded
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[1], bias, "none", [], "")
+    return output[:num_rows]
+
+
+def _padded_rows(num_rows: int) -> int:
+    """Rows that a matrix product is computed for.
+
+    oneDNN compiles code for each number of rows, a millisecond and half a megabyte a layer shape, and keeps it of 1,024
+    shapes. Steps have any number of rows: with all of them the code is compiled again and again, and memory grows for
+    hours.
+    """
+    block = 1 if num_rows <= 8 else 8 if num_rows <= 128 else 32 if num_rows <= 512 else 128
+    return -(-num_rows // block) * block
 
 
 def forget_packed_weights(model: torch.nn.Module) -> None:

@@ -107,7 +107,7 @@ class Coserving:
         """
         scheduler = self._scheduler
         work = self._work(running_batch)
-        scheduler.is_mixed_chunk = self._mixes_always or (work.mixes and work.live.num_decode_rows > 0)
+        scheduler.is_mixed_chunk = work.mixes
         share = PrefillShare()
         has_decode_turn = self._last_was_prefill and not work.mixes and work.live.num_decode_rows > 0
         num_live_tokens = 0 if has_decode_turn else min(self._stall_free.live_tokens(work), max_tokens)
@@ -141,7 +141,7 @@ class Coserving:
             planned_kv_lens=np.array([req.seqlen for req in movable], np.int64),
             planned_waits=bool(scheduler.planned_window) or is_planned_chunk,
             planned_cached_len=len(chunked.prefix_indices) if is_planned_chunk else 0,
-            mixes=not has_logprobs,
+            mixes=self._mixes_always or (bool(fixed) and not has_logprobs),
             page_size=scheduler.page_size,
         )
 

@@ -12,12 +12,9 @@ def set_environment_defaults() -> None:
 
     libgomp spins while it waits: beside a tokenizer and a detokenizer process on the same cores that makes two threads
     about ten times slower than one. ``torch.compile`` takes half a minute and a C++ compiler for the small functions
-    that SGLang compiles (sampling, penalties). Huge pages make reading weights and KV faster. oneDNN keeps half a
-    megabyte of code for each shape of a matrix product, and keeps it of 1,024 shapes by default: a process that sees
-    steps of every size would grow by 450 MiB over hours.
+    that SGLang compiles (sampling, penalties). Huge pages make reading weights and KV faster.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
