@@ -23,7 +23,7 @@ def test_weights_that_are_loaded_answer_from_then_on_and_none_under_a_batch(engi
         loaded.generate(torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(prompt) :]
         for prompt in prompts
     ]
-    stream = engine.batch_generate_iter(input_ids=prompts * 300, sampling_params=GREEDY | {"max_new_tokens": 100})
+    stream = engine.batch_generate_iter(input_ids=prompts * 30, sampling_params=GREEDY | {"max_new_tokens": 100})
     next(stream)
     success, message, _ = _load(engine, other)
     assert not success and "a batch runs" in message
