@@ -310,7 +310,8 @@ def test_an_engine_that_is_started_again_has_the_weights_that_were_loaded_last(s
     scheduler.suspend()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(post, server, {"name": "model.norm.weight"}, "/get_weights_by_name")
-        time.sleep(1.0)
+        while not server.metric("sglang:http_requests_active", endpoint="/get_weights_by_name"):
+            time.sleep(0.05)
         scheduler.kill()
         assert waiting.result(60).status_code == 503
     while (answer := post(server, body)).status_code == 503:

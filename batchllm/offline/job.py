@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 TICK_S = 0.1
 """A job that hears nothing for so long says so, for whoever has something else to do meanwhile."""
 
-_MAX_UNREAD = 2048
-"""Finished samples that nobody has taken yet; with more of them in one job, nothing more is submitted."""
+_MAX_UNREAD = 100_000
+"""Finished samples of a job that nobody has taken yet; beyond it nothing more is submitted of any job in its plan."""
 
 _WAITING, _IN_FLIGHT, _DONE = 0, 1, 2
 """States of a sample."""

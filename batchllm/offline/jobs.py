@@ -207,9 +207,8 @@ class Jobs:
         """Plan what waits of some jobs, and let it run; None where one of them admits no more by then."""
         started = time.perf_counter()
         parts, info = [job.part() for job in jobs], self._runtime.info
-        plan = await asyncio.to_thread(
-            JointPlan, parts, info, self._group_order
-        )  # kernels give the event loop its turn
+        # In a thread, whose kernels give the event loop its turn.
+        plan = await asyncio.to_thread(JointPlan, parts, info, self._group_order)
         plan_s = time.perf_counter() - started
         self.num_plans += 1
         self.stats.plan_s += plan_s

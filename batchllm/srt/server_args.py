@@ -52,8 +52,8 @@ class BatchServerArgs(ServerArgs):
         ),
         NS("batchllm"),
     ] = "learned"
-    max_tbt_ms: A[  # type: ignore[valid-type]
-        Optional[str],  # noqa: UP045
+    max_tbt_ms: A[  # type: ignore[valid-type] # as above
+        Optional[str],  # noqa: UP045 - as above
         Arg(
             help="Bound in ms on the time between two tokens of a live request: no step that carries one takes longer. "
             "Batches have what time is left, an eighth of it at least. auto: five times the decode step measured at "

@@ -30,7 +30,7 @@ def test_the_notebook_answers_the_same_batch_waited_for_awaited_and_iterated_ove
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     before = set(psutil.Process().children(recursive=True))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call] # nbformat has no types
     assert not any(cell.get("outputs") for cell in notebook.cells), "the example is kept without answers"
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     start, waited_for, report, awaited, iterated, end = _printed(notebook)

@@ -246,7 +246,7 @@ def test_a_keyboard_reaches_every_control(browser: webdriver.Chrome, serve: Serv
         browser.execute_script("clearInterval(1); document.activeElement.blur()")
         reached: list[WebElement] = []
         for control in controls:
-            tab_to(browser, lambda element, wanted=control: element == wanted)  # type: ignore[misc]
+            tab_to(browser, lambda element, wanted=control: element == wanted)  # type: ignore[misc] # a default is not inferred
             reached.append(control)
         assert reached == controls
         if path == "sign-in":

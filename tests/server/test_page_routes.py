@@ -123,7 +123,7 @@ def test_a_page_shows_no_more_however_much_there_is(serve: Serve, tmp_path: Path
     assert len(one) < 30_000
     file_ids = [upload(api.client, rows_of(1)) for _ in range(60)]
     for file_id in file_ids[:45]:
-        api.client.batches.create(input_file_id=file_id, **FORM)  # type: ignore[arg-type]
+        api.client.batches.create(input_file_id=file_id, **FORM)  # type: ignore[arg-type] # FORM is of the page's form
     pages, path = [], "/batch"
     while path:
         page = httpx.get(api.url + path).text

@@ -213,5 +213,5 @@ def test_a_token_is_good_for_its_key_and_its_time(monkeypatch: pytest.MonkeyPatc
     for other in (None, "", ".", "..", f"{int(expiry) + 1}.{nonce}.{signature}", f"{expiry}.{nonce}.", "é.\ud800"):
         assert not sessions.is_good(other)
     assert sessions.is_key("sk-1") and not sessions.is_key("") and not sessions.is_key("sk-\ud800")
-    monkeypatch.setattr("batchllm.server.page.session.time.time", lambda: int(expiry) + LIFETIME_S)
+    monkeypatch.setattr("batchllm.server.page.session.unix_now", lambda: int(expiry) + LIFETIME_S)
     assert not sessions.is_good(token)

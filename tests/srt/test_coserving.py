@@ -118,6 +118,8 @@ def test_a_live_request_takes_kv_from_planned_rows_and_they_are_answered_all_the
     assert answer["output_ids"] == alone
     assert [rows[i] for i in range(len(prompts))] == expected
     assert order.index("live") < order.index("all rows")
+    assert job.stats.num_retractions > 0
+    assert job.stats.num_recomputed_for_live > 0
 
 
 def test_rows_with_penalties_log_probabilities_and_least_lengths_are_answered_as_alone(bounded: BatchEngine) -> None:

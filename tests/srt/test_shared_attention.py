@@ -276,3 +276,16 @@ def test_a_position_beyond_the_rotary_table_raises() -> None:
     q = torch.zeros(1, 64)
     with pytest.raises(IndexError, match="position 16 of 16"):
         cpu_ops._rotary_embedding(kernels)(rotary, torch.tensor([16]), q, q.clone())
+
+
+def test_products_of_any_number_of_rows_are_those_of_torch() -> None:
+    """They are computed for few numbers of rows; what is behind the rows in the buffer is of earlier calls."""
+    layer = torch.nn.Linear(48, 32).requires_grad_(False)
+    shapes = set()
+    for num_rows in [*range(1, 140), 300, 513, 1000, 7]:
+        x = torch.randn(num_rows, 48)
+        output = cpu_ops._packed_linear(layer, x, layer.bias)
+        assert output is not None and output.is_contiguous()
+        torch.testing.assert_close(output, layer(x))
+        shapes.add(cpu_ops._padded_rows(num_rows))
+    assert len(shapes) < 30

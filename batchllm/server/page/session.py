@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hmac
 import secrets
-import time
+
+from batchllm.server.steady_clock import unix_now
 
 LIFETIME_S = 12 * 3600
 
@@ -31,7 +32,7 @@ class Sessions:
 
     def new_token(self) -> str:
         """A token for `LIFETIME_S` seconds."""
-        claim = f"{int(time.time()) + LIFETIME_S}.{secrets.token_hex(16)}"
+        claim = f"{int(unix_now()) + LIFETIME_S}.{secrets.token_hex(16)}"
         return f"{claim}.{self._signature(claim)}"
 
     def is_good(self, token: str | None) -> bool:
@@ -39,7 +40,7 @@ class Sessions:
         claim, _, signature = (token or "").rpartition(".")
         if not hmac.compare_digest(signature.encode(errors="replace"), self._signature(claim).encode()):
             return False
-        return int(claim.partition(".")[0]) > time.time()
+        return int(claim.partition(".")[0]) > unix_now()
 
     def _signature(self, claim: str) -> str:
         return hmac.digest(self._signing_key, claim.encode(errors="replace"), "sha256").hex()

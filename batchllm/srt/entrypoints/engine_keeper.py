@@ -68,7 +68,7 @@ class EngineKeeper:
         self._num_fruitless = 0
         self._task: asyncio.Task[None] | None = None
         self._is_ending = False
-        self.unanswered: set[asyncio.Task[None] | None] = set()
+        self.unanswered: set[asyncio.Task[Any]] = set()
 
     @property
     def is_up(self) -> bool:
@@ -120,7 +120,8 @@ class EngineKeeper:
             weights = {name: self._manager.config_value(name) for name in ("model_path", "load_format")}
             self._args.override("batchllm", **weights)
             await asyncio.sleep(_LOOK_EVERY_S)
-            for task in filter(None, list(self.unanswered)):  # not generation: they wait for answers that were lost
+            lost, self.unanswered = self.unanswered, set()
+            for task in lost:  # not generation, which has been ended: they wait for answers that were lost
                 task.cancel()
             if self._args.enable_lora:
                 adapters = await self._manager.forget_lost_adapters()
@@ -198,12 +199,11 @@ class WhileDown:
             await self._app(scope, receive, send)
             return
 
-        has_begun = False
+        task, unanswered = asyncio.current_task(), self._keeper.unanswered
+        assert task is not None
 
         async def send_marked(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            self._keeper.unanswered.discard(asyncio.current_task())
+            unanswered.discard(task)
             if message["type"] == "http.response.start" and message["status"] == 503:
                 MutableHeaders(scope=message).setdefault("retry-after", str(RETRY_AFTER_S))
             await send(message)
@@ -212,18 +212,16 @@ class WhileDown:
             await self._app(scope, receive, send_marked)
             return
         if self._keeper.is_up:
-            task = asyncio.current_task()
-            assert task is not None
-            self._keeper.unanswered.add(task)
+            unanswered.add(task)
             try:
                 await self._app(scope, receive, send_marked)
                 return
             except asyncio.CancelledError:
-                if has_begun or self._keeper.is_up:
-                    raise
+                if unanswered is self._keeper.unanswered or task not in unanswered:
+                    raise  # not the keeper's doing
                 task.uncancel()
             finally:
-                self._keeper.unanswered.discard(task)
+                unanswered.discard(task)
         error = {
             "message": _DOWN,
             "type": "server_error",

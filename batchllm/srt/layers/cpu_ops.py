@@ -79,6 +79,9 @@ def _add_gated(
 
 
 _PACKED = "_batchllm_packed"
+_BUFFERS: dict[int, torch.Tensor] = {}
+"""For inputs of matrix products, by row length. A new tensor each time costs as much as the product: its memory comes
+from the kernel, a page at a time."""
 
 
 def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -98,11 +101,18 @@ def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> to
     num_rows = x.shape[0]
     num_padded = _padded_rows(num_rows) if x.dim() == 2 else num_rows
     if num_padded != num_rows:
-        padded = x.new_zeros(num_padded, x.shape[1])
-        padded[:num_rows] = x
-        x = padded
+        x = _in_buffer(x, num_padded)
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[1], bias, "none", [], "")
     return output[:num_rows]
+
+
+def _in_buffer(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """``x`` with rows behind it, whatever they hold, of float32 ``[num_rows, x.shape[1]]``; until the next call."""
+    buffer = _BUFFERS.get(x.shape[1])
+    if buffer is None or len(buffer) < num_rows:
+        buffer = _BUFFERS[x.shape[1]] = x.new_zeros(num_rows, x.shape[1])
+    buffer[: len(x)] = x
+    return buffer[:num_rows]
 
 
 def _padded_rows(num_rows: int) -> int:

@@ -19,6 +19,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from batchllm.scheduler.stall_free import StallFree, Work
 from batchllm.scheduler.step_time import StepLoad
+from batchllm.srt.managers.live_view import free_kv_tokens, step_budget
 from batchllm.srt.managers.rows_aside import RowsAside, may_sit_out
 from batchllm.srt.managers.schedule_batch import PlannedReq
 from batchllm.srt.managers.step_clock import StepClock
@@ -98,16 +99,17 @@ class Coserving:
             self._last_end = self._clock.mark()
         return self.aside.bring_back(running_batch)
 
-    def compose(self, running_batch: Any, max_tokens: int) -> PrefillShare:
+    def compose(self, running_batch: Any) -> PrefillShare:
         """Choose the prompt tokens of the coming step, and put rows aside that it has no time for.
 
         Args:
             running_batch: All rows that decode, none of them aside.
-            max_tokens: Prompt tokens for which there is room.
         """
         scheduler = self._scheduler
-        work = self._work(running_batch)
+        fixed, movable = _by_whether_they_move(running_batch.reqs)
+        work = self._work(running_batch, fixed, movable)
         scheduler.is_mixed_chunk = work.mixes
+        max_tokens = step_budget(scheduler, running_batch.reqs)
         share = PrefillShare()
         has_decode_turn = self._last_was_prefill and not work.mixes and work.live.num_decode_rows > 0
         num_live_tokens = 0 if has_decode_turn else min(self._stall_free.live_tokens(work), max_tokens)
@@ -121,21 +123,18 @@ class Coserving:
             share.num_tokens = num_live_tokens + share.num_planned_tokens
         if isinstance(scheduler.chunked_req, PlannedReq):
             scheduler.chunked_req.piece_tokens = share.num_planned_tokens
-        movable = sorted(filter(may_sit_out, running_batch.reqs), key=lambda req: req.plan_order)
         self.aside.put(running_batch, set(movable[num_rows:]))
         return share
 
-    def _work(self, running_batch: Any) -> Work:
-        scheduler, reqs = self._scheduler, running_batch.reqs
+    def _work(self, running_batch: Any, fixed: list[Any], movable: list[Any]) -> Work:
+        scheduler = self._scheduler
         chunked = scheduler.chunked_req
         is_planned_chunk = isinstance(chunked, PlannedReq)
-        movable = sorted((req for req in reqs if may_sit_out(req)), key=lambda req: req.plan_order)
-        # Rows that cannot sit out are carried like live ones.
-        fixed = [req.seqlen for req in reqs if not may_sit_out(req)]
         has_logprobs = running_batch.return_logprob and not running_batch.is_empty()
         has_logprobs = has_logprobs or any(req.return_logprob for req in scheduler.waiting_queue)
         return Work(
-            live=StepLoad(num_decode_rows=len(fixed), decode_kv_tokens=sum(fixed)),
+            # Rows that cannot sit out are carried like live ones.
+            live=StepLoad(num_decode_rows=len(fixed), decode_kv_tokens=sum([req.seqlen for req in fixed])),
             live_waits=bool(scheduler.waiting_queue) or (chunked is not None and not is_planned_chunk),
             live_cached_len=0 if chunked is None or is_planned_chunk else len(chunked.prefix_indices),
             planned_kv_lens=np.array([req.seqlen for req in movable], np.int64),
@@ -186,25 +185,24 @@ class Coserving:
             Rows that have lost theirs, to be computed again.
         """
         scheduler = self._scheduler
-        rows = [other for other in running_batch.reqs if may_sit_out(other) and not other.finished()]
-        rows = sorted(rows, key=lambda other: other.plan_order)[1:]
+        _, movable = _by_whether_they_move([other for other in running_batch.reqs if not other.finished()])
         ratio = scheduler.new_token_ratio_tracker.current
         num_missing = len(req.origin_input_ids) + len(req.output_ids) + 2 * scheduler.page_size + _reserve(req)
         num_missing += int(sum(_reserve(other) for other in running_batch.reqs) * ratio)
-        num_missing -= scheduler.prefill.num_free_kv_tokens()
-        losers: list[Any] = []
-        for other in sorted(rows, key=lambda other: other.kv.kv_allocated_len - other.cache_protected_len):
+        num_missing -= free_kv_tokens(scheduler)
+        losers: set[Any] = set()
+        for other in sorted(movable[1:], key=_private_len):
             if num_missing <= 0:
                 break
-            losers.append(other)
-            num_missing -= other.kv.kv_allocated_len - other.cache_protected_len + int(_reserve(other) * ratio)
+            losers.add(other)
+            num_missing -= _private_len(other) + int(_reserve(other) * ratio)
         if not losers or num_missing > 0:
             return 0  # it would not help: what runs has to end, or pins have to go
         for other in losers:
-            other.num_lost_for_live = other.kv.kv_allocated_len - other.cache_protected_len
-        kept = [i for i, other in enumerate(running_batch.reqs) if other not in set(losers)]
+            other.num_lost_for_live += _private_len(other)
+        kept = [i for i, other in enumerate(running_batch.reqs) if other not in losers]
         retract_all(
-            reqs=losers,
+            reqs=list(losers),
             server_args=scheduler.server_args,
             req_to_token_pool=scheduler.req_to_token_pool,
             token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
@@ -244,6 +242,20 @@ class Coserving:
             if has_live:
                 self.num_live_steps += 1
                 self.num_late_steps += seconds > self.bound_s
+
+
+def _by_whether_they_move(reqs: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Rows that decode in every step, and those that may sit out, in plan order."""
+    fixed: list[Any] = []
+    movable: list[Any] = []
+    for req in reqs:
+        (movable if may_sit_out(req) else fixed).append(req)
+    return fixed, sorted(movable, key=lambda req: req.plan_order)
+
+
+def _private_len(req: Any) -> int:
+    """Slots that a request alone reads, and gives back when it is retracted."""
+    return int(req.kv.kv_allocated_len - req.cache_protected_len)
 
 
 def _reserve(req: Any) -> int:

@@ -18,7 +18,7 @@ from batchllm.scheduler import Decision, PlannedPolicy
 from batchllm.scheduler.decision import SettledDecision
 from batchllm.scheduler.turns import Turns
 from batchllm.srt.managers.coserving import PrefillShare
-from batchllm.srt.managers.live_view import free_kv_tokens, make_view, step_budget
+from batchllm.srt.managers.live_view import make_view, step_budget
 from batchllm.srt.managers.schedule_batch import DecodingReqs, PlannedReq
 
 
@@ -56,7 +56,7 @@ class PrefillPass:
 
     def _compose(self, running_batch: Any) -> NextBatchPlan:
         window = self._scheduler.planned_window
-        if self._is_kept_for_live(running_batch):
+        if self._waits_for_room(running_batch) and not self._make_room(running_batch):
             if window:
                 self._turns.wait()
             if self._scheduler.coserving is not None:
@@ -90,23 +90,28 @@ class PrefillPass:
 
     # What the step may carry
 
-    def _is_kept_for_live(self, running_batch: Any) -> bool:
+    def _waits_for_room(self, running_batch: Any) -> bool:
         """Whether live requests wait for KV, with nothing else to do in this step: what becomes free is for them."""
         scheduler = self._scheduler
         waits = scheduler.live_queue is not None and scheduler.waiting_queue and running_batch.reqs
-        if not waits or scheduler.chunked_req is not None:
+        is_full = running_batch.batch_is_full and not self._turns.is_planned
+        return bool(waits and is_full and scheduler.chunked_req is None)
+
+    def _make_room(self, running_batch: Any) -> bool:
+        """Take KV from planned rows for the live request that waits first; whether any was taken."""
+        coserving = self._scheduler.coserving
+        if coserving is None or not coserving.make_room(self._scheduler.waiting_queue[0], running_batch):
             return False
-        if not running_batch.batch_is_full or self._turns.is_planned:
-            return False
-        coserving = scheduler.coserving
-        return coserving is None or not coserving.make_room(scheduler.waiting_queue[0], running_batch)
+        running_batch.batch_is_full = False
+        self._settled.invalidate()
+        return True
 
     def _share(self, running_batch: Any) -> PrefillShare:
         """What the coming step may compute of prompts."""
         scheduler = self._scheduler
-        budget = step_budget(scheduler, running_batch.reqs)
         if scheduler.coserving is not None:
-            return scheduler.coserving.compose(running_batch, budget)
+            return scheduler.coserving.compose(running_batch)
+        budget = step_budget(scheduler, running_batch.reqs)
         if budget == 0:  # what decodes needs the last slots: a prompt in pieces waits, and SGLang makes room
             return PrefillShare()
         return PrefillShare(self.live_to_start(len(running_batch.reqs), budget), budget, budget)
@@ -178,7 +183,7 @@ class PrefillPass:
         """Let a planned prompt in pieces wait again: the prefixes that it has computed so far stay in the tree."""
         scheduler = self._scheduler
         req = scheduler.chunked_req
-        req.num_lost_for_live = scheduler.tree_cache.keep_computed(req)
+        req.num_lost_for_live += scheduler.tree_cache.keep_computed(req)
         release_kv_cache(req, scheduler.tree_cache, is_insert=False)
         req.reset_for_retract()
         scheduler.chunked_req = None
@@ -224,7 +229,7 @@ class PrefillPass:
             if req.req_pool_idx is not None:  # else there was no room left in this step
                 started.append(req)
                 scheduler.output_lengths.start(req.output)
-                scheduler.tree_cache.lead(req, admission.led_prefix_ids)
+                req.num_lost_for_live += scheduler.tree_cache.lead(req, admission.led_prefix_ids)
         if started:
             scheduler.planned_window.remove(started)
         for req in batch.reqs if batch is not None else ():
@@ -260,10 +265,6 @@ class PrefillPass:
         if self._scheduler.live_queue is None:
             return len(req.origin_input_ids) + len(req.output_ids)
         return int(self._scheduler.live_queue.num_uncached(req))
-
-    def num_free_kv_tokens(self) -> int:
-        """Slots that are free, or hold KV that nobody planned and nobody runs on."""
-        return free_kv_tokens(self._scheduler)
 
 
 def _nothing(running_batch: Any) -> NextBatchPlan:

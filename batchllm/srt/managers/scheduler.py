@@ -147,6 +147,7 @@ class BatchScheduler(Scheduler):
         super().pause_generation(recv_req)
 
     def get_init_info(self) -> dict[str, Any]:
+        # SGLang asks for this last, before its event loop: all is there that a step needs.
         self.step_clock = step_clock(self)
         if self.server_args.max_tbt_ms is not None:
             self.coserving = start_coserving(self)

@@ -99,6 +99,7 @@ class PlannedRadixCache(RadixCache):
         self._pins: dict[int, _Pin] = {}
         self._reading: set[PlannedReq] = set()
         self._missed: set[int] = set()  # prefixes of which a consumer was aborted
+        self._given_up: set[int] = set()  # prefixes that live requests took, and nobody has computed again
         # What nobody may need any more, released without all having read it, by its number.
         self._withdrawn: dict[int, TreeNode] = {}
         self._purge_at = _MIN_PURGE
@@ -113,6 +114,7 @@ class PlannedRadixCache(RadixCache):
         self._pins.clear()
         self._reading.clear()
         self._missed.clear()
+        self._given_up.clear()
         self._withdrawn.clear()
         self.readers.remove_all_nodes()
 
@@ -137,11 +139,19 @@ class PlannedRadixCache(RadixCache):
         """``req`` has been taken into a step: the prefixes that it reads stay until it gives up its KV."""
         self._reading.add(req)
 
-    def lead(self, req: PlannedReq, prefix_ids: tuple[int, ...]) -> None:
-        """``req`` has been admitted and computes these prefixes, outermost first."""
+    def lead(self, req: PlannedReq, prefix_ids: tuple[int, ...]) -> int:
+        """``req`` has been admitted and computes these prefixes, outermost first.
+
+        Returns:
+            Tokens of them that had been computed before, and were given up for live requests.
+        """
         for prefix_id in prefix_ids:
             self.ledger.start_computing(prefix_id)
         req.led_prefix_ids = list(prefix_ids)
+        again = self._given_up.intersection(prefix_ids)
+        self._given_up -= again
+        num_cached = len(req.prefix_indices)  # what was given up may still be there
+        return sum(min(self.ledger.num_tokens(i), max(self.ledger.end_len(i) - num_cached, 0)) for i in again)
 
     def insert_led_prefixes(self, req: PlannedReq) -> None:
         """Pin the prefixes that ``req`` leads and whose last token the coming step computes.
@@ -246,6 +256,7 @@ class PlannedRadixCache(RadixCache):
         for prefix_id in self.ledger.release_job(job_id):
             self._set_withdrawn(self._unpin(prefix_id))
         self._missed = {prefix_id for prefix_id in self._missed if prefix_id in self.ledger}
+        self._given_up = {prefix_id for prefix_id in self._given_up if prefix_id in self.ledger}
 
     def _set_withdrawn(self, node: TreeNode) -> None:
         self._withdrawn[node.id] = node
@@ -298,6 +309,7 @@ class PlannedRadixCache(RadixCache):
             if prefix_id not in read and not is_spared and self.ledger.may_give_up(prefix_id):
                 num_given_up += self.ledger.num_tokens(prefix_id)
                 self.ledger.give_up(prefix_id)
+                self._given_up.add(prefix_id)
                 self._unpin(prefix_id)
         self.num_given_up_tokens += num_given_up
         return num_given_up
