@@ -34,16 +34,17 @@ class PlannedPrefillAdder(PrefillAdder):
         num_tokens = len(req.full_untruncated_fill_ids) - cached_len
         # A prompt may be cut, but only one may be in pieces; without chunking the first is taken whatever its
         # length.
-        if self.rem_chunk_tokens is not None:
-            if num_tokens > self.rem_chunk_tokens:
-                num_tokens = self.rem_chunk_tokens // self.page_size * self.page_size
-                if num_tokens <= 0 or has_chunked_req or self.new_chunked_req is not None:
-                    return AddReqResult.OTHER
-                self.new_chunked_req = req
-        elif self.can_run_list and num_tokens > self.rem_input_tokens:
+        is_cut = self.rem_chunk_tokens is not None and num_tokens > self.rem_chunk_tokens
+        if is_cut:
+            num_tokens = self.rem_chunk_tokens // self.page_size * self.page_size
+            if num_tokens <= 0 or has_chunked_req or self.new_chunked_req is not None:
+                return AddReqResult.OTHER
+        elif self.rem_chunk_tokens is None and self.can_run_list and num_tokens > self.rem_input_tokens:
             return AddReqResult.OTHER
         if self.takes_live and self._takes_too_much(req, num_tokens):
             return AddReqResult.OTHER
+        if is_cut:
+            self.new_chunked_req = req
         req.set_extend_range(cached_len, cached_len + num_tokens)
         self._req_inc_lock_ref(req)
         self.tree_cache.start(req)
