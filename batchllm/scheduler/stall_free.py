@@ -7,8 +7,8 @@ decode, in plan order; prompt tokens of planned requests. Each takes what time i
 
 Knows counts and the step-time model. Must not know requests, KV, clocks.
 
-INVARIANT: a step that carries a live row is predicted to stay within the bound, unless its live rows alone exceed it,
-or planned work was overdue; while planned work waits it is in one step of `PATIENCE_STEPS` at least.
+INVARIANT: a step in which a live row decodes is predicted to stay within the bound, unless its live rows alone exceed
+it, or planned work was overdue; while planned work waits it is in one step of `PATIENCE_STEPS` at least.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PLANNED_SHARE = 1 / 8
 """Part of each step that live prompts leave to planned work, while there is some."""
 PATIENCE_STEPS = 64
 """Planned work that no step has carried for so long is carried by the next, whatever that takes."""
-NO_LIVE_STRETCH = 3.0
-"""A step without live requests may take so many times the bound: one that arrives waits for its end."""
+NO_LIVE_STRETCH = 2.5
+"""A step in which no live row decodes may take so many times the bound: a request that arrives waits for its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class StallFree:
     """Budgets of steps under a bound.
 
     Args:
-        bound_s: Most seconds of a step that carries a live row.
+        bound_s: Most seconds of a step in which a live row decodes.
         model: Predicts them.
     """
 
@@ -82,13 +82,27 @@ class StallFree:
         return self._num_steps_without_planned >= PATIENCE_STEPS
 
     def limit_s(self, work: Work) -> float:
-        """Seconds that a step may take."""
-        return self.bound_s if work.has_live else NO_LIVE_STRETCH * self.bound_s
+        """Seconds that 99 % of such steps may take."""
+        if work.live.num_decode_rows:
+            return self.bound_s
+        return NO_LIVE_STRETCH * self.bound_s * self.model.margin  # nobody is promised anything: on the average
+
+    def observe(self, load: StepLoad, seconds: float, *, has_live_row: bool) -> None:
+        """A step has taken so long.
+
+        Args:
+            load: What it carried.
+            seconds: How long it took.
+            has_live_row: Whether a live row decoded in it.
+        """
+        is_bounded = has_live_row and self.model.upper(load) > self.bound_s / 2
+        self.model.observe(load, seconds, is_bounded=is_bounded)
 
     def live_tokens(self, work: Work) -> int:
         """Prompt tokens of live requests that the coming step may carry.
 
-        A page at least where no live row waits for the step.
+        Where no live row decodes nobody waits for the step, and the first token is soonest if it carries the whole
+        prompt; a page at least.
         """
         if not work.live_waits:
             return 0
@@ -111,8 +125,10 @@ class StallFree:
             The first so many of ``planned_kv_lens``, and tokens. Where steps are not mixed, and nobody live is there,
             the tokens are those of a step in which no row decodes.
         """
-        limit = self.limit_s(work)
         load = work.live.with_prefill(num_live_tokens, work.live_cached_len) if num_live_tokens else work.live
+        limit = self.limit_s(work)
+        if work.live_waits:  # the first token of a short prompt does not wait for a long step
+            limit = min(limit, max(self.bound_s, self.model.upper(load) / (1.0 - PLANNED_SHARE)))
         num_rows = self.model.rows_that_fit(load, work.planned_kv_lens, limit)
         if len(work.planned_kv_lens) and num_rows == 0 and (self.is_overdue or not work.has_live):
             num_rows = 1

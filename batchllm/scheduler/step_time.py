@@ -27,10 +27,11 @@ _FIT_ALWAYS, _FIT_EVERY = 64, 4
 """A fit after each of the first observations, and then after so many."""
 _SWEEPS = 16
 """Of coordinate descent at each fit, which begins where the last one ended."""
-_QUANTILE = 0.99
-"""Part of the steps that are to stay within their prediction times `StepTimeModel.margin`."""
+_QUANTILE = 0.995
+"""Part of the steps that are to stay within their prediction times `StepTimeModel.margin`. It lags behind what the
+machine does, so more than 0.99."""
 _MARGIN_STEP = 0.02
-_FIRST_MARGIN = 1.1
+_FIRST_MARGIN = 1.4
 _MAX_MARGIN = 2.0
 
 
@@ -74,7 +75,7 @@ class StepTimeModel:
     """Predicts the seconds of steps; learns from each step that has run.
 
     Attributes:
-        margin: What a prediction is multiplied by so that 99 % of the steps take no longer.
+        margin: What a prediction is multiplied by so that 99 % of the steps that a bound decided take no longer.
     """
 
     def __init__(self) -> None:
@@ -91,11 +92,18 @@ class StepTimeModel:
         """Seconds of: a step, a decoding row, a token that such a row attends to, a prefill, a prompt token, a pair."""
         return self._coefficients
 
-    def observe(self, load: StepLoad, seconds: float) -> None:
-        """A step of this size has taken so long. Errors are weighed relative to it."""
+    def observe(self, load: StepLoad, seconds: float, *, is_bounded: bool = True) -> None:
+        """A step of this size has taken so long. Errors are weighed relative to it.
+
+        Args:
+            load: What it carried.
+            seconds: How long it took.
+            is_bounded: The margin learns from it: its size is what the time left room for. What disturbs a step
+                (another process, a message) takes as long beside a small one, and is a larger part of that.
+        """
         if seconds <= 0.0:
             return
-        if self._num_observed >= _NUM_FEATURES:
+        if is_bounded and self._num_observed >= _NUM_FEATURES:
             self._adapt_margin(seconds / max(self.predict(load), 1e-9))
         features = _features(load) / seconds
         kind = int(load.num_prefill_tokens > 0)

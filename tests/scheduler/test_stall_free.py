@@ -76,7 +76,7 @@ class _Machine:
         if planned_spent:
             load = load.with_prefill(planned_spent, work.planned_cached_len)
         assert live_tokens % self.page_size == planned_tokens % self.page_size == 0
-        limit = self.bound_s if work.has_live else NO_LIVE_STRETCH * self.bound_s
+        limit = self.bound_s if work.live.num_decode_rows else NO_LIVE_STRETCH * self.bound_s * self.model.margin
         is_exempt = was_overdue or self.model.upper(work.live) > self.bound_s
         is_exempt |= not work.live.num_decode_rows and live_spent <= self.page_size and num_rows <= 1
         if not is_exempt:
@@ -174,14 +174,14 @@ def test_a_flood_of_live_prompts_leaves_about_an_eighth_of_the_time_to_the_plan(
         beside = machine.model.upper(load.with_rows(more, 301 * more)) - machine.model.upper(load)
         shares.append(beside / machine.bound_s)
         machine.step()
-    assert min(shares) > 0.8 * PLANNED_SHARE  # live rows that were admitted grow by a token a step
+    assert min(shares) > 0.75 * PLANNED_SHARE  # live rows that were admitted grow by a token a step
 
 
-def test_a_step_without_live_requests_may_take_three_times_the_bound() -> None:
+def test_a_step_in_which_no_live_row_decodes_may_take_more_than_the_bound() -> None:
     machine = _Machine(0.020, 1)
     machine.planned_queue = [_Row(100_000, 1)]
     _, tokens = machine.stall_free.planned(machine.work(), 0)
-    seconds = machine.model.upper(StepLoad().with_prefill(tokens, 0))
+    seconds = machine.model.predict(StepLoad().with_prefill(tokens, 0))
     assert 0.9 * NO_LIVE_STRETCH < seconds / 0.020 <= NO_LIVE_STRETCH
 
 

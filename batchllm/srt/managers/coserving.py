@@ -52,7 +52,7 @@ class Coserving:
 
     Attributes:
         aside: Planned rows that sit out.
-        num_live_steps: Steps that carried a row or a prompt of a live request.
+        num_live_steps: Steps in which a live row decoded.
         num_late_steps: Those of them that took longer than the bound.
     """
 
@@ -224,22 +224,22 @@ class Coserving:
     def note_step(self, batch: Any) -> None:
         """A step has run, or has been launched."""
         end = self._clock.mark()
-        load, has_live = _load(batch)
+        load, has_live_row = _load(batch)
         has_planned = bool(self._scheduler.planned_window or self.aside.reqs)
         carries = any(isinstance(req, PlannedReq) for req in batch.reqs)
         self._stall_free.note(has_planned=has_planned, carries_planned=carries)
         self._last_was_prefill = batch.forward_mode.is_extend() and not batch.decoding_reqs
         if self._last_end is not None:
-            self._running.append((load, has_live, self._last_end, end))
+            self._running.append((load, has_live_row, self._last_end, end))
         self._last_end = end
         self._observe()
 
     def _observe(self) -> None:
         while self._running and self._clock.is_past(self._running[0][-1]):
-            load, has_live, start, end = self._running.popleft()
+            load, has_live_row, start, end = self._running.popleft()
             seconds = self._clock.seconds(start, end)
-            self._stall_free.model.observe(load, seconds)
-            if has_live:
+            self._stall_free.observe(load, seconds, has_live_row=has_live_row)
+            if has_live_row:
                 self.num_live_steps += 1
                 self.num_late_steps += seconds > self.bound_s
 
@@ -264,16 +264,17 @@ def _reserve(req: Any) -> int:
 
 
 def _load(batch: Any) -> tuple[StepLoad, bool]:
-    """What a step carries, and whether any of it is live."""
-    has_live = any(not isinstance(req, PlannedReq) for req in batch.reqs)
+    """What a step carries, and whether a live row decodes in it."""
     kv_lens = batch.seq_lens_cpu.tolist()
-    if not batch.forward_mode.is_extend():
-        return StepLoad(len(kv_lens), sum(kv_lens)), has_live
-    num_prefill = len(batch.reqs) - len(batch.decoding_reqs or ())  # decoding rows are last
+    is_prefill = batch.forward_mode.is_extend()
+    num_prefill = len(batch.reqs) - len(batch.decoding_reqs or ()) if is_prefill else 0  # decoding rows are last
+    has_live_row = any(not isinstance(req, PlannedReq) for req in batch.reqs[num_prefill:])
+    if not is_prefill:
+        return StepLoad(len(kv_lens), sum(kv_lens)), has_live_row
     load = StepLoad(len(kv_lens) - num_prefill, sum(kv_lens[num_prefill:]))
     pairs = [
         num * cached + num * (num + 1) // 2
         for cached, num in zip(batch.prefix_lens[:num_prefill], batch.extend_lens[:num_prefill], strict=True)
     ]
     tokens = sum(batch.extend_lens[:num_prefill])
-    return StepLoad(load.num_decode_rows, load.decode_kv_tokens, tokens, sum(pairs)), has_live
+    return StepLoad(load.num_decode_rows, load.decode_kv_tokens, tokens, sum(pairs)), has_live_row

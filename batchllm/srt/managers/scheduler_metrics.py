@@ -51,8 +51,8 @@ class SchedulerMetrics:
         if not has_bound:
             return
         self._bound = gauge("live_bound_seconds", "Bound on the time of a step that carries a live request.")
-        live_steps = counter("live_steps", "Steps that carried a live request.")
-        late_steps = counter("live_steps_over_bound", "Steps that carried a live request and exceeded the bound.")
+        live_steps = counter("live_steps", "Steps in which a live row decoded.")
+        late_steps = counter("live_steps_over_bound", "Steps in which a live row decoded and which exceeded the bound.")
         self._live_steps = (live_steps, late_steps)
         self._num_live_steps = (0, 0)
         self._num_aside = gauge("rows_aside", "Planned rows that sit out the step for live requests.")

@@ -25,6 +25,7 @@ from batchllm.srt.server_args import AUTO_TBT
 AUTO_FACTOR = 5
 """``--max-tbt-ms auto`` is so many decode steps: Sarathi-Serve's strict bound (arXiv 2403.02310, section 5.1)."""
 _NUM_DECODE_STEPS = 8
+_NUM_ROWS, _ROW_LEN = 8, 128  # of the decode steps that are counted: some people at once
 _SHARES = (1, 4, 1)  # of the longest prompt; the first is not counted, since it loads what the others use
 
 
@@ -50,7 +51,7 @@ def start_coserving(scheduler: Any) -> Coserving:
 
 
 def _measure(scheduler: Any, model: StepTimeModel) -> float:
-    """Show the model prefill and decode steps of a single row; returns the seconds of such a decode step."""
+    """Show the model prefill and decode steps; returns the seconds of a decode step of a few rows."""
     metrics, scheduler.metrics = scheduler.metrics, None
     scheduler.schedule_stream = scheduler.device_module.current_stream()  # SGLang makes its own with its event loop
     longest = min(
@@ -58,31 +59,26 @@ def _measure(scheduler: Any, model: StepTimeModel) -> float:
         scheduler.max_total_num_tokens // 4,
         scheduler.model_config.context_len - _NUM_DECODE_STEPS - 2,
     )
-    decode_s = []
     for i, share in enumerate(_SHARES):
-        steps = _run_prompt(scheduler, max(longest // share, 1), seed=i)
+        steps = _run_prompts(scheduler, 1, max(longest // share, 1), seed=i)
         for load, seconds in steps if i else ():
-            model.observe(load, seconds)
-            if not load.num_prefill_tokens:
-                decode_s.append(seconds)
+            model.observe(load, seconds, is_bounded=False)
+    num_rows = min(_NUM_ROWS, scheduler.max_running_requests)
+    steps = _run_prompts(scheduler, num_rows, min(max(longest // num_rows, 1), _ROW_LEN), seed=len(_SHARES))
+    for load, seconds in steps:
+        model.observe(load, seconds, is_bounded=False)
+    decode_s = [seconds for load, seconds in steps if not load.num_prefill_tokens]
     scheduler.metrics = metrics
     # The lower quartile: what else starts at the same time slows some of them down.
     return statistics.quantiles(decode_s)[0]
 
 
-def _run_prompt(scheduler: Any, num_tokens: int, seed: int) -> list[tuple[StepLoad, float]]:
-    """Compute a prompt of made-up tokens and decode a few: what each step carried, and its seconds."""
+def _run_prompts(scheduler: Any, num_rows: int, num_tokens: int, seed: int) -> list[tuple[StepLoad, float]]:
+    """Compute prompts of made-up tokens and decode a few: what each step carried, and its seconds."""
     draw = random.Random(seed)
-    params = SamplingParams(max_new_tokens=_NUM_DECODE_STEPS + 1, temperature=0, ignore_eos=True)
-    params.normalize(None)
-    vocab_size = scheduler.model_config.vocab_size
-    prompt = array("q", (draw.randrange(vocab_size) for _ in range(num_tokens)))
-    req = Req("batchllm:measurement", "", prompt, params, vocab_size=vocab_size)
-    prepare_live(req)
-    req.init_next_round_input(scheduler.tree_cache)
-    req.set_extend_range(0, num_tokens)
+    reqs = [_made_up(scheduler, draw, num_tokens, f"batchllm:measurement:{i}") for i in range(num_rows)]
     batch = ScheduleBatch.init_new(
-        [req],
+        reqs,
         scheduler.req_to_token_pool,
         scheduler.token_to_kv_pool_allocator,
         scheduler.tree_cache,
@@ -100,8 +96,25 @@ def _run_prompt(scheduler: Any, num_tokens: int, seed: int) -> list[tuple[StepLo
         result = scheduler.run_batch(batch)
         if result.copy_done is not None:
             result.copy_done.synchronize()
-        req.output_ids.extend(result.next_token_ids.tolist())
-        load = StepLoad(1, num_tokens + i) if i else StepLoad().with_prefill(num_tokens, 0)
+        for req, token_id in zip(reqs, result.next_token_ids.tolist(), strict=True):
+            req.output_ids.append(token_id)
+        load = StepLoad(num_rows, num_rows * (num_tokens + i))
+        if i == 0:
+            load = StepLoad(0, 0, num_rows * num_tokens, num_rows * num_tokens * (num_tokens + 1) // 2)
         steps.append((load, time.monotonic() - start))
-    release_kv_cache(req, scheduler.tree_cache, is_insert=False)
+    for req in reqs:
+        release_kv_cache(req, scheduler.tree_cache, is_insert=False)
     return steps
+
+
+def _made_up(scheduler: Any, draw: random.Random, num_tokens: int, name: str) -> Req:
+    """A request whose prompt is about to be computed whole."""
+    params = SamplingParams(max_new_tokens=_NUM_DECODE_STEPS + 1, temperature=0, ignore_eos=True)
+    params.normalize(None)
+    vocab_size = scheduler.model_config.vocab_size
+    prompt = array("q", (draw.randrange(vocab_size) for _ in range(num_tokens)))
+    req = Req(name, "", prompt, params, vocab_size=vocab_size)
+    prepare_live(req)
+    req.init_next_round_input(scheduler.tree_cache)
+    req.set_extend_range(0, num_tokens)
+    return req
