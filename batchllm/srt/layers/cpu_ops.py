@@ -79,9 +79,9 @@ def _add_gated(
 
 
 _PACKED = "_batchllm_packed"
-_BUFFERS: dict[int, torch.Tensor] = {}
-"""For inputs of matrix products, by row length. A new tensor each time costs as much as the product: its memory comes
-from the kernel, a page at a time."""
+_BUFFERS: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+"""For inputs of matrix products, by row length and type. A new tensor each time costs as much as the product: its
+memory comes from the kernel, a page at a time."""
 
 
 def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -98,19 +98,21 @@ def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> to
     if packed is None or packed[0] != state:
         packed = (state, torch.ops.mkldnn._reorder_linear_weight(weight.data, None))
         setattr(layer, _PACKED, packed)
-    num_rows = x.shape[0]
-    num_padded = _padded_rows(num_rows) if x.dim() == 2 else num_rows
-    if num_padded != num_rows:
-        x = _in_buffer(x, num_padded)
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[1], bias, "none", [], "")
-    return output[:num_rows]
+    return output
 
 
-def _in_buffer(x: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """``x`` with rows behind it, whatever they hold, of float32 ``[num_rows, x.shape[1]]``; until the next call."""
-    buffer = _BUFFERS.get(x.shape[1])
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with rows behind it, whatever they hold, of ``[_padded_rows(len(x)), x.shape[1]]``; until the next call."""
+    if x.dim() != 2 or x.dtype not in _DTYPES or x.device.type != "cpu":
+        return x
+    num_rows = _padded_rows(len(x))
+    if num_rows == len(x):
+        return x
+    key = (x.shape[1], x.dtype)
+    buffer = _BUFFERS.get(key)
     if buffer is None or len(buffer) < num_rows:
-        buffer = _BUFFERS[x.shape[1]] = x.new_zeros(num_rows, x.shape[1])
+        buffer = _BUFFERS[key] = x.new_zeros(num_rows, x.shape[1])
     buffer[: len(x)] = x
     return buffer[:num_rows]
 
@@ -120,9 +122,12 @@ def _padded_rows(num_rows: int) -> int:
 
     oneDNN compiles code for each number of rows, a millisecond and half a megabyte a layer shape, and keeps it of 1,024
     shapes. Steps have any number of rows: with all of them the code is compiled again and again, and memory grows for
-    hours.
+    hours. Its kernels compute six rows at a time, and the last three or fewer of others in another order: with
+    multiples of six a row's product does not depend on how many rows are beside it.
     """
-    block = 1 if num_rows <= 8 else 8 if num_rows <= 128 else 32 if num_rows <= 512 else 128
+    if num_rows <= 6:
+        return 4 if num_rows <= 4 else 6
+    block = 12 if num_rows <= 48 else 24 if num_rows <= 192 else 48 if num_rows <= 480 else 96
     return -(-num_rows // block) * block
 
 
@@ -134,19 +139,25 @@ def forget_packed_weights(model: torch.nn.Module) -> None:
 
 def _linear(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     wanted = WANTED.take(x)
-    output = _packed_linear(layer, x if wanted is None else wanted, bias)
+    rows = x if wanted is None else wanted
+    padded = _padded(rows)
+    output = _packed_linear(layer, padded, bias)
     if output is None:
-        output = _stock_linear(self, layer, x if wanted is None else wanted, bias)
+        output = _stock_linear(self, layer, padded, bias)
+    output = output[: len(rows)]
     return output if wanted is None else WANTED.put_back(output)
 
 
 def _compute_lm_head(
     self: Any, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    output = None
-    if _is_plain_lm_head(lm_head) and self.rl_on_policy_target is None:
-        output = _packed_linear(lm_head, hidden_states, None)
-    return _stock_lm_head(self, hidden_states, lm_head, embedding_bias) if output is None else output
+    if not _is_plain_lm_head(lm_head) or self.rl_on_policy_target is not None:
+        return _stock_lm_head(self, hidden_states, lm_head, embedding_bias)
+    padded = _padded(hidden_states)
+    output = _packed_linear(lm_head, padded, None)
+    if output is None:
+        output = _stock_lm_head(self, padded, lm_head, embedding_bias)
+    return output[: len(hidden_states)]
 
 
 def _is_plain_lm_head(lm_head: Any) -> bool:
