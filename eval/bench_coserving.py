@@ -49,6 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=30)
     parser.add_argument("--stream-len", type=int, default=16)
     parser.add_argument("--live-prompt-len", type=int, nargs="+", default=[60])
+    parser.add_argument("--settle-s", type=float, default=10.0, help="of the batch, before anything is measured")
     parser.add_argument("--every-s", type=float, default=1.0, help="seconds between live requests")
     parser.add_argument("--poisson", action="store_true", help="exponential distances with that mean")
     parser.add_argument("--pool", type=int, default=32768)

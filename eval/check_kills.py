@@ -169,7 +169,7 @@ def _torture(job: Job, num_kills: int, rng: random.Random) -> dict[str, Any]:
         "rows": len(job.acknowledged),
         "kills while rows were being answered": num_while_answering,
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "left in the temporary folder": len(os.listdir(job.folder / "tmp")),
+        "left in the temporary folder": ", ".join(sorted(os.listdir(job.folder / "tmp"))) or 0,
     }
 
 

@@ -8,7 +8,9 @@ import io
 import json
 import random
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import openai
@@ -46,13 +48,15 @@ class Load:
         self._url, self._args, self._draw = url, args, draw
         limits = httpx.Limits(max_connections=None)
         self._http = httpx.AsyncClient(base_url=url, timeout=None, limits=limits)
-        self._began = 0.0
+        self._began = time.perf_counter()
+        self._streams: list[asyncio.Task[None]] = []
         self._openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
 
     def _ids(self, num: int) -> list[int]:
         return [self._draw.randrange(10, 4000) for _ in range(num)]
 
-    def _row_bodies(self) -> list[dict[str, object]]:
+    def row_bodies(self) -> list[dict[str, object]]:
+        """The rows of the batch, shuffled."""
         args, bodies = self._args, []
         for _ in range(args.rows // args.group_size):
             shared = self._ids(args.shared_len)
@@ -70,16 +74,42 @@ class Load:
 
     async def stream_all(self, outcome: Outcome) -> None:
         """The live requests, each as a stream of its own."""
-        args, tasks = self._args, []
+        args = self._args
         self._began = time.perf_counter()
         for _ in range(args.streams):
-            tasks.append(asyncio.create_task(self._stream(outcome, self._draw.choice(args.live_prompt_len))))
+            self._start_stream(outcome, self._draw.choice(args.live_prompt_len))
             await asyncio.sleep(self._draw.expovariate(1 / args.every_s) if args.poisson else args.every_s)
-        await asyncio.gather(*tasks)
+        await self.end_streams()
 
-    async def _stream(self, outcome: Outcome, prompt_len: int) -> None:
+    async def stream_for(
+        self, outcome: Outcome, seconds: float, rate: float, prompt_len: int, **fields: object
+    ) -> None:
+        """Live requests as a Poisson process for so long; those that still run go on.
+
+        Args:
+            outcome: Of those that arrive meanwhile.
+            seconds: How long.
+            rate: Requests a second.
+            prompt_len: Tokens.
+            fields: More of their bodies.
+        """
+        end = time.perf_counter() + seconds
+        while (left := end - time.perf_counter()) > 0.0:
+            await asyncio.sleep(min(self._draw.expovariate(rate), left))
+            if time.perf_counter() < end:
+                self._start_stream(outcome, prompt_len, **fields)
+
+    def _start_stream(self, outcome: Outcome, prompt_len: int, **fields: object) -> None:
+        self._streams.append(asyncio.create_task(self._stream(outcome, prompt_len, **fields)))
+
+    async def end_streams(self) -> None:
+        """Wait for the live requests that still run."""
+        await asyncio.gather(*self._streams)
+        self._streams.clear()
+
+    async def _stream(self, outcome: Outcome, prompt_len: int, **fields: object) -> None:
         body = {"model": "m", "prompt": self._ids(prompt_len), "max_tokens": self._args.stream_len, "stream": True}
-        body |= {"temperature": 0, "ignore_eos": True}
+        body |= {"temperature": 0, "ignore_eos": True, **fields}
         began = last = time.perf_counter()
         is_first = True
         async with self._http.stream("POST", "/v1/completions", json=body) as response:
@@ -95,8 +125,8 @@ class Load:
                 outcome.gaps.append((now - self._began, now - last))
                 is_first, last = False, now
 
-    async def serve_batch(self, outcome: Outcome, *, has_live: bool) -> None:
-        bodies = self._row_bodies()
+    async def start_batch(self, bodies: list[dict[str, object]]) -> str:
+        """Upload the rows and create a batch; returns its id."""
         rows = [
             {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
             for i, body in enumerate(bodies)
@@ -109,22 +139,67 @@ class Load:
             endpoint="/v1/completions",
             completion_window="24h",
         )
-        while not (await self._batch(batch.id))["request_counts"]["completed"]:
+        return batch.id
+
+    async def finish_batch(self, batch_id: str) -> None:
+        """Wait for its end."""
+        while (batch := await self._batch(batch_id))["status"] not in ("completed", "failed", "expired", "cancelled"):
+            await asyncio.sleep(0.1)
+        assert batch["status"] == "completed" and not batch["request_counts"]["failed"], batch
+
+    async def serve_batch(self, outcome: Outcome, *, has_live: bool) -> None:
+        """Run the batch with the live requests beside it, or without, and take its rate once it runs evenly."""
+        batch_id = await self.start_batch(self.row_bodies())
+        while not (await self._batch(batch_id))["request_counts"]["completed"]:
             await asyncio.sleep(0.05)
-        num_before = (await self._batch(batch.id))["request_counts"]["completed"]
+        await asyncio.sleep(self._args.settle_s)
+        num_before = (await self._batch(batch_id))["request_counts"]["completed"]
         began = time.perf_counter()
         if has_live:
             await self.stream_all(outcome)
         else:
             await asyncio.sleep(self._args.streams * self._args.every_s)
-        now = await self._batch(batch.id)
+        now = await self._batch(batch_id)
         assert now["status"] in ("in_progress", "finalizing"), f"the batch ended before the live requests: {now}"
         seconds = time.perf_counter() - began
         outcome.rows_per_s = round((now["request_counts"]["completed"] - num_before) / seconds, 2)
 
-    async def _batch(self, batch_id: str) -> dict[str, dict[str, int]]:
-        answer: dict[str, dict[str, int]] = (await self._http.get(f"/v1/batches/{batch_id}")).json()
-        return answer
+    async def _batch(self, batch_id: str) -> Any:
+        return (await self._http.get(f"/v1/batches/{batch_id}")).json()
+
+    async def send_rows(
+        self,
+        bodies: list[dict[str, object]],
+        limit: asyncio.Semaphore,
+        may_send: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        """Rows as plain requests.
+
+        Args:
+            bodies: The rows.
+            limit: So many at a time.
+            may_send: A row waits until this says so.
+        """
+
+        async def row(body: dict[str, object]) -> None:
+            try:
+                (await self._http.post("/v1/completions", json=body)).raise_for_status()
+            finally:
+                limit.release()
+
+        tasks = []
+        for body in bodies:
+            await limit.acquire()
+            while may_send is not None and not await may_send():
+                await asyncio.sleep(0.02)
+            tasks.append(asyncio.create_task(row(body)))
+        await asyncio.gather(*tasks)
+
+    async def has_fewer_requests(self, num: int) -> bool:
+        """Whether fewer requests run or wait in the server, by its metrics."""
+        text = (await self._http.get("/metrics")).text
+        names = ("sglang:num_running_reqs{", "sglang:num_queue_reqs{")
+        return sum(float(line.split(" ")[-1]) for line in text.splitlines() if line.startswith(names)) < num
 
     async def serve_rows_as_requests(self, outcome: Outcome) -> None:
         """The rows of the batch as plain requests, all at once, as a client without a batch route would send them."""
@@ -135,7 +210,7 @@ class Load:
             (await self._http.post("/v1/completions", json=body)).raise_for_status()
             num_done += 1
 
-        rows = [asyncio.create_task(row(body)) for body in self._row_bodies()]
+        rows = [asyncio.create_task(row(body)) for body in self.row_bodies()]
         while not num_done:
             await asyncio.sleep(0.05)
         began, num_before = time.perf_counter(), num_done
