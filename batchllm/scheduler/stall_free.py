@@ -3,7 +3,7 @@
 Sarathi-Serve's stall-free batching (Agrawal et al., OSDI 2024, arXiv 2403.02310, section 4, algorithm 3), with a bound
 in seconds in place of a constant number of tokens, and with a plan beside the live requests. A step takes, in this
 order: every live row that decodes; prompt tokens of live requests, of a prompt in pieces first; planned rows that
-decode, in plan order; prompt tokens of planned requests. Each takes what time is left; that may be nothing.
+decode, in plan order, or prompt tokens of planned requests. Each takes what time is left; that may be nothing.
 
 Knows counts and the step-time model. Must not know requests, KV, clocks.
 
@@ -114,32 +114,52 @@ class StallFree:
             num_tokens = max(num_tokens, work.page_size)
         return _page_floor(num_tokens, work.page_size)
 
-    def planned(self, work: Work, num_live_tokens: int) -> tuple[int, int]:
-        """Planned rows, and prompt tokens of planned requests, that the coming step may carry.
+    def planned_tokens(self, work: Work, num_live_tokens: int) -> int:
+        """Prompt tokens of planned requests that the coming step may carry.
+
+        A step with prompts costs more than one without, whatever their length: where steps are mixed, planned prompts
+        are computed in few steps and have these for themselves. As long as the rows that could decode fill a step,
+        there are none.
 
         Args:
             work: As of `live_tokens`.
             num_live_tokens: Prompt tokens of live requests that the step will carry.
-
-        Returns:
-            The first so many of ``planned_kv_lens``, and tokens. Where steps are not mixed, and nobody live is there,
-            the tokens are those of a step in which no row decodes.
         """
+        if not work.planned_waits:
+            return 0
+        load, limit = self._live_load(work, num_live_tokens)
+        num_rows = len(work.planned_kv_lens)
+        if work.mixes and self.model.rows_that_fit(load, work.planned_kv_lens, limit) < num_rows:
+            return 0
+        num_tokens = self.model.prefill_that_fits(load, work.planned_cached_len, limit)
+        if not num_rows and (self.is_overdue or not work.has_live):
+            num_tokens = max(num_tokens, work.page_size)
+        return _page_floor(num_tokens, work.page_size)
+
+    def planned_rows(self, work: Work, num_live_tokens: int, num_planned_tokens: int) -> int:
+        """How many of ``planned_kv_lens``, from the first on, may decode in the coming step, or in the one after it
+        where prompts make rows wait.
+
+        Args:
+            work: As of `live_tokens`.
+            num_live_tokens: Prompt tokens of live requests that the step will carry.
+            num_planned_tokens: Those of planned requests.
+        """
+        load, limit = self._live_load(work, num_live_tokens)
+        if work.mixes and num_planned_tokens:
+            load = load.with_prefill(num_planned_tokens, work.planned_cached_len)
+        num_rows = self.model.rows_that_fit(load, work.planned_kv_lens, limit)
+        if num_rows == 0 and len(work.planned_kv_lens) and (self.is_overdue or not work.has_live):
+            return 1
+        return num_rows
+
+    def _live_load(self, work: Work, num_live_tokens: int) -> tuple[StepLoad, float]:
+        """What live requests make of a step, and the seconds that it may take with planned work."""
         load = work.live.with_prefill(num_live_tokens, work.live_cached_len) if num_live_tokens else work.live
         limit = self.limit_s(work)
         if work.live_waits:  # the first token of a short prompt does not wait for a long step
             limit = min(limit, max(self.bound_s, self.model.upper(load) / (1.0 - PLANNED_SHARE)))
-        num_rows = self.model.rows_that_fit(load, work.planned_kv_lens, limit)
-        if len(work.planned_kv_lens) and num_rows == 0 and (self.is_overdue or not work.has_live):
-            num_rows = 1
-        if work.mixes or work.has_live:
-            load = load.with_rows(num_rows, int(work.planned_kv_lens[:num_rows].sum()))
-        num_tokens = 0
-        if work.planned_waits:
-            num_tokens = self.model.prefill_that_fits(load, work.planned_cached_len, limit)
-            if num_rows == 0 and (self.is_overdue or not work.has_live):
-                num_tokens = max(num_tokens, work.page_size)
-        return num_rows, _page_floor(num_tokens, work.page_size)
+        return load, limit
 
     def note(self, *, has_planned: bool, carries_planned: bool) -> None:
         """A step is about to run.

@@ -68,8 +68,9 @@ class _Machine:
         live_tokens = self.stall_free.live_tokens(work)
         first_live = self.live_queue[0] if self.live_queue else None
         live_spent, new_live = _prefill(self.live_queue, live_tokens)
-        num_rows, planned_tokens = self.stall_free.planned(work, live_spent)
+        planned_tokens = self.stall_free.planned_tokens(work, live_spent)
         planned_spent, new_planned = _prefill(self.planned_queue, planned_tokens)
+        num_rows = self.stall_free.planned_rows(work, live_spent, planned_spent)
         load = work.live.with_rows(num_rows, int(work.planned_kv_lens[:num_rows].sum()))
         if live_spent:
             load = load.with_prefill(live_spent, work.live_cached_len)
@@ -168,7 +169,7 @@ def test_a_flood_of_live_prompts_leaves_about_an_eighth_of_the_time_to_the_plan(
     while machine.live_queue:
         work = machine.work()
         tokens = machine.stall_free.live_tokens(work)
-        num_rows, _ = machine.stall_free.planned(work, tokens)
+        num_rows = machine.stall_free.planned_rows(work, tokens, 0)
         load = work.live.with_prefill(tokens, 0) if tokens else work.live
         more = num_rows + 1  # a row is not divided
         beside = machine.model.upper(load.with_rows(more, 301 * more)) - machine.model.upper(load)
@@ -180,9 +181,21 @@ def test_a_flood_of_live_prompts_leaves_about_an_eighth_of_the_time_to_the_plan(
 def test_a_step_in_which_no_live_row_decodes_may_take_more_than_the_bound() -> None:
     machine = _Machine(0.020, 1)
     machine.planned_queue = [_Row(100_000, 1)]
-    _, tokens = machine.stall_free.planned(machine.work(), 0)
+    tokens = machine.stall_free.planned_tokens(machine.work(), 0)
     seconds = machine.model.predict(StepLoad().with_prefill(tokens, 0))
     assert 0.9 * NO_LIVE_STRETCH < seconds / 0.020 <= NO_LIVE_STRETCH
+
+
+def test_planned_prompts_have_steps_for_themselves_beside_live_rows() -> None:
+    """Rows that fill a step leave none to prompts; prompts come before rows that do not."""
+    machine = _Machine(0.030, 1)
+    machine.live, machine.planned_queue = [_Row(0, 100, 300)], [_Row(10_000, 1)]
+    for num_rows in (200, 20):
+        machine.planned = [_Row(0, 100, 300) for _ in range(num_rows)]
+        work = machine.work()
+        tokens = machine.stall_free.planned_tokens(work, 0)
+        rows = machine.stall_free.planned_rows(work, 0, tokens)
+        assert (tokens == 0) == (rows > 0) == (num_rows == 200)
 
 
 def test_a_chunk_may_be_nothing_where_live_rows_take_all_the_time() -> None:
@@ -192,4 +205,4 @@ def test_a_chunk_may_be_nothing_where_live_rows_take_all_the_time() -> None:
     machine.planned_queue = [_Row(100, 1)]
     work = machine.work()
     assert machine.stall_free.live_tokens(work) == 0
-    assert machine.stall_free.planned(work, 0) == (0, 0)
+    assert machine.stall_free.planned_tokens(work, 0) == machine.stall_free.planned_rows(work, 0, 0) == 0

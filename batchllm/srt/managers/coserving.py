@@ -17,6 +17,7 @@ import numpy as np
 from sglang.srt.managers.schedule_batch import retract_all
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
+from batchllm.scheduler.decision import Decision
 from batchllm.scheduler.stall_free import StallFree, Work
 from batchllm.scheduler.step_time import StepLoad
 from batchllm.srt.managers.live_view import free_kv_tokens, step_budget
@@ -32,13 +33,15 @@ class PrefillShare:
     Attributes:
         live: Live requests to start, in order.
         num_tokens: Prompt tokens of all.
-        num_planned_tokens: Of planned requests.
+        num_planned_tokens: Most of planned requests.
+        decision: Planned requests to start; None while nobody has decided.
         is_live_only: A planned request that has lost its place may not have it back in the same step.
     """
 
     live: list[Any] = field(default_factory=list)
     num_tokens: int = 0
     num_planned_tokens: int = 0
+    decision: Decision | None = None
     is_live_only: bool = False
 
 
@@ -99,32 +102,45 @@ class Coserving:
             self._last_end = self._clock.mark()
         return self.aside.bring_back(running_batch)
 
-    def compose(self, running_batch: Any) -> PrefillShare:
+    def compose(self, running_batch: Any, *, may_prefill: bool = True) -> PrefillShare:
         """Choose the prompt tokens of the coming step, and put rows aside that it has no time for.
 
         Args:
             running_batch: All rows that decode, none of them aside.
+            may_prefill: Whether the step may compute prompts.
         """
         scheduler = self._scheduler
         fixed, movable = _by_whether_they_move(running_batch.reqs)
         work = self._work(running_batch, fixed, movable)
         scheduler.is_mixed_chunk = work.mixes
         max_tokens = step_budget(scheduler, running_batch.reqs)
-        share = PrefillShare()
-        has_decode_turn = self._last_was_prefill and not work.mixes and work.live.num_decode_rows > 0
-        num_live_tokens = 0 if has_decode_turn else min(self._stall_free.live_tokens(work), max_tokens)
+        share = PrefillShare(decision=Decision())
+        if self._last_was_prefill and not work.mixes and work.live.num_decode_rows > 0:
+            may_prefill = False  # it is the live rows' turn
+        num_live_tokens = min(self._stall_free.live_tokens(work), max_tokens) if may_prefill else 0
         if num_live_tokens:
             num_live_tokens = self._choose_live(share, len(running_batch.reqs), num_live_tokens)
-        num_rows, num_planned = self._stall_free.planned(work, num_live_tokens)
-        if share.is_live_only:
-            share.num_tokens = num_live_tokens
-        elif not has_decode_turn:
-            share.num_planned_tokens = min(num_planned, max_tokens - num_live_tokens)
-            share.num_tokens = num_live_tokens + share.num_planned_tokens
-        if isinstance(scheduler.chunked_req, PlannedReq):
-            scheduler.chunked_req.piece_tokens = share.num_planned_tokens
+        share.num_tokens = num_live_tokens
+        num_planned_tokens = 0
+        if may_prefill and not share.is_live_only:
+            budget = min(self._stall_free.planned_tokens(work, num_live_tokens), max_tokens - num_live_tokens)
+            num_planned_tokens = self._choose_planned(share, running_batch, budget)
+        num_rows = self._stall_free.planned_rows(work, num_live_tokens, num_planned_tokens)
         self.aside.put(running_batch, set(movable[num_rows:]))
         return share
+
+    def _choose_planned(self, share: PrefillShare, running_batch: Any, budget: int) -> int:
+        """Take planned requests for so many prompt tokens; returns how many there are to compute."""
+        scheduler = self._scheduler
+        chunked = scheduler.chunked_req
+        share.num_planned_tokens = budget
+        share.num_tokens += budget
+        share.decision = scheduler.prefill.decide(running_batch, budget, share.live)
+        num_tokens = sum(admission.num_tokens for admission in share.decision.admissions)
+        if isinstance(chunked, PlannedReq):
+            chunked.piece_tokens = budget
+            num_tokens += min(budget, int(chunked.seqlen - len(chunked.prefix_indices)))
+        return num_tokens
 
     def _work(self, running_batch: Any, fixed: list[Any], movable: list[Any]) -> Work:
         scheduler = self._scheduler

@@ -60,7 +60,7 @@ class PrefillPass:
             if window:
                 self._turns.wait()
             if self._scheduler.coserving is not None:
-                self._share(running_batch)  # for its rows
+                self._scheduler.coserving.compose(running_batch, may_prefill=False)  # for its rows
             return _nothing(running_batch)
         share = self._share(running_batch)
         if share.num_tokens == 0:
@@ -69,7 +69,9 @@ class PrefillPass:
         if not live or not window:
             self._turns.reset()
         is_planned_turn = self._turns.is_planned
-        decision = self._decide(running_batch, share.num_planned_tokens, live)
+        decision = share.decision
+        if decision is None:
+            decision = self.decide(running_batch, share.num_planned_tokens, live)
         if is_planned_turn and decision.lacks_room:
             self._turns.wait()
             live = []  # what becomes free is for the plan
@@ -129,7 +131,14 @@ class PrefillPass:
             )
         )
 
-    def _decide(self, running_batch: Any, budget: int, live: list[Any]) -> Decision:
+    def decide(self, running_batch: Any, budget: int, live: list[Any]) -> Decision:
+        """Planned requests to start in the coming step.
+
+        Args:
+            running_batch: The rows that decode; those that are aside are counted too.
+            budget: Prompt tokens that the step may compute of planned requests, one in pieces included.
+            live: Live requests that start in it.
+        """
         scheduler = self._scheduler
         num_running = len(running_batch.reqs)
         live_lacks_room = live and num_running and running_batch.batch_is_full
