@@ -24,7 +24,7 @@ from batchllm.srt.server_args import AUTO_TBT
 
 AUTO_FACTOR = 5
 """``--max-tbt-ms auto`` is so many decode steps: Sarathi-Serve's strict bound (arXiv 2403.02310, section 5.1)."""
-_NUM_DECODE_STEPS = 8
+_NUM_DECODE_STEPS = 16
 _NUM_ROWS, _ROW_LEN = 8, 128  # of the decode steps that are counted: some people at once
 _SHARES = (1, 4, 1)  # of the longest prompt; the first is not counted, since it loads what the others use
 
@@ -69,8 +69,8 @@ def _measure(scheduler: Any, model: StepTimeModel) -> float:
         model.observe(load, seconds, is_bounded=False)
     decode_s = [seconds for load, seconds in steps if not load.num_prefill_tokens]
     scheduler.metrics = metrics
-    # The lower quartile: what else starts at the same time slows some of them down.
-    return statistics.quantiles(decode_s)[0]
+    # The lowest tenth: what else starts at the same time slows some of them down.
+    return statistics.quantiles(decode_s, n=10)[0]
 
 
 def _run_prompts(scheduler: Any, num_rows: int, num_tokens: int, seed: int) -> list[tuple[StepLoad, float]]:
