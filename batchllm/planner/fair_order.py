@@ -53,7 +53,7 @@ def fair_order(
 ) -> FairPlan:
     """The same requests, so ordered that no owner is left far behind. Validated.
 
-    Linear in requests and owners for each quantum tried, of which there are at most log2(cost of all / quantum) + 2.
+    Takes time in proportion to requests x owners for each quantum tried; at most log2(cost of all / quantum) + 2 are.
 
     Args:
         plan: In the order that serves reuse; returned itself where one owner has all, or nothing is to move.

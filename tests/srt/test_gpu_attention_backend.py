@@ -125,6 +125,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def init(self: Any, runner: Any) -> None:
         self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
         self.req_to_token, self.device = runner.req_to_token_pool.req_to_token, "cpu"
+        self.num_head, self.num_kv_head, self.v_head_dim = _HEADS, _KV_HEADS, _HEAD_DIM
         self.use_mla = self.enable_deterministic = self.use_sliding_window_kv_pool = False
         self.dcp_size, self._translate_kv_loc = 1, None
 

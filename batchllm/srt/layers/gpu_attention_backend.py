@@ -31,7 +31,7 @@ from sglang.srt.utils import is_flashinfer_available
 from triton.runtime.errors import OutOfResources
 
 from batchllm.attention.base import LayerShape
-from batchllm.attention.dispatch import Dispatcher
+from batchllm.attention.dispatch import Dispatcher, table_key
 from batchllm.attention.flashinfer_shared import FlashInferSharedAttention
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.triton_shared import SharedAttention
@@ -91,7 +91,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         is_cuda = torch.device(self.device).type == "cuda"
         has_cascade = is_cuda and is_flashinfer_available() and model_runner.dtype in (torch.float16, torch.bfloat16)
         device_name = torch.cuda.get_device_name(self.device) if is_cuda else str(self.device)
-        self.dispatcher = Dispatcher(device_name, has_cascade=has_cascade)
+        heads = (self.num_head, self.num_kv_head, self.v_head_dim, model_runner.dtype)
+        self.dispatcher = Dispatcher(table_key(device_name, *heads), has_cascade=has_cascade)
         self._has_fallen_back = False
         # What failed on this device, by path and shape; not tried again.
         self._failed: set[tuple[Kind, LayerShape]] = set()
@@ -359,11 +360,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         if layer.xai_temperature_len > 0:
             return "a temperature by position"
         head_dim = layer.head_dim
-        if (
-            not 16 <= head_dim <= _MAX_HEAD_DIM
-            or head_dim & (head_dim - 1)
-            or layer.tp_q_head_num % layer.tp_k_head_num
-        ):
+        is_power_of_two = not head_dim & (head_dim - 1)
+        if layer.tp_q_head_num % layer.tp_k_head_num or not (is_power_of_two and 16 <= head_dim <= _MAX_HEAD_DIM):
             return f"{layer.tp_q_head_num} query heads for {layer.tp_k_head_num} KV heads of {head_dim} elements"
         if key_buffer.shape[1:] != (layer.tp_k_head_num, head_dim):
             return f"a KV buffer of {tuple(key_buffer.shape)}"
