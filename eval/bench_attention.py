@@ -47,7 +47,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A made-up step; fields as of `batchllm.attention.tuner.made_up_step`."""
+    """A made-up step; fields as of `tile_tuner.made_up_step`."""
 
     name: str
     levels: Sequence[tuple[int, int]]
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def tune_cuda(heads: Heads) -> None:
-    from batchllm.attention.tuner import tune
+    from tile_tuner import tune
 
     device = torch.device("cuda", torch.cuda.current_device())
     tune(device, heads.num_heads, heads.num_kv_heads, heads.head_dim, heads.dtype, report=print)
@@ -170,7 +170,7 @@ def write_table_cuda(heads: Heads, num_layers: int, path: Path) -> None:
 
 
 def _make_step(heads: Heads, workload: Workload) -> Step:
-    from batchllm.attention.tuner import made_up_step
+    from tile_tuner import made_up_step
 
     layout, table, num_slots = made_up_step(
         workload.levels, workload.readers_per_leaf, workload.private_len, workload.query_len
@@ -183,7 +183,7 @@ def _make_step(heads: Heads, workload: Workload) -> Step:
 
 def _measure_cuda(engine: str, step: Step) -> dict[str, Any]:
     """Time, bandwidth and error of one kernel; ``failed`` in their place where it does not run."""
-    from batchllm.attention.tuner import time_ms
+    from tile_tuner import time_ms
 
     try:
         plan, launch, num_tokens = CUDA_ENGINES[engine](step)
@@ -225,7 +225,7 @@ def _host_ms(plan: Callable[[], object]) -> float:
 
 def _copy_gbps() -> float:
     """Bytes read and written by a copy within the card's memory, per nanosecond."""
-    from batchllm.attention.tuner import time_ms
+    from tile_tuner import time_ms
 
     source = torch.empty(2 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)

@@ -13,7 +13,7 @@ _MAX_FILE_LINES, _MAX_FUNCTION_LINES = 400, 60
 
 @pytest.mark.parametrize("path", sorted(_PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(_PACKAGE)))
 def test_a_file_and_its_functions_are_short(path: Path) -> None:
-    """A function's lines are those of its body without its docstring. Triton's kernels, a name a line, may be longer."""
+    """Of a function the body counts, without its docstring. Kernels of Triton, a name a line, may be longer."""
     source = path.read_text()
     assert len(source.splitlines()) <= _MAX_FILE_LINES
     functions = [

@@ -2,7 +2,7 @@
 
 Knows: devices by name and compute capability, shapes of heads. Must not know: layouts, kernels.
 Invariant: a tuned choice is used only on the device name, head shape, dtype and versions that it was timed with;
-nothing is timed here (`tuner.py` does, when it is called, and never inside a graph capture).
+nothing is timed here (`eval/tile_tuner.py` does).
 """
 
 from __future__ import annotations

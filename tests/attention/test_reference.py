@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchllm.attention.reference import attention, attention_parts, shared_attention
-from batchllm.attention.tolerance import TOLERANCES, check_close
 from tests.attention.cases import CASES, Case, make_case
+from tests.attention.tolerance import TOLERANCES, check_close
 
 
 def _fields(case: Case) -> tuple[object, ...]:

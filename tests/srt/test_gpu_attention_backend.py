@@ -24,7 +24,6 @@ from triton.runtime.errors import OutOfResources
 from batchllm.attention import reference
 from batchllm.attention.base import LayerShape
 from batchllm.attention.dispatch import Dispatcher
-from batchllm.attention.tolerance import check_close
 from batchllm.attention.triton_shared import SharedAttention
 from batchllm.errors import LayoutError
 from batchllm.prefix_cache.pin_ledger import PinLedger
@@ -32,6 +31,7 @@ from batchllm.srt.layers import gpu_attention_backend
 from batchllm.srt.layers.gpu_attention_backend import SharedGpuAttnBackend
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
 from tests.attention.test_triton import interpreter  # noqa: F401 - a fixture, for every test of this file
+from tests.attention.tolerance import check_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
