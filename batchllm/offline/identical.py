@@ -15,8 +15,8 @@ import numpy.typing as npt
 import xxhash
 
 from batchllm.request import SamplingParams
+from batchllm.tokens import Int64Array
 
-Int64Array = npt.NDArray[np.int64]
 _HASH_BYTES = 16
 
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import numpy as np
 
-from batchllm.offline.job_rows import Int64Array, JobRows
+from batchllm.offline.job_rows import JobRows
 from batchllm.offline.joint_plan import Part
 from batchllm.offline.runtime import Runtime
 from batchllm.offline.stats import JobStats
 from batchllm.planner import PrefixSummary
 from batchllm.request import Completion
+from batchllm.tokens import Int64Array
 from batchllm.trace.steps import StepArray
 
 if TYPE_CHECKING:

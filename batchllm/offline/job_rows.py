@@ -38,13 +38,12 @@ from batchllm.offline.namespaces import Namespace
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import GRAMMARS, Request, SamplingParams
-from batchllm.tokens import TokenTable
+from batchllm.tokens import Int64Array, TokenTable
 
 ENCODE_SLICE = 1024
 """Requests that are tokenized at once: enough for the tokenizer to work in bulk, few enough to hold."""
 
 NO_SEED = -(1 << 63)
-Int64Array = npt.NDArray[np.int64]
 
 UNLIMITED = RuntimeInfo(
     model_name="",

@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from batchllm.offline.job_rows import Int64Array, JobRows, Samples
+from batchllm.offline.job_rows import JobRows, Samples
 from batchllm.offline.namespaces import Namespace, adapter_numbers
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.planner import GroupOrder, PrefixSummary, largest_prefixes, plan_batch
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.run import PlannedRun, RunCutter, copy_runs
 from batchllm.request import SamplingParams
-from batchllm.tokens import TokenTable
-
-Int32Array = npt.NDArray[np.int32]
+from batchllm.tokens import Int32Array, Int64Array, TokenTable
 
 _QUANTUM_POOLS = 2
 """KV pools' worth of tokens that one job may be served ahead of another."""

@@ -20,7 +20,6 @@ import numpy as np
 
 from batchllm.dataset import BadRow, Row, reject
 from batchllm.errors import EngineDiedError, EngineError, RowError, WorkloadError
-from batchllm.offline.answers import Answers
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.ingest import Ingest, Intake
 from batchllm.offline.job import Job, JobMaker
@@ -28,7 +27,7 @@ from batchllm.offline.job_rows import JobRows
 from batchllm.offline.jobs import single_job
 from batchllm.offline.journal import Journal
 from batchllm.offline.progress import Progress
-from batchllm.offline.recorder import Recorder
+from batchllm.offline.recorder import Answers, Recorder
 from batchllm.offline.recovery import RestartLimit, Work, WorkQueue
 from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.runtime import Runtime, RuntimeInfo

@@ -14,7 +14,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from batchllm.attention import check_layout
-from batchllm.attention.tile_config import TileConfig, cache_path, default_config, load_config, save_config
+from batchllm.attention.tile_config import TileConfig, cache_path, default_config, load_config
 from batchllm.errors import ConfigError
 from eval import tile_tuner
 
@@ -31,7 +31,7 @@ def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_choice_holds_for_its_device_heads_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
+    path = tile_tuner.save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
     assert path.parts[-3:] == ("batchllm", "attention", "nvidia-h200.json")
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == _TUNED
     default = default_config((9, 0), 128, torch.bfloat16)
@@ -43,8 +43,8 @@ def test_a_choice_holds_for_its_device_heads_and_dtype(monkeypatch: pytest.Monke
 
 
 def test_other_choices_stay() -> None:
-    save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
-    path = save_config(_CUDA, 28, 4, 128, torch.bfloat16, default_config((9, 0), 128, torch.bfloat16))
+    tile_tuner.save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
+    path = tile_tuner.save_config(_CUDA, 28, 4, 128, torch.bfloat16, default_config((9, 0), 128, torch.bfloat16))
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == _TUNED
     assert len(json.loads(path.read_text())) == 2
     assert list(path.parent.iterdir()) == [path]
@@ -52,7 +52,7 @@ def test_other_choices_stay() -> None:
 
 @pytest.mark.parametrize("content", ["[", '{"KEY": {"block_n": 32}}'])
 def test_a_broken_file_is_named(content: str) -> None:
-    path = save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
+    path = tile_tuner.save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
     key = next(iter(json.loads(path.read_text())))
     path.write_text(content.replace("KEY", key))
     with pytest.raises(ConfigError, match=str(cache_path(_CUDA))):

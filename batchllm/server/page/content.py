@@ -110,7 +110,7 @@ class PageContent:
         steps = recent_steps(numbers.steps(), now_s)
         latency = numbers.latency
         return {
-            "reuse": view.reuse_of_all(numbers.job_stats()),
+            "reuse": view.reuse_of(numbers.job_stats(), "since the start"),
             "charts": draw_charts(steps, numbers.kv_limit_tokens),
             "step_mix": view.view_step_mix(steps),
             "latency": [

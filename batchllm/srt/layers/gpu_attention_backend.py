@@ -36,8 +36,9 @@ from batchllm.attention.flashinfer_shared import FlashInferSharedAttention
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.triton_shared import SharedAttention
 from batchllm.errors import ConfigError
-from batchllm.srt.layers.step_layout import Int32Array, SharesPrefixes, StepPlanner, why_unsupported
+from batchllm.srt.layers.step_layout import SharesPrefixes, StepPlanner, why_unsupported
 from batchllm.srt.server_args import ATTENTION_BACKEND
+from batchllm.tokens import Int32Array
 
 logger = logging.getLogger(__name__)
 

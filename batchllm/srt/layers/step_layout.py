@@ -8,14 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
 
 from batchllm.attention.layout import AttentionLayout, check_layout, plan_layout
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
-
-Int32Array = npt.NDArray[np.int32]
+from batchllm.tokens import Int32Array
 
 
 class StepPlanner:
