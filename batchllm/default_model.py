@@ -108,14 +108,14 @@ class _Gains:
     Amplifying alone would reach as far only where it also amplifies rounding errors.
 
     Attributes:
-        embedding: Of an embedding itself.
-        first_query_key: Of queries and of keys in the first layer.
-        first_attention_output: Of what attention adds to the residual stream in the first layer.
-        query_key: Of queries and of keys in the other layers.
-        attention_output: Of what attention adds in the other layers.
-        value: Of values.
-        mlp_input: Of both MLP branches.
-        mlp_output: Of what an MLP adds to the residual stream. Low, and answers repeat themselves.
+        embedding: Root mean square of an embedding itself.
+        first_query_key: Factor of queries and of keys in the first layer.
+        first_attention_output: Factor of what attention adds to the residual stream in the first layer.
+        query_key: Factor of queries and of keys in the other layers.
+        attention_output: Factor of what attention adds in the other layers.
+        value: Factor of values.
+        mlp_input: Factor of both MLP branches.
+        mlp_output: Factor of what an MLP adds to the residual stream. If it is low, answers repeat themselves.
         logits: Standard deviation of the logits.
     """
 
@@ -150,7 +150,7 @@ def cached_model_path(shape: RandomModelShape, seed: int = 0) -> str:
 
     Args:
         shape: Sizes of the model.
-        seed: Of its weights.
+        seed: Seed of the weights.
 
     Returns:
         ``$XDG_CACHE_HOME/batchllm/models/<name>-<version>``, below ``~/.cache`` if that is unset.
@@ -182,7 +182,7 @@ def build_model(path: str | os.PathLike[str], shape: RandomModelShape = DEFAULT,
     Args:
         path: Folder to write; made if absent.
         shape: Sizes of the model.
-        seed: Of its weights.
+        seed: Seed of the weights.
     """
     from safetensors.numpy import save_file
 

@@ -49,7 +49,7 @@ class Choice:
     Attributes:
         path: ``shared``, ``cascade`` or ``plain``.
         reason: One of a few phrases, so that steps can be counted by it.
-        saved_share: Of the KV tokens that a step reads if nothing is shared, how many sharing saves; 0 to 1.
+        saved_share: Share of the KV reads of a step that sharing saves; 0 to 1.
         group_size: Readers of a shared token, on average over the reads that sharing saves.
         shared_len: Tokens that a reader has in segments, on average over the same.
     """

@@ -29,7 +29,7 @@ def attention(
             ``h // (num_heads // num_kv_heads)``.
         v_cache: [num_slots, num_kv_heads, head_dim].
         table: int32[rows, positions] KV slots.
-        layout: Of the step.
+        layout: The step.
         scale: What query-key products are multiplied with.
         logit_cap: ``cap * tanh(score / cap)`` of each scaled score; 0: none.
         window: Tokens that a token sees, itself included; 0: all before it.
@@ -51,7 +51,7 @@ def _tokens_of(layout: AttentionLayout, sequence: int) -> torch.Tensor:
 
 
 def _positions_of(layout: AttentionLayout, sequence: int) -> torch.Tensor:
-    """Of the query tokens of a sequence, in it."""
+    """Positions of a sequence's query tokens in the sequence."""
     kv_len = int(layout.kv_len[sequence])
     return torch.arange(kv_len - len(_tokens_of(layout, sequence)), kv_len)
 
@@ -74,7 +74,7 @@ def _attend(
         v: [m, num_kv_heads, head_dim].
         seen: bool[n, m].
         scale: What query-key products are multiplied with.
-        logit_cap: As of `attention`.
+        logit_cap: See `attention`.
 
     Returns:
         Output [n, num_heads, head_dim] and log-sum-exp [n, num_heads].

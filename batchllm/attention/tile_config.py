@@ -31,8 +31,8 @@ class TileConfig:
         block_n: KV tokens read at a time; a power of two from 16 on.
         min_split: KV ranges are not cut into splits shorter than this.
         tiles_per_program: Ranges are cut until each program has about so many tiles.
-        programs_per_processor: Of the fixed grid, per streaming multiprocessor.
-        num_warps: Of a program.
+        programs_per_processor: Programs of the fixed grid for each streaming multiprocessor.
+        num_warps: Warps of a program.
         num_stages: KV blocks in flight in a program.
         merge_slots: Partial results that the reduction reads at a time; a power of two.
     """

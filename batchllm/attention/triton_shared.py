@@ -45,7 +45,7 @@ class SharedAttention:
 
     Attributes:
         config: Tile sizes; fixed, as a graph holds kernels of these sizes.
-        work_list: Of the last planned step.
+        work_list: Tiles of the step that was planned last.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from batchllm.offline.running_plan import Delivery
 
 TICK_S = 0.1
-"""A job that hears nothing for so long says so, for whoever has something else to do meanwhile."""
+"""A job that hears nothing for so long yields nothing once, so that its caller can do something else."""
 
 _MAX_UNREAD = 100_000
 """Finished samples of a job that nobody has taken yet; beyond it nothing more is submitted of any job in its plan."""
@@ -50,8 +50,8 @@ class FinishedSamples:
         samples: Which of its row's samples each is, from 0.
         completions: Their ``index`` and ``sample`` are still 0.
         optimal_lens: Prompt tokens that an optimal schedule computes for each.
-        num_prompt_tokens: Of these samples.
-        num_output_tokens: Of these samples.
+        num_prompt_tokens: Prompt tokens of these samples.
+        num_output_tokens: Output tokens of these samples.
         num_computed_prompt_tokens: Prompt tokens computed since the last of these, counted in the scheduler.
     """
 
@@ -108,7 +108,7 @@ class Job:
         has_left: It wants no more results.
         num_left: Samples that are not done.
         service: Tokens computed and decoded for it, beginning where it joined.
-        largest_prefixes: Of the first plan that it is in, those that save it most; ``example_row`` is a row's place in
+        largest_prefixes: Prefixes of its first plan that save it most; ``example_row`` is a row's place in
             the input. Empty before that.
     """
 

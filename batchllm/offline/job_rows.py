@@ -102,7 +102,7 @@ class JobRows:
 
     Attributes:
         kinds: Distinct ways to sample, without what each row says for itself: output limit, samples, seed.
-        draws: Of each of ``kinds`` 1 if it needs a seed, else 0.
+        draws: 1 for each of ``kinds`` that needs a seed, else 0.
         all_namespaces: The namespaces, by number.
     """
 
@@ -242,7 +242,7 @@ class JobRows:
         return errors
 
     def _are_in_vocabulary(self, encoded: Sequence[Encoded | RowError]) -> list[bool]:
-        """Of each row whether all of its token ids are the model's, found for all together."""
+        """Whether all token ids of each row are the model's; found for all rows together."""
         rows = [b"" if isinstance(prompt, RowError) else prompt.ids for prompt in encoded]
         lens = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.frombuffer(b"".join(rows), np.int32)

@@ -1,4 +1,4 @@
-"""Jobs that are in progress on one runtime: one plan over the rows of all, made anew when that changes.
+"""Jobs that are in progress on one runtime: one plan over the rows of all, made again when the jobs change.
 
 A job that joins, or leaves early, makes the plan stale. What of it has not started is withdrawn, and all that is left
 of all jobs is planned together and goes on at once, as a new job of the runtime; what runs goes on meanwhile, and its
@@ -163,7 +163,7 @@ class Jobs:
                     await asyncio.sleep(_JOIN_PAUSE_S)
                 self._is_stale = False
                 await self._withdraw_all()
-                # Again where somebody has left meanwhile, whose rows must not run.
+                # Again if a job has left meanwhile: its rows must not run.
                 while jobs := [job for job in self._jobs if job.has_waiting and job.is_admitting]:
                     if await self._plan(jobs) is not None:
                         break

@@ -33,12 +33,12 @@ class Part:
     """What one job has in a plan.
 
     Attributes:
-        rows: Its rows.
-        samples: Its samples.
-        table: Their prompts.
+        rows: Rows of the job.
+        samples: Samples of the job.
+        table: Prompts of the samples.
         left: Which of them are to be planned, ascending; None for all.
         service: Tokens computed and decoded for it so far.
-        wants_prefixes: Nobody has told it yet which prefixes save it most.
+        wants_prefixes: Whether the job does not know yet which prefixes save it most.
     """
 
     rows: JobRows

@@ -62,7 +62,7 @@ class Runner:
         start_engine: Starts what answers; called again after a death.
         journal: Has the results of earlier runs.
         recorder: Takes the results.
-        progress: Told what goes on.
+        progress: Shows how far the job is.
         stop: Asked whether to stop.
         folder: For what does not fit in memory.
         options: How to run it.
@@ -70,7 +70,7 @@ class Runner:
 
     Attributes:
         runtime: The engine of the moment; None before the first has started.
-        info: Its numbers.
+        info: Numbers of that engine.
         restarts: Counts engines that died.
         stats: What this run has cost.
         steps: What each forward step was like, where that is kept.

@@ -28,7 +28,7 @@ class Delivery:
     Attributes:
         part: Number of the part.
         samples: Samples answered, by their number in the job. int64[num_answers].
-        completions: Their answers.
+        completions: Answers of these samples.
         optimal_lens: Prompt tokens that an optimal schedule computes for each.
         withdrawn: Samples that have not run.
         stats: What the message says that the part has cost.

@@ -43,9 +43,9 @@ class TokenMemory:
         max_jobs: Most jobs at once.
 
     Attributes:
-        max_shard_bytes: Of a job that is not whole in memory.
-        num_bytes: Taken now by jobs that are.
-        peak_bytes: Most that was taken at once.
+        max_shard_bytes: Most bytes of a job that is not whole in memory.
+        num_bytes: Bytes taken now by jobs that are whole in memory.
+        peak_bytes: Most bytes that were taken at once.
     """
 
     def __init__(self, max_bytes: int, max_jobs: int) -> None:

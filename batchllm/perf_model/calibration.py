@@ -69,7 +69,7 @@ class Fit:
     """A cost model fitted to measured steps, and how well it fits them.
 
     Attributes:
-        cost_model: With the fitted coefficients.
+        cost_model: The model, with the fitted coefficients.
         median_relative_error: Median over the samples of |predicted - measured| / measured.
         p90_relative_error: 90th percentile of the same.
         num_samples: Steps fitted to.
@@ -140,7 +140,7 @@ def samples_of(steps: StepArray) -> list[tuple[StepWork, float]]:
     """The work of each step of a run, and its seconds; without the first ones, in which a process warms up.
 
     Args:
-        steps: Of a `batchllm.trace.StepTrace`.
+        steps: Steps of a `batchllm.trace.StepTrace`.
     """
     samples = []
     for step in steps[len(steps) // _WARM_UP_SHARE :]:

@@ -36,7 +36,7 @@ class ModelShape:
     """Sizes of a model.
 
     Attributes:
-        name: Its name.
+        name: Name of the model.
         num_layers: Transformer layers.
         hidden_size: Width of the residual stream.
         num_heads: Query heads of a layer.

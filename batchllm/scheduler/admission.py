@@ -175,7 +175,7 @@ class OpenPrefixes:
 
         Args:
             prefix_ids: Prefixes to open, none of them open yet, outermost first.
-            ledger: Their sizes.
+            ledger: Knows the sizes of prefixes.
             longest_beside: KV slots of the longest request that runs or was left behind, 0 without one.
             any_behind: Whether any was left behind.
             kv_limit_tokens: Slots that may be used; at least the `footprint` of every request.

@@ -30,10 +30,10 @@ class BatchCosts:
 
     Attributes:
         is_whole: All that has run of it has run here.
-        stats: Its counts; tokens are counted as computed before their rows are answered.
+        stats: Counts of the batch; tokens are counted as computed before their rows are answered.
         failed_by_code: Rows that have failed for each reason.
         first_failed: The first few of them.
-        largest_prefixes: Of its plan, those that save most.
+        largest_prefixes: Prefixes of its plan that save most.
     """
 
     is_whole: bool
@@ -56,7 +56,7 @@ class _Batch:
         return self.stats if self.job is None else self.stats + self.job.stats
 
     def all_prefixes(self) -> Sequence[PrefixSummary]:
-        """Of the plan that saves most: parts of a batch, and what an engine's death has left, are planned again."""
+        """Prefixes of the plan that saves most. A batch has several plans if it was planned in parts or again."""
         new = () if self.job is None else self.job.largest_prefixes
         return max(self.prefixes, new, key=lambda prefixes: sum(prefix.saved_tokens for prefix in prefixes))
 

@@ -25,10 +25,10 @@ class BatchProgress(Progress):
 
     Args:
         store: Has the record.
-        batch_id: Whose.
+        batch_id: The batch.
         num_answered: Rows answered by earlier runs.
         num_failed: Rows failed in earlier runs.
-        metrics: Also told, where there are any.
+        metrics: Counts the rows too, unless None.
     """
 
     def __init__(

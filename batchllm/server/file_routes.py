@@ -68,7 +68,7 @@ class FileRoutes:
     Args:
         database: Has the records.
         files: The files.
-        keys: Of requests that were sent before.
+        keys: Keys of requests that were sent before.
         options: Limits.
         check_open: Called first; raises where nothing is served.
         metrics: Gives the metrics, once there are any.

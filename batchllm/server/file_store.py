@@ -147,7 +147,7 @@ class FileStore:
             self.path(file_id).unlink(missing_ok=True)
 
     def num_bytes(self) -> int:
-        """Of all files together."""
+        """Bytes of all files together."""
         return int(self._database.query("SELECT coalesce(sum(num_bytes), 0) FROM file")[0][0])
 
     def path(self, file_id: str) -> Path:

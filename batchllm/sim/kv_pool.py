@@ -185,8 +185,8 @@ class Outcome:
     """What a simulated scheduler hands back.
 
     Attributes:
-        recorder: Its steps.
-        columns: Its requests, all finished.
+        recorder: The steps that it has run.
+        columns: The requests, all finished.
         predictions: Learned output lengths against true ones.
     """
 

@@ -227,9 +227,9 @@ def damaged(path: Path, detail: str) -> JournalError:
 
 
 def _count_wal_frames(folder: Path) -> int:
-    """Pages in SQLite's log that were written since it last began anew, whether or not their commit was completed.
+    """Pages in SQLite's log that were written since it was last restarted, whether or not their commit was completed.
 
-    To be asked before the journal is opened: SQLite drops a commit that was cut off, and says nothing.
+    Call it before the journal is opened: SQLite drops a commit that was cut off, and says nothing.
     """
     try:
         with wal_path(folder).open("rb") as stream:

@@ -70,9 +70,9 @@ class _Step:
     """The step that was prepared last.
 
     Attributes:
-        kind: As of `Dispatcher`; ``graph`` is `SharedAttention` in a CUDA graph, ``plain`` is SGLang's own code.
+        kind: A path of `Dispatcher`; ``graph`` is `SharedAttention` in a CUDA graph, ``plain`` is SGLang's own code.
         layout: None if the step is of a kind that is not planned.
-        num_rows: Of the CUDA graph, padding included; else of the layout.
+        num_rows: Rows of the CUDA graph, padding included; without one, rows of the layout.
     """
 
     kind: Kind = "plain"
@@ -382,7 +382,7 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
 
 
 def create(model_runner: Any) -> SharedGpuAttnBackend:
-    """As upstream's ``create_triton_backend``."""
+    """Make the backend, as upstream's ``create_triton_backend`` does."""
     if model_runner.model_config.is_encoder_decoder:
         raise ValueError(f"attention backend {ATTENTION_BACKEND} has no cross attention; use flashinfer")
     return SharedGpuAttnBackend(model_runner)

@@ -20,8 +20,8 @@ class StepPlanner:
     """Plans steps; knows which rows were checked last.
 
     Args:
-        min_segment_len: As of `plan_layout`.
-        max_nested_segments: As of `plan_layout`.
+        min_segment_len: See `plan_layout`.
+        max_nested_segments: See `plan_layout`.
 
     Attributes:
         prefixes: What rows share; nothing until it is set.
@@ -60,7 +60,7 @@ class StepPlanner:
         """Check a layout against the table if anything is shared and other rows came together than at the last check.
 
         Args:
-            layout: Of this step.
+            layout: The layout of this step.
             read_table: Gives the request-to-token table, on the host.
 
         Raises:

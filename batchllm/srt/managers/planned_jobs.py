@@ -75,5 +75,5 @@ class PlannedJobs:
         return self._jobs[job_id].counters
 
     def all_counters(self) -> list[JobCounters]:
-        """Of every job."""
+        """Counters of every job."""
         return [job.counters for job in self._jobs.values()]

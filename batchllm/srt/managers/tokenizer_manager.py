@@ -59,7 +59,7 @@ class BatchTokenizerManager(TokenizerManager):
         self._death: EngineDiedError | None = None
         self.live_latency = LiveLatency()
         self.num_planned_answers = 0
-        """Of all jobs so far."""
+        """Requests of all jobs answered so far."""
         self.has_given_weights = False
         """Whether weights were given at run time that no file has."""
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
@@ -194,7 +194,7 @@ class BatchTokenizerManager(TokenizerManager):
         return self._why_no_weights() or self._note_weights(await super().update_weights_from_ipc(obj, request))
 
     def _why_no_weights(self) -> tuple[bool, str] | None:
-        """What is said to whoever gives other weights while a batch runs: one model answers all of it."""
+        """The answer to an update of weights while a batch runs, which one model must answer; None if none runs."""
         if not self._planned_outputs:
             return None
         return False, "a batch runs with the weights that are loaded; load others when it has ended, or cancel it"
@@ -323,7 +323,7 @@ class ManagedRuntime:
 
 
 def _sampling_kwargs(params: SamplingParams) -> dict[str, Any]:
-    """As keyword arguments of SGLang's ``SamplingParams``."""
+    """Keyword arguments of SGLang's ``SamplingParams``."""
     return {
         "max_new_tokens": params.max_new_tokens,
         "min_new_tokens": params.min_new_tokens,

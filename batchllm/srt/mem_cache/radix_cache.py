@@ -347,7 +347,7 @@ class PlannedRadixCache(RadixCache):
         return node
 
     def check_integrity(self) -> None:
-        """State every invariant of ledger and pins; dear, for tests and debugging.
+        """Check every invariant of ledger and pins; expensive, for tests and debugging.
 
         Raises:
             AssertionError: Naming the prefix that breaks one.
