@@ -202,7 +202,8 @@ def _joined_table(parts: Sequence[Part]) -> TokenTable:
     first = 0
     for part in parts:
         last = first + len(part)
-        copy_runs(part.table.tokens, part.table.offsets[:-1][_chosen(part)], tokens, offsets[first : last + 1])
+        starts, ends = part.table.offsets[:-1][_chosen(part)], part.table.offsets[1:][_chosen(part)]
+        copy_runs(part.table.tokens, starts, ends, tokens, offsets[first:last])
         first = last
     return TokenTable(tokens=tokens, offsets=offsets)
 
