@@ -326,12 +326,12 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
     return requests, rejected
 
 
-def _check_ids(name: str, value: Any) -> Any:
+def _ids_of(name: str, value: Any) -> Any:
     value = as_list(value)
     return token_ids(name, value if isinstance(value, list) else list(value))
 
 
-def _check_messages(name: str, value: Any) -> Any:
+def _messages_of(name: str, value: Any) -> Any:
     messages = check_messages(value)
     whole_texts(name, messages)  # what is read from JSON is whole anyway
     return messages
@@ -339,8 +339,8 @@ def _check_messages(name: str, value: Any) -> Any:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": check_text,
-    "input_ids": _check_ids,
-    "messages": _check_messages,
+    "input_ids": _ids_of,
+    "messages": _messages_of,
 }
 
 

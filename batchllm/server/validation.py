@@ -76,7 +76,7 @@ def validate(path: Path, *, endpoint: str, max_rows: int, keep_on: Callable[[], 
                     break
                 given_id: str | None = None
                 try:
-                    given_id = _check_line(record, endpoint)
+                    given_id = _id_of(record, endpoint)
                 except RowError as error:
                     verdict.add(error, line)
                 ids.append(given_id)
@@ -96,7 +96,7 @@ def validate(path: Path, *, endpoint: str, max_rows: int, keep_on: Callable[[], 
     return verdict
 
 
-def _check_line(record: dict[str, Any] | BrokenRecord, endpoint: str) -> str:
+def _id_of(record: dict[str, Any] | BrokenRecord, endpoint: str) -> str:
     """The line's id."""
     if isinstance(record, BrokenRecord):
         raise record.error
