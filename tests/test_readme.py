@@ -1,4 +1,4 @@
-"""README's figures stand in the result files that it cites beside them."""
+"""Figures of README and docs stand in the result files that are cited beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[1]
-_CITED = re.compile(r"\]\((eval/results/[^)]+)\)")
+_CITED = re.compile(r"\]\((?:\.\./)?(eval/results/[^)]+)\)")
 _MARKUP = re.compile(r"\]\([^)]*\)|`[^`]*`")
 # Not H100, P99, v1: a figure has no letter before it.
 _FIGURE = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?")
@@ -40,8 +40,9 @@ def _stands_in(figure: str, results: str) -> bool:
 
 
 def _cited() -> list[tuple[str, str]]:
-    """Each figure of README with the file that is cited beside it."""
-    statements = _statements((_ROOT / "README.md").read_text())
+    """Each figure of a document with the file that is cited beside it."""
+    documents = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+    statements = [line for document in documents for line in _statements(document.read_text())]
     return [(figure, path) for line in statements for path in _CITED.findall(line) for figure in _figures(line)]
 
 
