@@ -1,5 +1,5 @@
-"""Attention that reads each shared prefix once a step, as a backend of SGLang for CUDA devices. Runs in the scheduler's
-process.
+"""Attention that reads each shared prefix from memory once a step (`work_list`), as a backend of SGLang for CUDA
+devices. Runs in the scheduler's process.
 
 (Upstream: ``srt/layers/attention/triton_backend.py``, ``base_attn_backend.py``, ``attention_registry.py``,
 ``srt/model_executor/runner/decode_cuda_graph_runner.py``.)
