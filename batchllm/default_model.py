@@ -37,8 +37,8 @@ _MARKER = "complete.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """Sizes of a Llama with an untied output layer.
+class RandomModelShape:
+    """Sizes of a random model, a Llama with an untied output layer.
 
     Attributes:
         name: First part of its folder's name in the cache.
@@ -75,10 +75,10 @@ class ModelShape:
         return layers + 2 * self.vocab_size * self.hidden_size + self.hidden_size
 
 
-DEFAULT = ModelShape()
+DEFAULT = RandomModelShape()
 """5.6M parameters: what runs when no model is named."""
 
-SHAPE_28M = ModelShape(
+SHAPE_28M = RandomModelShape(
     name="28m",
     hidden_size=512,
     num_hidden_layers=8,
@@ -88,7 +88,7 @@ SHAPE_28M = ModelShape(
 )
 """27.8M parameters: enough arithmetic for throughput to mean something on a CPU."""
 
-WIDTH_64 = ModelShape(
+WIDTH_64 = RandomModelShape(
     name="width-64",
     hidden_size=64,
     num_hidden_layers=1,
@@ -108,14 +108,14 @@ class _Gains:
     Amplifying alone would reach as far only where it also amplifies rounding errors.
 
     Attributes:
-        embedding: Of an embedding itself.
-        first_query_key: Of queries and of keys in the first layer.
-        first_attention_output: Of what attention adds to the residual stream in the first layer.
-        query_key: Of queries and of keys in the other layers.
-        attention_output: Of what attention adds in the other layers.
-        value: Of values.
-        mlp_input: Of both MLP branches.
-        mlp_output: Of what an MLP adds to the residual stream. Low, and answers repeat themselves.
+        embedding: Root mean square of an embedding itself.
+        first_query_key: Factor of queries and of keys in the first layer.
+        first_attention_output: Factor of what attention adds to the residual stream in the first layer.
+        query_key: Factor of queries and of keys in the other layers.
+        attention_output: Factor of what attention adds in the other layers.
+        value: Factor of values.
+        mlp_input: Factor of both MLP branches.
+        mlp_output: Factor of what an MLP adds to the residual stream. If it is low, answers repeat themselves.
         logits: Standard deviation of the logits.
     """
 
@@ -142,7 +142,7 @@ def default_model_path() -> str:
     return cached_model_path(DEFAULT)
 
 
-def cached_model_path(shape: ModelShape, seed: int = 0) -> str:
+def cached_model_path(shape: RandomModelShape, seed: int = 0) -> str:
     """Folder of a model in the user's cache; built if it is absent or damaged.
 
     Every file is hashed on every call. Any number of processes may call this at once: one builds,
@@ -150,7 +150,7 @@ def cached_model_path(shape: ModelShape, seed: int = 0) -> str:
 
     Args:
         shape: Sizes of the model.
-        seed: Of its weights.
+        seed: Seed of the weights.
 
     Returns:
         ``$XDG_CACHE_HOME/batchllm/models/<name>-<version>``, below ``~/.cache`` if that is unset.
@@ -176,13 +176,13 @@ def cached_model_path(shape: ModelShape, seed: int = 0) -> str:
     return str(target)
 
 
-def build_model(path: str | os.PathLike[str], shape: ModelShape = DEFAULT, seed: int = 0) -> None:
+def build_model(path: str | os.PathLike[str], shape: RandomModelShape = DEFAULT, seed: int = 0) -> None:
     """Writes a model folder that ``transformers`` and SGLang load. Same arguments, same bytes.
 
     Args:
         path: Folder to write; made if absent.
         shape: Sizes of the model.
-        seed: Of its weights.
+        seed: Seed of the weights.
     """
     from safetensors.numpy import save_file
 
@@ -206,7 +206,7 @@ def _cache_home() -> Path:
 
 
 @functools.cache
-def _version(shape: ModelShape, seed: int) -> str:
+def _version(shape: RandomModelShape, seed: int) -> str:
     recipe = json.dumps([asdict(shape), seed], sort_keys=True).encode()
     return hashlib.sha256(Path(__file__).read_bytes() + recipe).hexdigest()[:12]
 
@@ -231,7 +231,7 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _install(target: Path, shape: ModelShape, seed: int) -> None:
+def _install(target: Path, shape: RandomModelShape, seed: int) -> None:
     """Builds beside the target and renames; the caller holds the target's lock."""
     building = target.with_name(f".{target.name}.building")
     for leftover in (building, target):
@@ -243,7 +243,7 @@ def _install(target: Path, shape: ModelShape, seed: int) -> None:
     building.rename(target)
 
 
-def _config_files(shape: ModelShape) -> dict[str, dict[str, Any]]:
+def _config_files(shape: RandomModelShape) -> dict[str, dict[str, Any]]:
     token_ids = {"bos_token_id": _BOS_ID, "eos_token_id": _EOS_ID, "pad_token_id": _PAD_ID}
     sizes = {name: value for name, value in asdict(shape).items() if name != "name"}
     config = {
@@ -274,7 +274,7 @@ def _config_files(shape: ModelShape) -> dict[str, dict[str, Any]]:
     }
 
 
-def _draw_weights(shape: ModelShape, seed: int, unspoken: list[int]) -> dict[str, Float32Array]:
+def _draw_weights(shape: RandomModelShape, seed: int, unspoken: list[int]) -> dict[str, Float32Array]:
     random = np.random.Generator(np.random.PCG64(seed))
     hidden, inner = shape.hidden_size, shape.intermediate_size
     kv_size = shape.num_key_value_heads * shape.head_dim

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -179,12 +178,7 @@ class BatchEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
 
 
@@ -332,12 +326,12 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
     return requests, rejected
 
 
-def _check_ids(name: str, value: Any) -> Any:
+def _ids_of(name: str, value: Any) -> Any:
     value = as_list(value)
     return token_ids(name, value if isinstance(value, list) else list(value))
 
 
-def _check_messages(name: str, value: Any) -> Any:
+def _messages_of(name: str, value: Any) -> Any:
     messages = check_messages(value)
     whole_texts(name, messages)  # what is read from JSON is whole anyway
     return messages
@@ -345,8 +339,8 @@ def _check_messages(name: str, value: Any) -> Any:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": check_text,
-    "input_ids": _check_ids,
-    "messages": _check_messages,
+    "input_ids": _ids_of,
+    "messages": _messages_of,
 }
 
 

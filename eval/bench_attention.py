@@ -27,7 +27,7 @@ import torch
 
 from batchllm.attention import AttentionLayout, reference
 from batchllm.attention.base import LayerShape
-from batchllm.attention.dispatch import TABLE_PATH, load_table
+from batchllm.attention.dispatch import TABLE_PATH, AttentionPath, fastest, load_table, table_key
 
 Launch = Callable[[], torch.Tensor]
 
@@ -47,7 +47,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A made-up step; fields as of `batchllm.attention.tuner.made_up_step`."""
+    """A made-up step; fields as of `tile_tuner.made_up_step`."""
 
     name: str
     levels: Sequence[tuple[int, int]]
@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--heads", default="32/8/128", help="query heads/KV heads/head_dim")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--layers", type=int, default=32, help="of the model, which share what --table plans once")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--tune", action="store_true", help="time tile sizes first, and keep the best")
     parser.add_argument("--table", nargs="?", const=TABLE_PATH, type=Path, metavar="PATH", help="fill a table instead")
@@ -113,13 +114,13 @@ def main() -> None:
     if args.tune:
         tune_cuda(heads)
     if args.table:
-        write_table_cuda(heads, args.table)
+        write_table_cuda(heads, args.layers, args.table)
         return
     bench_cuda(heads, [workload for workload in WORKLOADS if args.only in workload.name], args.out)
 
 
 def tune_cuda(heads: Heads) -> None:
-    from batchllm.attention.tuner import tune
+    from tile_tuner import tune
 
     device = torch.device("cuda", torch.cuda.current_device())
     tune(device, heads.num_heads, heads.num_kv_heads, heads.head_dim, heads.dtype, report=print)
@@ -143,10 +144,10 @@ def bench_cuda(heads: Heads, workloads: Sequence[Workload], out: str | None) -> 
         sys.exit("A result is wrong, see above.")
 
 
-def write_table_cuda(heads: Heads, path: Path) -> None:
+def write_table_cuda(heads: Heads, num_layers: int, path: Path) -> None:
     """Time groups of every size and length, and write which path is fastest for each."""
     entry: dict[str, Any] = {}
-    paths = {"ours": "shared", _STOCK: "plain", "flashinfer cascade": "cascade"}
+    paths: dict[str, AttentionPath] = {"ours": "shared", _STOCK: "plain", "flashinfer cascade": "cascade"}
     for kind, num_sequences, query_len in (("decode", 256, 1), ("extend", 64, 64)):
         cells = []
         for group_size in _GROUP_SIZES:
@@ -156,18 +157,20 @@ def write_table_cuda(heads: Heads, path: Path) -> None:
                 step = _make_step(heads, Workload("", levels, group_size, 256, query_len))
                 measured = [_measure_cuda(engine, step) for engine in CUDA_ENGINES if engine in paths]
                 right = [m for m in measured if m.get("error", 1.0) <= _MAX_ERROR]
-                fastest = min(right, key=lambda m: float(m["ms"]))
-                cells[-1].append(paths[fastest["engine"]])
+                cells[-1].append(fastest({paths[m["engine"]]: (m["plan_ms"], m["ms"]) for m in right}, num_layers))
                 times = ", ".join(f"{m['engine']} {m.get('ms', m.get('failed'))}" for m in measured)
                 print(f"{kind}, {group_size} readers of {shared_len}: {times}", flush=True)
         entry[kind] = {"group_sizes": _GROUP_SIZES, "shared_lens": _SHARED_LENS, "paths": cells}
-    table = load_table() | {torch.cuda.get_device_name(): entry}
+    measured_on = table_key(
+        torch.cuda.get_device_name(), heads.num_heads, heads.num_kv_heads, heads.head_dim, heads.dtype
+    )
+    table = load_table() | {measured_on: entry}
     path.write_text(json.dumps(table, indent=1) + "\n")
     print(f"written to {path}")
 
 
 def _make_step(heads: Heads, workload: Workload) -> Step:
-    from batchllm.attention.tuner import made_up_step
+    from tile_tuner import made_up_step
 
     layout, table, num_slots = made_up_step(
         workload.levels, workload.readers_per_leaf, workload.private_len, workload.query_len
@@ -180,7 +183,7 @@ def _make_step(heads: Heads, workload: Workload) -> Step:
 
 def _measure_cuda(engine: str, step: Step) -> dict[str, Any]:
     """Time, bandwidth and error of one kernel; ``failed`` in their place where it does not run."""
-    from batchllm.attention.tuner import time_ms
+    from tile_tuner import time_ms
 
     try:
         plan, launch, num_tokens = CUDA_ENGINES[engine](step)
@@ -222,7 +225,7 @@ def _host_ms(plan: Callable[[], object]) -> float:
 
 def _copy_gbps() -> float:
     """Bytes read and written by a copy within the card's memory, per nanosecond."""
-    from batchllm.attention.tuner import time_ms
+    from tile_tuner import time_ms
 
     source = torch.empty(2 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)

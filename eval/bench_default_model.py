@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from batchllm.default_model import DEFAULT, SHAPE_28M, WIDTH_64, ModelShape, cached_model_path
+from batchllm.default_model import DEFAULT, SHAPE_28M, WIDTH_64, RandomModelShape, cached_model_path
 
 _LENGTHS = (16, 128, 512, 1024)
 _POSITIONS = ("first", "middle", "last")
@@ -190,7 +190,7 @@ def _is_within_bounds(cells: Sequence[Cell], answers: Answers) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; exit status 1 if a bound is missed."""
-    shapes: dict[str, ModelShape] = {s.name: s for s in (DEFAULT, SHAPE_28M, WIDTH_64)}
+    shapes: dict[str, RandomModelShape] = {s.name: s for s in (DEFAULT, SHAPE_28M, WIDTH_64)}
     parser = argparse.ArgumentParser(description="What the default model's answers depend on.")
     parser.add_argument("--shape", choices=shapes, default=DEFAULT.name)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

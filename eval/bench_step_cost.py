@@ -121,12 +121,13 @@ def _child(engine: str, num_requests: int) -> None:
         stop()
         return
     from batchllm import BatchEngine
-    from batchllm.offline import feeder
+    from batchllm.offline import jobs
+    from batchllm.scheduler import feed_window
     from batchllm.trace import StepTrace
 
     if engine == "ours-wide":
-        feeder._MAX_WINDOW_REQUESTS = feeder.MAX_RUN_REQUESTS = 10**9
-        feeder._WINDOW_POOLS = 10**6
+        jobs.MAX_IN_FLIGHT = 10**9
+        feed_window._WINDOW_POOLS = 10**6
     with BatchEngine(model, trace_path=out + ".json", **server_args) as ours:
         if engine == "ours-wide":
             ours.job_options["max_run_requests"] = 10**9

@@ -1,12 +1,13 @@
 """Which attention a step takes: ours over shared segments, FlashInfer's cascade, or the engine's own.
 
 Knows: layouts, and a table of what was fastest on a device. Must not know: tensors, how any of the three works.
-Invariant: the same layout on the same device takes the same path; every choice is counted with its reason.
+Invariant: the same layout, heads and device take the same path; every choice is counted with its reason.
 
-The table is a JSON file, `dispatch_table.json` beside this one: measured on a device by ``eval/bench_attention.py
---table``. It maps a device name, as torch gives it, to the fastest path of steps that consist of groups of equal size::
+The table is a JSON file, `dispatch_table.json` beside this one, written by ``eval/bench_attention.py --table`` on a
+device. It maps a device and the heads of a layer (`table_key`) to the fastest path of steps that consist of groups of
+equal size. No device has been measured yet: the file is empty, and no step takes ``cascade``::
 
-    {"NVIDIA H200": {
+    {"NVIDIA H200 32/8/128 bfloat16": {
         "min_saved_share": 0.1,
         "decode": {
             "group_sizes": [2, 4, 16],
@@ -48,7 +49,7 @@ class Choice:
     Attributes:
         path: ``shared``, ``cascade`` or ``plain``.
         reason: One of a few phrases, so that steps can be counted by it.
-        saved_share: Of the KV tokens that a step reads if nothing is shared, how many sharing saves; 0 to 1.
+        saved_share: Share of the KV reads of a step that sharing saves; 0 to 1.
         group_size: Readers of a shared token, on average over the reads that sharing saves.
         shared_len: Tokens that a reader has in segments, on average over the same.
     """
@@ -82,11 +83,11 @@ class Dispatcher:
         counts: Steps so far by path and reason.
     """
 
-    def __init__(self, device_name: str, *, table: Mapping[str, Any] | None = None, has_cascade: bool = True) -> None:
+    def __init__(self, key: str, *, table: Mapping[str, Any] | None = None, has_cascade: bool = True) -> None:
         """Read what was measured on a device.
 
         Args:
-            device_name: As ``torch.cuda.get_device_name`` gives it.
+            key: The device and the heads, as of `table_key`.
             table: In place of the file's content.
             has_cascade: Whether FlashInfer is there; if not, ``shared`` takes its steps.
 
@@ -94,11 +95,11 @@ class Dispatcher:
             ConfigError: The table is malformed.
         """
         table = load_table() if table is None else table
-        entry = table.get(device_name, {})
+        entry = table.get(key, {})
         if not isinstance(entry, Mapping):
-            raise ConfigError(f"dispatch table, {device_name}: must be an object")
+            raise ConfigError(f"dispatch table, {key}: must be an object")
         self._min_saved_share = float(entry.get("min_saved_share", _MIN_SAVED_SHARE))
-        self._measured = {kind: _checked(device_name, kind, entry[kind]) for kind in get_args(Kind) if kind in entry}
+        self._measured = {kind: _checked(key, kind, entry[kind]) for kind in get_args(Kind) if kind in entry}
         self._has_cascade = has_cascade
         self.counts: Counter[tuple[AttentionPath, str]] = Counter()
 
@@ -143,8 +144,23 @@ def sharing(layout: AttentionLayout) -> tuple[float, float, float]:
     return share, float((saved * readers).sum() / max(1, total)), float((saved * end).sum() / max(1, total))
 
 
+def table_key(device_name: str, num_heads: int, num_kv_heads: int, head_dim: int, dtype: object) -> str:
+    """What a measurement holds for, e.g. ``NVIDIA H200 32/8/128 bfloat16``; the device's name is torch's."""
+    return f"{device_name} {num_heads}/{num_kv_heads}/{head_dim} {str(dtype).removeprefix('torch.')}"
+
+
+def fastest(times_ms: Mapping[AttentionPath, tuple[float, float]], num_layers: int) -> AttentionPath:
+    """The path whose step takes least.
+
+    Args:
+        times_ms: What each path takes to plan a step, which is done once, and to run one layer.
+        num_layers: Layers that run what was planned.
+    """
+    return min(times_ms, key=lambda path: times_ms[path][0] + num_layers * times_ms[path][1])
+
+
 def load_table(path: Path = TABLE_PATH) -> dict[str, Any]:
-    """The table's devices; none if there is no file.
+    """The table's entries; none if there is no file.
 
     Raises:
         ConfigError: The file is not a JSON object.
@@ -160,8 +176,8 @@ def load_table(path: Path = TABLE_PATH) -> dict[str, Any]:
     return table
 
 
-def _checked(device_name: str, kind: str, entry: Any) -> _Measured:
-    where = f"dispatch table, {device_name}, {kind}"
+def _checked(key: str, kind: str, entry: Any) -> _Measured:
+    where = f"dispatch table, {key}, {kind}"
     if not isinstance(entry, Mapping) or set(entry) != {"group_sizes", "shared_lens", "paths"}:
         raise ConfigError(f"{where}: must have group_sizes, shared_lens and paths")
     measured = _Measured(**entry)

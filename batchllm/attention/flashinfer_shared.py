@@ -80,7 +80,7 @@ def _batch(
     *,
     is_causal: bool,
 ) -> Batch:
-    """Of the entries that have query tokens; entry ``b`` has ``rows[first[b]:last[b]]``."""
+    """The entries that have query tokens; entry ``b`` has ``rows[first[b]:last[b]]``."""
     kept = last > first
     first, num_rows = first[kept], (last - first)[kept]
     qo_indptr = indptr(num_rows)

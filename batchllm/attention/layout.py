@@ -198,7 +198,7 @@ def check_layout(layout: AttentionLayout, table: Int32Array, *, is_thorough: boo
     Linear in readers of segments; with ``is_thorough`` in the positions that they read.
 
     Args:
-        layout: Of one step.
+        layout: The layout of one step.
         table: [rows, positions] KV slots.
         is_thorough: Compare the slots of a segment's readers at all of its positions, not only the first and last.
 

@@ -65,7 +65,7 @@ def within(counts: Int64Array) -> Int64Array:
 
 
 def sum_of_enclosing(layout: AttentionLayout, values: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Of a number for each segment: [G] its sum over all segments around each; [S] over those around each sequence.
+    """Sums of a number for each segment: [G] over all segments around each segment; [S] around each sequence.
 
     The second is in the layout's order. Readers of two segments are nested or disjoint, so what encloses a segment is
     what opened before it and is still open where its readers begin.

@@ -2,7 +2,7 @@
 
 Knows: devices by name and compute capability, shapes of heads. Must not know: layouts, kernels.
 Invariant: a tuned choice is used only on the device name, head shape, dtype and versions that it was timed with;
-nothing is timed here (`tuner.py` does, when it is called, and never inside a graph capture).
+nothing is timed here (`eval/tile_tuner.py` does).
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
 
 from batchllm.errors import ConfigError
-from batchllm.trace.whole_file import write_whole
 
 # Raised with every change of the kernels that may change which sizes are best.
 _KERNEL_VERSION = 1
@@ -32,8 +31,8 @@ class TileConfig:
         block_n: KV tokens read at a time; a power of two from 16 on.
         min_split: KV ranges are not cut into splits shorter than this.
         tiles_per_program: Ranges are cut until each program has about so many tiles.
-        programs_per_processor: Of the fixed grid, per streaming multiprocessor.
-        num_warps: Of a program.
+        programs_per_processor: Programs of the fixed grid for each streaming multiprocessor.
+        num_warps: Warps of a program.
         num_stages: KV blocks in flight in a program.
         merge_slots: Partial results that the reduction reads at a time; a power of two.
     """
@@ -69,7 +68,7 @@ def load_config(
     """The tuned sizes if there are any, else the built-in ones.
 
     Raises:
-        ConfigError: The cache file is not what `save_config` writes.
+        ConfigError: The cache file is not what `eval/tile_tuner.py` writes.
     """
     if device.type != "cuda":
         return default_config((8, 0), head_dim, dtype)
@@ -83,18 +82,6 @@ def load_config(
     except (json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not a file of tuned tile sizes ({error}); delete it") from None
     return tuned or default_config(torch.cuda.get_device_capability(device), head_dim, dtype)
-
-
-def save_config(
-    device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, config: TileConfig
-) -> Path:
-    """Add a tuned choice to the device's file; others stay. Returns the file."""
-    path = cache_path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    entries[config_key(num_heads, num_kv_heads, head_dim, dtype)] = asdict(config)
-    write_whole(path, [json.dumps(entries, indent=1).encode()])
-    return path
 
 
 def cache_path(device: torch.device) -> Path:

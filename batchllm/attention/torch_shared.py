@@ -23,7 +23,6 @@ import torch
 
 from batchllm.attention.base import LayerShape
 from batchllm.attention.layout import AttentionLayout
-from batchllm.attention.merge_state import merge_states
 from batchllm.attention.pieces import Pieces, ordered_rows, row_positions, sum_of_enclosing, within
 from batchllm.tokens import Int64Array
 
@@ -216,3 +215,23 @@ def _group(pieces: _Cuts, num_heads: int, size_of_position: int) -> Iterator[Int
         row_size = int(pieces.num_rows[members].max()) * num_heads + size_of_position
         num_pieces = max(1, _MAX_BATCH_SIZE // (int(length[members].max()) * row_size))
         yield from np.split(members, range(num_pieces, len(members), num_pieces))
+
+
+def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge attention over disjoint sets of positions.
+
+    Args:
+        outs: [num_parts, ..., head_dim] output over each set. Read only where the part weighs something: an empty
+            part's may be anything.
+        lses: [num_parts, ...] natural logarithm of the sum of the exponentials of each set's scaled scores; -inf
+            where the set is empty.
+
+    Returns:
+        Output [..., head_dim] and log-sum-exp [...] over the union, in the parts' dtypes; zeros and -inf where all
+        parts are empty.
+    """
+    lse = torch.logsumexp(lses, dim=0)
+    # -inf less -inf is NaN: nothing is the reference point where every part is empty.
+    weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)).unsqueeze(-1)
+    out = torch.where(weights > 0, outs * weights, 0.0).sum(dim=0)
+    return out.to(outs.dtype), lse

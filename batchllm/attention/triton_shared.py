@@ -1,4 +1,4 @@
-"""Attention that reads every shared prefix once per step, as one Triton launch and a reduction.
+"""Attention that loads a shared prefix once for ``block_wide // group`` readers, as one Triton launch and a reduction.
 
 Knows: the layout of a step (`plan`, on the host, once a step), and its tensors (`run`, once a layer). Must not know:
 SGLang. Invariant: after `plan(layout)`, `run` computes attention of exactly that layout, whatever was planned before;
@@ -45,7 +45,7 @@ class SharedAttention:
 
     Attributes:
         config: Tile sizes; fixed, as a graph holds kernels of these sizes.
-        work_list: Of the last planned step.
+        work_list: Tiles of the step that was planned last.
     """
 
     def __init__(

@@ -4,9 +4,11 @@ Knows: the layout of the step, tile sizes, how many programs will run. Must not 
 Invariant: every (query token, position it may read) is in exactly one tile, and a query token's tiles write its
 partial results into neighbouring slots, in the order outer segments, inner segments, private part.
 
-The query rows of a piece (`pieces.py`) are cut into row blocks, each of which reads the KV once for all its rows, and
-its KV range into splits. Splitting a long prefix is what the BatchLLM kernel leaves open (paper, section 5: a common
-part much longer than the distinct parts needs split-K).
+The query rows of a piece (`pieces.py`) are cut into row blocks, each of which loads the KV once for all its rows, and
+its KV range into splits. A segment with more readers than ``rows_wide`` is loaded by several row blocks. They stand
+side by side, so that the first load comes from memory and the others from the cache that all processors share.
+Splitting a long prefix is what the BatchLLM kernel leaves open (paper, section 5: a common part much longer than the
+distinct parts needs split-K).
 
 Rows are numbered in the order of the layout, in which the readers of every segment are neighbours; the batch index of
 each row stands in ``q_rows``. As the readers of a segment are cut at the same KV positions, each of them has the same
@@ -59,7 +61,8 @@ class WorkList:
     """What the device needs to know of a step.
 
     Attributes:
-        tiles: [N, TILE_FIELDS] wide ones first, then narrow ones, long before short.
+        tiles: [N, TILE_FIELDS] wide ones first, then narrow ones, long before short. Tiles of one KV range, which are
+            row blocks of the same piece, are neighbours, so that programs read it at the same time.
         num_wide: How many of them are wide.
         q_rows: [T] batch index of each row.
         q_pos: [T] position of each row in its sequence.
@@ -164,6 +167,5 @@ def _cut(
         tiles[:, column] = field[block]
     tiles[:, 3], tiles[:, 4] = start, end
     tiles[:, 5] += split.astype(np.int32)
-    # Stable: the row blocks of one KV range stay together, so that only the first of them reads it from memory.
-    longest_first = np.lexsort((start - end, ~tile_is_wide))
+    longest_first = np.lexsort((block, start, piece[block], start - end, ~tile_is_wide))
     return tiles[longest_first], int(tile_is_wide.sum()), slots_per_row

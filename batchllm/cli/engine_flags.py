@@ -43,7 +43,7 @@ def with_config(server_flags: list[str]) -> list[str]:
 
 
 def flags_of_answers(server_flags: list[str]) -> list[str]:
-    """The flags that answers depend on; a file or a folder is told by what is in it."""
+    """The flags that answers depend on; a file or a folder is identified by what is in it."""
     found = {name: flag_value(server_flags, name) for name in _ENGINE_FLAGS_OF_ANSWERS}
     return [
         f"--{name} {_identity(value) if name in _PATHS else value}"

@@ -28,13 +28,13 @@ DEMO_MODEL = "no {flag} MODEL: the answers are a random model's, for trying out 
 
 
 def say(text: str) -> None:
-    """On standard error, each line as ours: what libraries say in our messages may have several."""
+    """Print on standard error, each line marked as ours: messages of libraries may have several."""
     for line in filter(str.strip, text.splitlines()):
         show(f"batchllm: {line}")
 
 
 def show(text: str) -> None:
-    """On standard error, where it can be written: that nobody can be told changes nothing of what has been done."""
+    """Print on standard error, if it can be written; if it cannot, what has been done stands all the same."""
     with suppress(OSError):
         print(text, file=sys.stderr)
 

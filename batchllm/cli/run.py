@@ -198,7 +198,7 @@ def _open_source(command: RunCommand, folder: Path, stack: ExitStack) -> Input:
     """The input. A URL is read once for a job; standard input comes again with each run, and is compared."""
     is_begun = Journal.exists(folder) and not command.restart
     if command.input == "-" and is_begun:
-        # Not in the place of the job's own copy, which `retry` reads, as long as it may be another input.
+        # It may be another input: it must not replace the job's own copy, which `retry` reads.
         try:
             copies = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
         except OSError as error:

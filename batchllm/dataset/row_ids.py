@@ -16,6 +16,7 @@ from xxhash import xxh3_128_digest
 from batchllm.dataset.field_checks import show
 from batchllm.dataset.records import RowKind
 from batchllm.errors import RowError
+from batchllm.tokens import Int64Array
 
 _NO_ID = bytes(16)
 
@@ -45,17 +46,26 @@ class RowIds:
         keys = np.frombuffer(self._hashes, dtype=np.uint64).reshape(-1, 2)
         # One half of each hash tells nearly all ids apart; the few rows left are then compared in full.
         suspects = _rows_with_equals(keys[:, 0])
-        order = suspects[np.lexsort((keys[suspects, 1], keys[suspects, 0]))]  # stable: equal ids stay ascending
-        ids = keys[order]
-        starts_run = np.ones(len(order), dtype=np.bool_)
-        starts_run[1:] = np.any(ids[1:] != ids[:-1], axis=1)
-        first = order[starts_run][np.cumsum(starts_run) - 1]
-        repeats = ~starts_run & np.any(ids != 0, axis=1)
-        pairs = np.column_stack((order[repeats], first[repeats]))
+        pairs = np.column_stack(find_repeats(keys, suspects))
+        pairs = pairs[keys[pairs[:, 0]].any(axis=1)]
         return [(int(row), int(first_row)) for row, first_row in pairs[np.argsort(pairs[:, 0])]]
 
 
-def _rows_with_equals(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def find_repeats(keys: npt.NDArray[np.uint64], rows: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Those of some rows whose key an earlier one of them has, in the order of keys, and the first row of each key.
+
+    Args:
+        keys: Of all rows, 128 bits each: uint64[num_rows, 2].
+        rows: Row numbers, ascending.
+    """
+    order = rows[np.lexsort((keys[rows, 1], keys[rows, 0]))]  # stable: rows of one key stay ascending
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    first = order[is_first][np.cumsum(is_first) - 1]
+    return order[~is_first], first[~is_first]
+
+
+def _rows_with_equals(keys: npt.NDArray[np.uint64]) -> Int64Array:
     """Positions, ascending, of the keys that occur more than once."""
     order = np.argsort(keys)
     in_order = keys[order]

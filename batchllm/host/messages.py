@@ -110,7 +110,7 @@ class Ready:
     """The engine has started.
 
     Attributes:
-        info: Its fixed numbers.
+        info: Fixed numbers of the engine.
         has_tokenizer: False where it runs on token ids only.
         pid: The process that hosts it.
         model_path: The model that it has loaded.

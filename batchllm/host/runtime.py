@@ -37,7 +37,7 @@ class HostedRuntime:
         model_path: A Hugging Face model, a directory or a hub name; None where ``flags`` name one, or the default.
         default_model_path: The model where nothing names one.
         flags: SGLang's command line flags.
-        is_verbose: Its processes print to standard error; else only errors are shown.
+        is_verbose: Whether its processes print to standard error; if not, only errors are shown.
         **server_args: SGLang's server arguments, and ours.
 
     Attributes:
@@ -258,7 +258,7 @@ class HostedRuntime:
             self._connection.send(message)
 
     def _receive(self) -> None:
-        """In a thread: hand every message to whoever waits for it."""
+        """Hand every message to the caller that waits for it. Runs in a thread."""
         assert self._connection is not None
         while True:
             try:

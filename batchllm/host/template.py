@@ -43,7 +43,7 @@ class Template:
     """A process that imports SGLang and forks engines.
 
     Args:
-        is_verbose: Its processes print to standard error; else to logs that are shown where something fails.
+        is_verbose: Whether its processes print to standard error; if not, to logs that are shown when something fails.
 
     Attributes:
         logs: What its processes print; None where that is standard error.
@@ -83,12 +83,12 @@ class Template:
 
     @property
     def is_alive(self) -> bool:
-        """Its process has not ended."""
+        """Whether the template's process has not ended."""
         return self._process.poll() is None
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Number of the template's process."""
         return self._process.pid
 
     def fork(self) -> Connection:

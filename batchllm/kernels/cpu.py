@@ -133,7 +133,7 @@ class CpuKernels:
             key_cache: [num_slots, num_kv_heads, head_dim].
             value_cache: The same shape.
             output: The shape of ``query``; is overwritten.
-            scale: Of the scores.
+            scale: Factor of the scores.
             logit_cap: ``cap * tanh(score / cap)`` of each scaled score; 0: none.
             window: Tokens that a token sees, itself included; 0: all before it.
 
@@ -206,7 +206,7 @@ class CpuKernels:
             query: [num_tokens, num_heads * head_dim].
             key: [num_tokens, num_kv_heads * head_dim].
             cos_sin_cache: [num_positions, rotary_dim], cosines before sines.
-            head_dim: Of queries and keys.
+            head_dim: Width of queries and keys.
             rotary_dim: Elements of a head that are turned, the first ones.
             is_neox: Pairs are halves of a head; else neighbours.
         """

@@ -44,7 +44,7 @@ class BatchBackend(RunsInWaves, BaseBackend):
 
     Args:
         engine: Runs the requests.
-        chat_template_name: Of `sglang.lang.chat_template`; None for the one that SGLang takes for such a model path.
+        chat_template_name: A name in `sglang.lang.chat_template`; None for SGLang's choice by the model path.
         max_wave: Most requests that are planned together.
 
     Raises:

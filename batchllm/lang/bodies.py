@@ -55,7 +55,7 @@ class Answers:
         self._num_used = 0
 
     def clear(self) -> None:
-        """The next expression asks anew."""
+        """Forget all answers: the next expression asks again."""
         self._answers.clear()
         self._num_used = 0
 
@@ -109,7 +109,7 @@ class _KnownTokens(ChoicesSamplingMethod):
 
     Args:
         method: One of the two.
-        text: Of the prompt.
+        text: Text of the prompt.
     """
 
     def __init__(self, method: Any, text: str) -> None:

@@ -116,7 +116,7 @@ def merge(bodies: Sequence[Body]) -> Body:
 
 
 def split(bodies: Sequence[Body], outputs: list[Any]) -> list[Any]:
-    """Of each body what it would have been answered alone, from the answer to all of them merged."""
+    """The answer that each body would have got alone, from the answer to all of them merged."""
     answers: list[Any] = []
     first = 0
     for body in bodies:

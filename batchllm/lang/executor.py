@@ -30,10 +30,10 @@ class WaveExecutor(StreamExecutor):
 
     Args:
         waves: Where they go.
-        backend: Of `sglang.lang`; asked for its chat template and the like.
-        arguments: Of the program.
+        backend: A backend of `sglang.lang`; gives the chat template and the like.
+        arguments: Arguments of the program.
         default_sampling_para: ``SglSamplingParams``.
-        num_api_spec_tokens: Of the program.
+        num_api_spec_tokens: Tokens that the program speculates with.
     """
 
     def __init__(

@@ -46,9 +46,9 @@ class PlannedWaves:
         job_options: Further keyword arguments of `single_job`.
 
     Attributes:
-        num_prompt_tokens: Of everything answered so far.
-        num_computed_prompt_tokens: Of these, computed, as counted in the scheduler.
-        num_optimal_prompt_tokens: Of these, the fewest that any schedule would compute, each wave by itself.
+        num_prompt_tokens: Prompt tokens of everything answered so far.
+        num_computed_prompt_tokens: Those of them that were computed, as counted in the scheduler.
+        num_optimal_prompt_tokens: The fewest of them that any schedule would compute, each wave by itself.
     """
 
     def __init__(self, runtime: Runtime, job_options: dict[str, Any]) -> None:

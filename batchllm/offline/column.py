@@ -13,7 +13,7 @@ class Column:
     """A number per row; while all are the same it costs nothing, however many rows there are.
 
     Args:
-        dtype: Of the numbers, a signed integer of numpy.
+        dtype: Type of the numbers, a signed integer of numpy.
     """
 
     def __init__(self, dtype: type[np.signedinteger[Any]]) -> None:

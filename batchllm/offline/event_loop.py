@@ -106,7 +106,7 @@ async def _next(stream: AsyncGenerator[T, None], turn: asyncio.Lock) -> list[T]:
 
     Args:
         stream: A generator.
-        turn: Of whoever runs it: one that was cancelled needs it until the generator has cleaned up.
+        turn: Held by the task that runs it: one that was cancelled holds it until the generator has cleaned up.
     """
     async with turn:
         try:

@@ -44,14 +44,14 @@ class FakeRequest:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Its token ids."""
+        """Token ids of the prompt."""
         run, start = self._submitted.requests.run, self._submitted.starts[self._number]
         private: tuple[int, ...] = tuple(run.private_tokens[start : start + run.private_len[self._number]].tolist())
         return self._job.prefixes[int(run.request_prefix[self._number])] + private
 
     @property
     def seed(self) -> int:
-        """Its sampling seed."""
+        """Sampling seed."""
         return self._submitted.requests.seeds[self._number]
 
     @property
@@ -110,7 +110,7 @@ class FakeRuntime:
         info: As given.
         tokenizer: As given.
         jobs: Jobs that are open, by number.
-        closed: Of each job that was closed whether it was complete.
+        closed: Whether each job that was closed was complete.
         num_answered: Requests that have been answered, of all jobs.
     """
 

@@ -66,8 +66,8 @@ def check_same(folder: Path, recorded: Fingerprint, own: Fingerprint) -> None:
 def model_identity(model_path: str, revision: str | None = None) -> str:
     """A text that is the same for the same model.
 
-    A local folder is told by what is in it, wherever it lies: contents of configuration, tokenizer and code, names and
-    sizes of weights. Anything else is a name on a hub, with its revision.
+    A local folder is identified by what is in it: contents of configuration, tokenizer and code, names and sizes of
+    weights. Anything else is a name on a hub, with its revision.
 
     Raises:
         ConfigError: A file of a local model cannot be read.

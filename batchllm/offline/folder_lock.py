@@ -25,7 +25,7 @@ class FolderLock:
 
     Args:
         folder: The folder.
-        owner: Whose folder it is, for messages: "the job".
+        owner: Name of the folder's owner in messages, such as "the job".
 
     Raises:
         ConfigError: Another process has it, or the folder cannot be written.

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from batchllm.dataset.row_ids import find_repeats
 from batchllm.request import SamplingParams
+from batchllm.tokens import Int64Array
 
-Int64Array = npt.NDArray[np.int64]
 _HASH_BYTES = 16
 
 
@@ -56,16 +57,11 @@ class IdenticalRows:
     def find(self, rows: Int64Array) -> None:
         """All rows have been appended; look among these, ascending."""
         words = np.frombuffer(self._hashes, np.uint64).reshape(-1, 2)
-        order = rows[np.lexsort((words[rows, 1], words[rows, 0]))]  # stable: among equals the first row stays first
-        is_new = np.ones(len(order), bool)
-        is_new[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-        leader = order[is_new][np.cumsum(is_new) - 1]
+        followers, leaders = find_repeats(words, rows)
         self.is_follower = np.zeros(len(words), bool)
-        self.is_follower[order[~is_new]] = True
-        self._followers = order[~is_new]
-        self._leaders = leader[~is_new]
-        by_leader = np.argsort(self._leaders, kind="stable")
-        self._followers, self._leaders = self._followers[by_leader], self._leaders[by_leader]
+        self.is_follower[followers] = True
+        by_leader = np.argsort(leaders, kind="stable")
+        self._followers, self._leaders = followers[by_leader], leaders[by_leader]
 
     def followers(self, row: int) -> list[int]:
         """Rows that get the answer of this one too, ascending."""

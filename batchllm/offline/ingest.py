@@ -27,8 +27,7 @@ from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.job_rows import ENCODE_SLICE, JobRows
 from batchllm.offline.row_spool import RowSpool
 from batchllm.planner.shards import split_by_prefix
-
-Int64Array = npt.NDArray[np.int64]
+from batchllm.tokens import Int64Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

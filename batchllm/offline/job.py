@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import numpy as np
 
-from batchllm.offline.job_rows import Int64Array, JobRows
+from batchllm.offline.job_rows import JobRows
 from batchllm.offline.joint_plan import Part
 from batchllm.offline.runtime import Runtime
 from batchllm.offline.stats import JobStats
 from batchllm.planner import PrefixSummary
 from batchllm.request import Completion
+from batchllm.tokens import Int64Array
 from batchllm.trace.steps import StepArray
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from batchllm.offline.running_plan import Delivery
 
 TICK_S = 0.1
-"""A job that hears nothing for so long says so, for whoever has something else to do meanwhile."""
+"""A job that hears nothing for so long yields nothing once, so that its caller can do something else."""
 
 _MAX_UNREAD = 100_000
 """Finished samples of a job that nobody has taken yet; beyond it nothing more is submitted of any job in its plan."""
@@ -49,8 +50,8 @@ class FinishedSamples:
         samples: Which of its row's samples each is, from 0.
         completions: Their ``index`` and ``sample`` are still 0.
         optimal_lens: Prompt tokens that an optimal schedule computes for each.
-        num_prompt_tokens: Of these samples.
-        num_output_tokens: Of these samples.
+        num_prompt_tokens: Prompt tokens of these samples.
+        num_output_tokens: Output tokens of these samples.
         num_computed_prompt_tokens: Prompt tokens computed since the last of these, counted in the scheduler.
     """
 
@@ -107,7 +108,7 @@ class Job:
         has_left: It wants no more results.
         num_left: Samples that are not done.
         service: Tokens computed and decoded for it, beginning where it joined.
-        largest_prefixes: Of the first plan that it is in, those that save it most; ``example_row`` is a row's place in
+        largest_prefixes: Prefixes of its first plan that save it most; ``example_row`` is a row's place in
             the input. Empty before that.
     """
 

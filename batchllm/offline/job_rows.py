@@ -38,13 +38,12 @@ from batchllm.offline.namespaces import Namespace
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import GRAMMARS, Request, SamplingParams
-from batchllm.tokens import TokenTable
+from batchllm.tokens import Int64Array, TokenTable
 
 ENCODE_SLICE = 1024
 """Requests that are tokenized at once: enough for the tokenizer to work in bulk, few enough to hold."""
 
 NO_SEED = -(1 << 63)
-Int64Array = npt.NDArray[np.int64]
 
 UNLIMITED = RuntimeInfo(
     model_name="",
@@ -103,7 +102,7 @@ class JobRows:
 
     Attributes:
         kinds: Distinct ways to sample, without what each row says for itself: output limit, samples, seed.
-        draws: Of each of ``kinds`` 1 if it needs a seed, else 0.
+        draws: 1 for each of ``kinds`` that needs a seed, else 0.
         all_namespaces: The namespaces, by number.
     """
 
@@ -243,7 +242,7 @@ class JobRows:
         return errors
 
     def _are_in_vocabulary(self, encoded: Sequence[Encoded | RowError]) -> list[bool]:
-        """Of each row whether all of its token ids are the model's, found for all together."""
+        """Whether all token ids of each row are the model's; found for all rows together."""
         rows = [b"" if isinstance(prompt, RowError) else prompt.ids for prompt in encoded]
         lens = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.frombuffer(b"".join(rows), np.int32)

@@ -1,4 +1,4 @@
-"""Jobs that are in progress on one runtime: one plan over the rows of all, made anew when that changes.
+"""Jobs that are in progress on one runtime: one plan over the rows of all, made again when the jobs change.
 
 A job that joins, or leaves early, makes the plan stale. What of it has not started is withdrawn, and all that is left
 of all jobs is planned together and goes on at once, as a new job of the runtime; what runs goes on meanwhile, and its
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from batchllm.offline.feeder import MAX_RUN_REQUESTS, Feeder
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import JobRows
 from batchllm.offline.joint_plan import JointPlan
@@ -29,6 +28,7 @@ from batchllm.offline.warm_up import largest_step, warm_up
 from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder, plan_batch
 from batchllm.planner.run import RunCutter
 from batchllm.request import SamplingParams
+from batchllm.scheduler.feed_window import MAX_IN_FLIGHT, FeedWindow
 from batchllm.tokens import TokenTable
 
 _JOIN_PAUSE_S = 0.005
@@ -55,7 +55,7 @@ class Jobs:
         runtime: Runtime,
         *,
         group_order: GroupOrder = DEFAULT_GROUP_ORDER,
-        max_run_requests: int = MAX_RUN_REQUESTS,
+        max_run_requests: int = MAX_IN_FLIGHT,
         is_for_one: bool = False,
     ) -> None:
         self._runtime = runtime
@@ -163,7 +163,7 @@ class Jobs:
                     await asyncio.sleep(_JOIN_PAUSE_S)
                 self._is_stale = False
                 await self._withdraw_all()
-                # Again where somebody has left meanwhile, whose rows must not run.
+                # Again if a job has left meanwhile: its rows must not run.
                 while jobs := [job for job in self._jobs if job.has_waiting and job.is_admitting]:
                     if await self._plan(jobs) is not None:
                         break
@@ -222,8 +222,13 @@ class Jobs:
         if not all(job.is_admitting for job in jobs):
             return None
         self.num_lost_tokens += plan.plan.num_lost_tokens
-        feeder = Feeder(plan.cutter, info.kv_limit_tokens, self._max_run_requests, max_in_flight=max_in_flight)
-        running = RunningPlan(self._runtime.open_job(), plan, feeder)
+        window = FeedWindow(
+            plan.cutter.kv_cost,
+            info.kv_limit_tokens,
+            max_run_requests=self._max_run_requests,
+            max_in_flight=max_in_flight or MAX_IN_FLIGHT,
+        )
+        running = RunningPlan(self._runtime.open_job(), plan, window)
         self._plans[running] = jobs, asyncio.create_task(self._read(running, jobs))
         self._feed(running, jobs)
         return running
@@ -303,7 +308,7 @@ def single_job(
     rows: JobRows,
     *,
     group_order: GroupOrder = DEFAULT_GROUP_ORDER,
-    max_run_requests: int = MAX_RUN_REQUESTS,
+    max_run_requests: int = MAX_IN_FLIGHT,
     **options: Any,
 ) -> Job:
     """A job that is planned by itself.

@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from batchllm.offline.job_rows import Int64Array, JobRows, Samples
+from batchllm.offline.job_rows import JobRows, Samples
 from batchllm.offline.namespaces import Namespace, adapter_numbers
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.planner import GroupOrder, PrefixSummary, largest_prefixes, plan_batch
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.run import PlannedRun, RunCutter, copy_runs
 from batchllm.request import SamplingParams
-from batchllm.tokens import TokenTable
-
-Int32Array = npt.NDArray[np.int32]
+from batchllm.tokens import Int32Array, Int64Array, TokenTable
 
 _QUANTUM_POOLS = 2
 """KV pools' worth of tokens that one job may be served ahead of another."""
@@ -35,12 +33,12 @@ class Part:
     """What one job has in a plan.
 
     Attributes:
-        rows: Its rows.
-        samples: Its samples.
-        table: Their prompts.
+        rows: Rows of the job.
+        samples: Samples of the job.
+        table: Prompts of the samples.
         left: Which of them are to be planned, ascending; None for all.
         service: Tokens computed and decoded for it so far.
-        wants_prefixes: Nobody has told it yet which prefixes save it most.
+        wants_prefixes: Whether the job does not know yet which prefixes save it most.
     """
 
     rows: JobRows
@@ -204,7 +202,8 @@ def _joined_table(parts: Sequence[Part]) -> TokenTable:
     first = 0
     for part in parts:
         last = first + len(part)
-        copy_runs(part.table.tokens, part.table.offsets[:-1][_chosen(part)], tokens, offsets[first : last + 1])
+        starts, ends = part.table.offsets[:-1][_chosen(part)], part.table.offsets[1:][_chosen(part)]
+        copy_runs(part.table.tokens, starts, ends, tokens, offsets[first:last])
         first = last
     return TokenTable(tokens=tokens, offsets=offsets)
 

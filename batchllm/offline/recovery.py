@@ -15,11 +15,9 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from batchllm.errors import EngineDiedError, EngineError
-
-Int64Array = npt.NDArray[np.int64]
+from batchllm.tokens import Int64Array
 
 NUM_NARROW = 64
 """Rows in flight at once while one of them is suspected."""

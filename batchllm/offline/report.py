@@ -23,13 +23,13 @@ class RunReport:
     num_succeeded: int
     num_failed: int
     num_done_before: int
-    """Of all these, rows that earlier runs of the job had finished; every count below is of this run."""
+    """Rows among them that earlier runs of the job had finished; every count below is of this run."""
     num_engine_restarts: int
     """Engines started in the place of one that died."""
     num_prompt_tokens: int
     """Prompt tokens of the rows that have a result, once each, however often they ran."""
     num_computed_prompt_tokens: int
-    """Prompt tokens whose KV was computed, in vain too: for rows that ran again after a failure or a death."""
+    """Prompt tokens whose KV was computed, also for rows that ran again after a failure or a death."""
     num_optimal_prompt_tokens: int
     """The fewest that any schedule can compute for these rows, as they were planned when they got their result
     (`BatchPlan.computed_lens`)."""

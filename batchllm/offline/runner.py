@@ -20,7 +20,6 @@ import numpy as np
 
 from batchllm.dataset import BadRow, Row, reject
 from batchllm.errors import EngineDiedError, EngineError, RowError, WorkloadError
-from batchllm.offline.answers import Answers
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.ingest import Ingest, Intake
 from batchllm.offline.job import Job, JobMaker
@@ -28,7 +27,7 @@ from batchllm.offline.job_rows import JobRows
 from batchllm.offline.jobs import single_job
 from batchllm.offline.journal import Journal
 from batchllm.offline.progress import Progress
-from batchllm.offline.recorder import Recorder
+from batchllm.offline.recorder import Answers, Recorder
 from batchllm.offline.recovery import RestartLimit, Work, WorkQueue
 from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.runtime import Runtime, RuntimeInfo
@@ -63,7 +62,7 @@ class Runner:
         start_engine: Starts what answers; called again after a death.
         journal: Has the results of earlier runs.
         recorder: Takes the results.
-        progress: Told what goes on.
+        progress: Shows how far the job is.
         stop: Asked whether to stop.
         folder: For what does not fit in memory.
         options: How to run it.
@@ -71,7 +70,7 @@ class Runner:
 
     Attributes:
         runtime: The engine of the moment; None before the first has started.
-        info: Its numbers.
+        info: Numbers of that engine.
         restarts: Counts engines that died.
         stats: What this run has cost.
         steps: What each forward step was like, where that is kept.

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm.offline.feeder import Feeder
-from batchllm.offline.job_rows import Int64Array
 from batchllm.offline.joint_plan import JointPlan, by_part
 from batchllm.offline.runtime import FinishedRequests, RunRequests
 from batchllm.offline.stats import JobStats
 from batchllm.request import Completion
 from batchllm.scheduler.counters import JobCounters
+from batchllm.scheduler.feed_window import FeedWindow
+from batchllm.tokens import Int64Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,7 +28,7 @@ class Delivery:
     Attributes:
         part: Number of the part.
         samples: Samples answered, by their number in the job. int64[num_answers].
-        completions: Their answers.
+        completions: Answers of these samples.
         optimal_lens: Prompt tokens that an optimal schedule computes for each.
         withdrawn: Samples that have not run.
         stats: What the message says that the part has cost.
@@ -48,18 +48,19 @@ class RunningPlan:
     Args:
         job_id: Number of that job.
         plan: The plan; let go when the rest of it is withdrawn.
-        feeder: Walks it.
+        window: Says how much of it goes out.
 
     Attributes:
         job_id: As given.
         is_settled: What was withdrawn is back.
     """
 
-    def __init__(self, job_id: int, plan: JointPlan, feeder: Feeder) -> None:
+    def __init__(self, job_id: int, plan: JointPlan, window: FeedWindow) -> None:
         self.job_id = job_id
         self.is_settled = False
         self._plan: JointPlan | None = plan
-        self._feeder: Feeder | None = feeder  # None with the plan
+        self._window: FeedWindow | None = window  # None with the plan
+        self._is_in_flight = np.zeros(len(plan.part_at), bool)
         self._part_at, self._sample_at, self._optimal_at = plan.part_at, plan.sample_at, plan.optimal_at
         self._kept: Int64Array | None = None  # positions that the arrays are of, once they are not of all
         self._num_in_flight = 0
@@ -73,40 +74,43 @@ class RunningPlan:
     @property
     def is_withdrawn(self) -> bool:
         """Nothing more of it goes out."""
-        return self._feeder is None
+        return self._window is None
 
     @property
     def is_complete(self) -> bool:
         """All of the plan has run."""
-        return self._feeder is not None and self._feeder.is_done
+        return self._window is not None and self._window.is_done
 
     @property
     def is_done(self) -> bool:
         """Nothing more will come back, or go out."""
-        return self._num_in_flight == 0 and (self._feeder is None or self._feeder.is_done)
+        return self._num_in_flight == 0 and (self._window is None or self._window.is_done)
 
     def take_run(self) -> tuple[RunRequests, list[tuple[int, Int64Array]]] | None:
         """The next run to submit, and which samples of which parts are in it; None while the window is full."""
-        if self._feeder is None or self._plan is None or (run := self._feeder.take_run()) is None:
+        if self._plan is None or self._window is None or (bounds := self._window.take_next()) is None:
             return None
-        self._num_in_flight += len(run)
-        positions = slice(run.first_position, run.first_position + len(run))
+        positions = slice(*bounds)
+        self._num_in_flight += bounds[1] - bounds[0]
+        self._is_in_flight[positions] = True
         samples = self._sample_at[positions]
-        return self._plan.requests(run), [(part, samples[own]) for part, own in by_part(self._part_at[positions])]
+        requests = self._plan.requests(self._plan.cutter.cut(*bounds))
+        return requests, [(part, samples[own]) for part, own in by_part(self._part_at[positions])]
 
     def withdraw(self) -> None:
         """Nothing more goes out. What is needed of the plan is where its requests in flight belong."""
-        assert self._feeder is not None
-        self._kept = self._feeder.positions_in_flight()
+        self._kept = np.flatnonzero(self._is_in_flight)
         self._part_at, self._sample_at = self._part_at[self._kept], self._sample_at[self._kept]
         self._optimal_at = self._optimal_at[self._kept]
-        self._plan = self._feeder = None
+        self._plan = self._window = None
+        self._is_in_flight = self._is_in_flight[:0]
 
     def finish(self, finished: FinishedRequests) -> list[Delivery]:
         """These have come back."""
         self._num_in_flight -= len(finished.positions)
-        if self._feeder is not None:
-            self._feeder.finish(finished.positions)
+        if self._window is not None:
+            self._is_in_flight[finished.positions] = False
+            self._window.finish(finished.positions)
         places = np.array(finished.positions, np.int64)
         if self._kept is not None:
             places = np.searchsorted(self._kept, places)

@@ -75,7 +75,7 @@ class RunRequests:
         sampling: Distinct sampling parameters.
         sampling_index: Which of ``sampling`` each request uses. Shape ``[num_requests]``.
         seeds: Sampling seeds. Shape ``[num_requests]``.
-        namespaces: Of each request, or None where all are in the default one.
+        namespaces: Namespace of each request; None if all are in the default one.
     """
 
     run: PlannedRun

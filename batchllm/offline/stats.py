@@ -19,9 +19,9 @@ class JobStats(JobCounters):
     """Counts and seconds, all of them counted or timed where it happened."""
 
     num_prompt_tokens: int = 0
-    """Of the samples that have finished."""
+    """Prompt tokens of the samples that have finished."""
     num_optimal_prompt_tokens: int = 0
-    """Of these samples, as they were planned."""
+    """The fewest that these samples could need, as they were planned."""
     num_output_tokens: int = 0
     start_s: float = 0.0
     """Waiting for engines to start."""
@@ -47,10 +47,10 @@ class JobStats(JobCounters):
         num_done_before: int = 0,
         num_engine_restarts: int = 0,
     ) -> RunReport:
-        """As a report.
+        """The report of a run.
 
         Args:
-            info: Of the engine that ran; None if there was nothing to run.
+            info: Numbers of the engine that ran; None if there was nothing to run.
             num_requests: Rows of the input, those that never became a request included.
             num_failed: Those of them without an answer.
             elapsed_s: Seconds of the whole run.
@@ -82,7 +82,7 @@ def make_trace(label: str, steps: Sequence[StepArray], info: RuntimeInfo, starte
     Args:
         label: Names the trace.
         steps: In the order in which they ran.
-        info: Of the engine that ran.
+        info: Numbers of the engine that ran.
         started_at: When the first job began, on the monotonic clock.
     """
     joined = np.concatenate([*steps, np.zeros(0, STEP_DTYPE)])

@@ -27,7 +27,7 @@ class StopSignal:
     def __init__(self, grace_s: float) -> None:
         self.grace_s = grace_s
         self.name: str | None = None
-        """Of the signal that came, if one did."""
+        """Name of the signal that came, if one did."""
         self._asked_at = 0.0
         self._num_signals = 0
         self._is_heeded = False

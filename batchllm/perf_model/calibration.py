@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from batchllm.errors import ConfigError
 from batchllm.perf_model.cost_model import Coefficients, CostModel, default_coefficients, roofline_seconds
 from batchllm.perf_model.device import DeviceSpec
-from batchllm.perf_model.fields import checked, from_json
 from batchllm.perf_model.model import ModelShape
 from batchllm.perf_model.step import StepWork
 from batchllm.trace.steps import StepArray
@@ -45,10 +45,12 @@ _WHAT_IS_NEEDED = (
 
 _FORMAT = "batchllm-cost-model"
 _VERSION = 1
-_FIELDS = ("device", "model", "coefficients", "median_relative_error", "p90_relative_error", "num_samples", "assumed")
 
+_Name = Literal[
+    "step_overhead_s", "request_overhead_s", "flops_efficiency", "bandwidth_efficiency", "attention_efficiency"
+]
 # The order of the unknowns. The last three are solved for as 1 / efficiency.
-_NAMES = ("step_overhead_s", "request_overhead_s", "flops_efficiency", "bandwidth_efficiency", "attention_efficiency")
+_NAMES: tuple[_Name, ...] = get_args(_Name)
 _MAIN_NAMES = ("flops_efficiency", "bandwidth_efficiency")
 _MIN_DETERMINED = 2
 _LEAST = np.array([0.0, 0.0, 1.0, 1.0, 1.0])
@@ -67,7 +69,7 @@ class Fit:
     """A cost model fitted to measured steps, and how well it fits them.
 
     Attributes:
-        cost_model: With the fitted coefficients.
+        cost_model: The model, with the fitted coefficients.
         median_relative_error: Median over the samples of |predicted - measured| / measured.
         p90_relative_error: 90th percentile of the same.
         num_samples: Steps fitted to.
@@ -78,54 +80,33 @@ class Fit:
     median_relative_error: float
     p90_relative_error: float
     num_samples: int
-    assumed: tuple[str, ...] = ()
+    assumed: tuple[_Name, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers, ready for JSON."""
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "device": asdict(self.cost_model.device),
-            "model": asdict(self.cost_model.model),
-            "coefficients": asdict(self.cost_model.coefficients),
-            "median_relative_error": self.median_relative_error,
-            "p90_relative_error": self.p90_relative_error,
-            "num_samples": self.num_samples,
-            "assumed": list(self.assumed),
-        }
+        fields = msgspec.to_builtins(self)
+        return {"format": _FORMAT, "version": _VERSION, **fields.pop("cost_model"), **fields}
 
     @classmethod
-    def from_dict(cls, fields: Any, where: str = "calibration") -> Fit:
+    def from_dict(cls, document: Any) -> Fit:
         """What `to_dict` made.
-
-        Args:
-            fields: The parsed JSON.
-            where: Names it in errors, such as its file.
 
         Raises:
             ConfigError: It is not such a dict; names the field at fault.
         """
-        if not isinstance(fields, Mapping) or fields.get("format") != _FORMAT:
-            raise ConfigError(f'{where} is not a calibrated cost model: no "format": "{_FORMAT}"')
-        if fields.get("version") != _VERSION:
-            raise ConfigError(f"{where}: version {fields.get('version')!r} is not {_VERSION}; fit again")
-        missing = [name for name in _FIELDS if name not in fields]
-        if missing:
-            raise ConfigError(f"{where}: field {missing[0]!r} is missing")
-        assumed = fields["assumed"]
-        if not isinstance(assumed, list) or not set(map(str, assumed)) <= set(_NAMES):
-            raise ConfigError(f"{where}: assumed must be a list of {', '.join(_NAMES)}, not {assumed!r}")
-        return cls(
-            cost_model=CostModel(
-                device=from_json(DeviceSpec, fields["device"], f"{where}: device"),
-                model=from_json(ModelShape, fields["model"], f"{where}: model"),
-                coefficients=from_json(Coefficients, fields["coefficients"], f"{where}: coefficients"),
-            ),
-            median_relative_error=checked(fields["median_relative_error"], "float", f"{where}: median_relative_error"),
-            p90_relative_error=checked(fields["p90_relative_error"], "float", f"{where}: p90_relative_error"),
-            num_samples=checked(fields["num_samples"], "int", f"{where}: num_samples"),
-            assumed=tuple(map(str, assumed)),
-        )
+        if not isinstance(document, Mapping) or document.get("format") != _FORMAT:
+            raise ConfigError(f'this is not a calibrated cost model: no "format": "{_FORMAT}"')
+        if document.get("version") != _VERSION:
+            raise ConfigError(f"version {document.get('version')!r} is not {_VERSION}; fit again")
+        try:
+            found = msgspec.convert({**document, "cost_model": document}, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(str(error).replace("$.cost_model", "$")) from error
+        known = found.to_dict()
+        for part in ("device", "model", "coefficients"):
+            for name in document[part].keys() - known[part].keys():
+                raise ConfigError(f"unknown field {name!r} of {part}; known: {', '.join(known[part])}")
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file.
@@ -146,19 +127,20 @@ class Fit:
             ConfigError: The file cannot be read, is not JSON, or is not a calibration.
         """
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise ConfigError(f"{path}: the calibration cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise ConfigError(f"{path}: the calibration is not JSON: {error}") from error
-        return cls.from_dict(fields, str(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def samples_of(steps: StepArray) -> list[tuple[StepWork, float]]:
     """The work of each step of a run, and its seconds; without the first ones, in which a process warms up.
 
     Args:
-        steps: Of a `batchllm.trace.StepTrace`.
+        steps: Steps of a `batchllm.trace.StepTrace`.
     """
     samples = []
     for step in steps[len(steps) // _WARM_UP_SHARE :]:

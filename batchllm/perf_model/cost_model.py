@@ -147,7 +147,7 @@ class CostModel:
 
     @classmethod
     def with_defaults(cls, device: DeviceSpec, model: ModelShape) -> CostModel:
-        """With `default_coefficients`, which are assumptions."""
+        """A cost model with `default_coefficients`, which are assumptions."""
         return cls(device=device, model=model, coefficients=default_coefficients(device))
 
     def breakdown(self, work: StepWork) -> StepSeconds:

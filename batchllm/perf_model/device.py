@@ -26,7 +26,7 @@ class DeviceSpec:
     and has to show in the efficiencies.
 
     Attributes:
-        name: Its name, which also selects default efficiencies.
+        name: Name of the device, which also selects default efficiencies.
         dense_flops: Peak FLOP/s of one device in 16-bit dense matrix products.
         memory_bandwidth: Peak bytes/s between one device and its memory.
         memory_bytes: Memory of one device.

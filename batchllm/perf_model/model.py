@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from batchllm.errors import ConfigError
-from batchllm.perf_model.fields import check_positive, checked, lookup
+from batchllm.perf_model.fields import check_positive, lookup
 
 _BYTES_16_BIT = 2.0
 
@@ -36,7 +36,7 @@ class ModelShape:
     """Sizes of a model.
 
     Attributes:
-        name: Its name.
+        name: Name of the model.
         num_layers: Transformer layers.
         hidden_size: Width of the residual stream.
         num_heads: Query heads of a layer.
@@ -200,10 +200,9 @@ def _size(config: Mapping[str, Any], field: str, where: str, default: int | None
         value = default
     if value is None:
         raise ConfigError(f"{where}: field {field!r} is missing")
-    size = int(checked(value, "int", f"{where}: {field}"))
-    if size < 1:
-        raise ConfigError(f"{where}: {field} must be at least 1, not {size}")
-    return size
+    if type(value) is not int or value < 1:  # to Python, true is a number
+        raise ConfigError(f"{where}: {field} must be a whole number of at least 1, not {value!r}")
+    return value
 
 
 def _stored_bytes(config: Mapping[str, Any], where: str) -> float:
@@ -212,9 +211,10 @@ def _stored_bytes(config: Mapping[str, Any], where: str) -> float:
         return _BYTES_16_BIT
     if quantization.get("quant_method") == "fp8":
         return 1.0
-    if quantization.get("bits") is None:
-        raise ConfigError(f"{where}: quantization_config states no 'bits'; give weight_bytes_per_param")
-    return float(checked(quantization["bits"], "float", f"{where}: quantization_config.bits")) / 8
+    bits = quantization.get("bits")
+    if type(bits) not in (int, float):
+        raise ConfigError(f"{where}: quantization_config states no number of 'bits'; give weight_bytes_per_param")
+    return float(bits) / 8
 
 
 MODELS: Mapping[str, ModelShape] = MappingProxyType(

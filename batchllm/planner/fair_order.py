@@ -53,7 +53,7 @@ def fair_order(
 ) -> FairPlan:
     """The same requests, so ordered that no owner is left far behind. Validated.
 
-    Linear in requests and owners for each quantum tried, of which there are at most log2(cost of all / quantum) + 2.
+    Takes time in proportion to requests x owners for each quantum tried; at most log2(cost of all / quantum) + 2 are.
 
     Args:
         plan: In the order that serves reuse; returned itself where one owner has all, or nothing is to move.
@@ -66,7 +66,7 @@ def fair_order(
     Raises:
         WorkloadError: The arrays do not fit the plan, or a number is too small.
     """
-    num_owners = _check(plan, owners, costs, quantum, service)
+    num_owners = _num_owners(plan, owners, costs, quantum, service)
     if num_owners < 2:
         return FairPlan(plan=plan, quantum=quantum)
     owner_at = owners[plan.order].astype(np.int64)
@@ -85,7 +85,7 @@ def fair_order(
         quantum *= 2
 
 
-def _check(plan: BatchPlan, owners: Integers, costs: Integers, quantum: int, service: Integers | None) -> int:
+def _num_owners(plan: BatchPlan, owners: Integers, costs: Integers, quantum: int, service: Integers | None) -> int:
     """Number of owners."""
     n = plan.num_requests
     for name, array in (("owners", owners), ("costs", costs)):

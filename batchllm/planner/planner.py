@@ -28,7 +28,8 @@ def plan_batch(
 ) -> BatchPlan:
     """Plan a whole job: order the prompts and name every prefix worth keeping. Validated.
 
-    Linear in the tokens of the table (plus sorting the prompts' first differences), on all cores.
+    Linear in the tokens of the table, plus sorting the prompts' first differences. One core sorts until no bucket of
+    prompts that agree so far is large (a common system prompt is passed over by it); the rest is sorted on all cores.
 
     Args:
         table: The prompts; none may be empty. No rows give an empty plan.

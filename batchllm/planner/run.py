@@ -136,24 +136,19 @@ def _gather(tokens: Int32Array, starts: Int64Array, lens: npt.NDArray[np.integer
     offsets = np.zeros(len(lens) + 1, np.int64)
     np.cumsum(lens, out=offsets[1:])
     gathered = np.empty(offsets[-1], np.int32)
-    copy_runs(tokens, starts, gathered, offsets)
+    copy_runs(tokens, starts, starts + lens, gathered, offsets[:-1])
     return gathered
 
 
 @njit(cache=True, nogil=True)
-def copy_runs(source: Int32Array, starts: Int64Array, target: Int32Array, offsets: Int64Array) -> None:
-    """Fill ``target[offsets[i] : offsets[i + 1]]`` with what stands at ``source[starts[i]]``, for every i.
-
-    Args:
-        source: int32[any].
-        starts: int64[num_runs].
-        target: int32[offsets[-1] or more].
-        offsets: Ascending, int64[num_runs + 1].
-    """
+def copy_runs(
+    source: Int32Array, starts: Int64Array, ends: Int64Array, target: Int32Array, target_starts: Int64Array
+) -> None:
+    """Copy ``source[starts[i] : ends[i]]`` to ``target[target_starts[i] :]``, for every i."""
     for i in range(len(starts)):
         # Unsigned, as in `batchllm.tokens.common_len`: five times as fast.
-        start, to = np.uint64(starts[i]), np.uint64(offsets[i])
-        for k in range(np.uint64(offsets[i + 1]) - to):
+        start, end, to = np.uint64(starts[i]), np.uint64(ends[i]), np.uint64(target_starts[i])
+        for k in range(end - start):
             target[to + k] = source[start + k]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.prefix_cache import PinLedger
-from batchllm.tokens import Int64Array
+from batchllm.tokens import Int64Array, page_floor
 
 _SAFETY = 1.0
 """Standard deviations of what runs that admission leaves free where output lengths are guesses."""
@@ -25,7 +25,7 @@ def reusable_len(resident_len: int, prefill_len: int, page_size: int) -> int:
 
     The last token must be computed even by an exact duplicate, since sampling needs its logits.
     """
-    return min(resident_len, prefill_len - 1) // page_size * page_size
+    return page_floor(min(resident_len, prefill_len - 1), page_size)
 
 
 def footprint(total_len: int, page_size: int) -> int:
@@ -39,7 +39,7 @@ def footprint(total_len: int, page_size: int) -> int:
 
 def max_total_len(kv_limit_tokens: int, page_size: int) -> int:
     """The longest request, prompt and output, whose `footprint` fits; at most 0 if none does."""
-    return (kv_limit_tokens - page_size) // page_size * page_size
+    return page_floor(kv_limit_tokens - page_size, page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class OpenPrefixes:
 
         Args:
             prefix_ids: Prefixes to open, none of them open yet, outermost first.
-            ledger: Their sizes.
+            ledger: Knows the sizes of prefixes.
             longest_beside: KV slots of the longest request that runs or was left behind, 0 without one.
             any_behind: Whether any was left behind.
             kv_limit_tokens: Slots that may be used; at least the `footprint` of every request.

@@ -6,7 +6,7 @@ of all that runs together are distributed as true lengths are, and their sum is 
 
 The distribution is estimated with what still runs counted as "longer than this" (Kaplan and Meier 1958): of those that
 started together the short ones finish first, and a mean over finished ones alone would take every answer for short.
-Where nothing is known yet, what is left of the distribution lies at ``max_new_len``: safe at the start.
+What is left of the distribution lies at ``max_new_len`` as long as nothing is known: safe at the start.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class OutputEstimate:
         max_new_len: It ends here at the latest.
         known_len: Its length, or 0 where it has to be learned. A hint that turns out too small counts as unknown from
             there on.
-        kind: Whose lengths it is likely to share, a number of `OutputLengths.kind`.
+        kind: Number of the kind whose lengths it probably shares, from `OutputLengths.kind`.
         draw: Quantile that stands for this request, in (0, 1).
         predicted_len: Mean expected when it started for the first time, 0 before.
     """

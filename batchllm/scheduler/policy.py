@@ -16,6 +16,7 @@ from batchllm.scheduler.admission import KvProjection, OpenPrefixes, footprint, 
 from batchllm.scheduler.decision import Admission, Decision
 from batchllm.scheduler.token_batching import decode_lag, is_worth_a_pass
 from batchllm.scheduler.view import SchedulerView, WaitingRequest
+from batchllm.tokens import page_floor
 
 _plan_order = attrgetter("plan_order")
 
@@ -150,7 +151,7 @@ class _Step:
             self.lacks_room = True
             return None
         if num_tokens < request.prefill_len - cached_len:
-            num_tokens = num_tokens // page_size * page_size
+            num_tokens = page_floor(num_tokens, page_size)
             if num_tokens == 0 or not view.can_chunk:
                 return None
             self.num_tokens_left = 0  # one prompt at a time may be in pieces

@@ -40,7 +40,7 @@ class Turns:
         self._num_steps_in_vain = 0
 
     def wait(self) -> None:
-        """Whose turn it is found no room in this step, while both wait."""
+        """Record that the side whose turn it is found no room in this step, while both wait."""
         self._num_steps_in_vain += 1
         if self._num_steps_in_vain >= _PATIENCE_STEPS:
             self._num_live_ahead = 0 if self.is_planned else 1

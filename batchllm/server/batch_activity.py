@@ -26,22 +26,18 @@ _MAX_BATCHES = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchCosts:
-    """A batch as this process has run it: prompt tokens of what was answered, and what has failed.
+    """A batch as this process has run it: what its answers have cost, and what has failed.
 
     Attributes:
         is_whole: All that has run of it has run here.
-        num_prompt_tokens: All of them.
-        num_optimal_tokens: Those that had to be computed.
-        num_computed_tokens: Those that were, also of what is not answered yet.
+        stats: Counts of the batch; tokens are counted as computed before their rows are answered.
         failed_by_code: Rows that have failed for each reason.
         first_failed: The first few of them.
-        largest_prefixes: Of its plan, those that save most.
+        largest_prefixes: Prefixes of its plan that save most.
     """
 
     is_whole: bool
-    num_prompt_tokens: int
-    num_optimal_tokens: int
-    num_computed_tokens: int
+    stats: JobStats
     failed_by_code: Mapping[str, int]
     first_failed: Sequence[BadRow]
     largest_prefixes: Sequence[PrefixSummary]
@@ -60,7 +56,7 @@ class _Batch:
         return self.stats if self.job is None else self.stats + self.job.stats
 
     def all_prefixes(self) -> Sequence[PrefixSummary]:
-        """Of the plan that saves most: parts of a batch, and what an engine's death has left, are planned again."""
+        """Prefixes of the plan that saves most. A batch has several plans if it was planned in parts or again."""
         new = () if self.job is None else self.job.largest_prefixes
         return max(self.prefixes, new, key=lambda prefixes: sum(prefix.saved_tokens for prefix in prefixes))
 
@@ -106,12 +102,9 @@ class BatchActivity:
             batch = self._batches.get(batch_id)
             if batch is None:
                 return None
-            stats = batch.all_stats()
             return BatchCosts(
                 is_whole=batch.is_whole,
-                num_prompt_tokens=stats.num_prompt_tokens,
-                num_optimal_tokens=stats.num_optimal_prompt_tokens,
-                num_computed_tokens=stats.num_computed_prompt_tokens,
+                stats=batch.all_stats(),
                 failed_by_code=dict(batch.failed_by_code),
                 first_failed=list(batch.first_failed),
                 largest_prefixes=batch.all_prefixes(),
@@ -125,7 +118,7 @@ class BatchActivity:
         if costs is None or not costs.is_whole:
             return {}
         return {
-            "prompt": costs.num_prompt_tokens,
-            "computed": costs.num_computed_tokens,
-            "optimal": costs.num_optimal_tokens,
+            "prompt": costs.stats.num_prompt_tokens,
+            "computed": costs.stats.num_computed_prompt_tokens,
+            "optimal": costs.stats.num_optimal_prompt_tokens,
         }

@@ -25,10 +25,10 @@ class BatchProgress(Progress):
 
     Args:
         store: Has the record.
-        batch_id: Whose.
+        batch_id: The batch.
         num_answered: Rows answered by earlier runs.
         num_failed: Rows failed in earlier runs.
-        metrics: Also told, where there are any.
+        metrics: Counts the rows too, unless None.
     """
 
     def __init__(
@@ -43,23 +43,9 @@ class BatchProgress(Progress):
         self._is_shown = False
         self._shown_at = 0.0
 
-    def update(
-        self,
-        *,
-        num_rows: int = 0,
-        num_prompt_tokens: int = 0,
-        num_computed: int = 0,
-        num_output_tokens: int = 0,
-        num_failed: int = 0,
-    ) -> None:
-        """As `Progress.update`."""
-        super().update(
-            num_rows=num_rows,
-            num_prompt_tokens=num_prompt_tokens,
-            num_computed=num_computed,
-            num_output_tokens=num_output_tokens,
-            num_failed=num_failed,
-        )
+    def update(self, *, num_rows: int = 0, num_failed: int = 0, **num_tokens: int) -> None:
+        """Adds to the counts, as `Progress.update` does, and remembers that there is something to write."""
+        super().update(num_rows=num_rows, num_failed=num_failed, **num_tokens)
         if num_rows:
             self._num_rows_answered += num_rows - num_failed
             self._num_rows_failed += num_failed

@@ -50,7 +50,7 @@ class BatchRoutes:
         database: Has the records.
         batches: The batches.
         files: The files.
-        keys: Of requests that were sent before.
+        keys: Keys of requests that were sent before.
         check_open: Called first; raises where nothing is served yet.
         wake: Called when a batch has been begun or cancelled.
     """

@@ -1,8 +1,8 @@
 """One batch on its way: validated, run, ended.
 
-Knows the order of a batch's states and what each step needs; not which batches run when, and not HTTP.
+Knows the order of a batch's states and what each stage needs; not which batches run when, and not HTTP.
 
-INVARIANT: every step can be cut off anywhere and done again: the journal knows which rows are done, and the files of
+INVARIANT: every stage can be cut off anywhere and done again: the journal knows which rows are done, and the files of
 results appear together with the status that names them.
 """
 
@@ -93,12 +93,12 @@ class BatchContext:
 
 
 class BatchRun:
-    """A batch's next step, in a thread of its own.
+    """A batch's next stage (validated, run, or ended), in a thread of its own.
 
     Args:
         context: What it is run with.
         batch_id: Which batch.
-        stop: Asks it to stop; what comes then is for the next step.
+        stop: Asks it to stop; what comes then is for the next stage.
 
     Attributes:
         has_trouble: It could not do what it should, through no fault of the batch; it is to be tried again later.
@@ -111,7 +111,7 @@ class BatchRun:
         self.has_trouble = False
 
     def run(self) -> None:
-        """Do the step."""
+        """Do the stage."""
         try:
             batch = self._context.batches.need(self._id)
             if batch.status == "validating":
@@ -297,7 +297,7 @@ class BatchRun:
         except JournalError as error:
             if journal.num_rows == batch.num_rows:
                 raise
-            # Lines were not what had been recorded; without them the next step runs their rows again.
+            # Lines were not what had been recorded; without them the next stage runs their rows again.
             logger.error("%s: %s", self._id, error)
             raise _StoppedError("rows are missing again") from error
 

@@ -72,7 +72,7 @@ class Database:
         folder: The storage.
 
     Raises:
-        ConfigError: Another process has the storage, it cannot be written, or its database is none of ours.
+        ConfigError: Another process has the storage, it cannot be written, or its database was made by another program.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Which batch does its next step when, and what has expired.
+"""When each batch does its next stage, and what has expired.
 
-Knows records, threads and the clock; what a step is, is `batch_run`'s.
+Knows records, threads and the clock; what a stage is, is `batch_run`'s.
 
 INVARIANT: a batch is in at most one thread; what is to be done next is read from the records, so that a server that was
 killed finds all of it again.
@@ -40,8 +40,8 @@ _Kind = Literal["validation", "rows", "ending"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A batch at work."""
+class _Stage:
+    """A stage of a batch that is under way."""
 
     run: BatchRun
     stop: StopSignal
@@ -53,11 +53,11 @@ class _Step:
 
 
 class Dispatcher:
-    """Begins steps of batches, in threads of their own, until stopped."""
+    """Begins stages of batches, in threads of their own, until stopped."""
 
     def __init__(self, context: BatchContext) -> None:
         self._context = context
-        self._steps: dict[str, _Step] = {}
+        self._stages: dict[str, _Stage] = {}
         self._not_before: dict[str, float] = {}
         self._swept_at = -_SWEEP_EVERY_S
         self._is_stopping = False
@@ -74,7 +74,7 @@ class Dispatcher:
         self._wake.set()
 
     def stop(self, *, is_crash: bool) -> None:
-        """End all steps where they are; what is recorded stays. Returns when their threads have ended."""
+        """End all stages where they are; what is recorded stays. Returns when their threads have ended."""
         self._reason = CRASH if is_crash else SHUTDOWN
         self._is_stopping = True
         self._wake.set()
@@ -93,22 +93,22 @@ class Dispatcher:
                 logger.exception("batches could not be looked at; it is tried again")
             self._wake.wait(_LOOK_EVERY_S)
             self._wake.clear()
-        for step in self._steps.values():
-            step.stop.ask(self._reason)
-            step.stop.ask(self._reason)  # now
-        for step in self._steps.values():
-            step.thread.join()
+        for stage in self._stages.values():
+            stage.stop.ask(self._reason)
+            stage.stop.ask(self._reason)  # now
+        for stage in self._stages.values():
+            stage.thread.join()
 
     def _look(self) -> None:
         now = time.monotonic()
-        for batch_id, step in list(self._steps.items()):
-            if step.is_done.is_set():
-                del self._steps[batch_id]
-                if step.run.has_trouble:
+        for batch_id, stage in list(self._stages.items()):
+            if stage.is_done.is_set():
+                del self._stages[batch_id]
+                if stage.run.has_trouble:
                     self._not_before[batch_id] = now + _RETRY_AFTER_S
         batches = self._context.batches.active()
         for batch in batches:
-            at_work = self._steps.get(batch.id)
+            at_work = self._stages.get(batch.id)
             if at_work is None:
                 if now >= self._not_before.get(batch.id, 0.0) and self._has_room(batch):
                     self._begin(batch)
@@ -122,14 +122,14 @@ class Dispatcher:
     def _has_room(self, batch: BatchRecord) -> bool:
         """A batch that may have ended the server is begun beside no other such: the next end then tells them apart."""
         kind = _kind_of(batch)
-        if kind == "rows" and batch.is_suspect and any(step.is_suspect for step in self._steps.values()):
+        if kind == "rows" and batch.is_suspect and any(stage.is_suspect for stage in self._stages.values()):
             return False
         limits = {
             "validation": _MAX_VALIDATIONS,
             "ending": _MAX_ENDINGS,
             "rows": self._context.options.max_active_jobs,
         }
-        return sum(step.kind == kind for step in self._steps.values()) < limits[kind]
+        return sum(stage.kind == kind for stage in self._stages.values()) < limits[kind]
 
     def _begin(self, batch: BatchRecord) -> None:
         stop = StopSignal(self._context.options.grace_s)
@@ -146,7 +146,7 @@ class Dispatcher:
 
         thread = threading.Thread(target=work, name=batch.id, daemon=True)
         kind = _kind_of(batch)
-        self._steps[batch.id] = _Step(run, stop, thread, is_done, kind, batch.is_suspect and kind == "rows")
+        self._stages[batch.id] = _Stage(run, stop, thread, is_done, kind, batch.is_suspect and kind == "rows")
         self._not_before.pop(batch.id, None)
         thread.start()
 
@@ -178,7 +178,7 @@ class Dispatcher:
 
 
 def _kind_of(batch: BatchRecord) -> _Kind:
-    """What the next step of a batch does."""
+    """Which kind of stage a batch does next."""
     if _must_stop(batch):
         return "ending"
     return "validation" if batch.status == "validating" else "rows"

@@ -68,7 +68,7 @@ class FileRoutes:
     Args:
         database: Has the records.
         files: The files.
-        keys: Of requests that were sent before.
+        keys: Keys of requests that were sent before.
         options: Limits.
         check_open: Called first; raises where nothing is served.
         metrics: Gives the metrics, once there are any.
@@ -125,7 +125,7 @@ class FileRoutes:
             with stream:
                 upload = Upload(stream, path, options.max_file_bytes, options.upload_idle_s)
                 await upload.receive(request)
-            lifetime_s = _check_form(upload.fields)
+            lifetime_s = _lifetime_s(upload.fields)
             record = await run_in_threadpool(self._add, upload, lifetime_s, idempotency_key)
         finally:
             path.unlink(missing_ok=True)
@@ -245,8 +245,8 @@ def _object(record: FileRecord) -> FileObject:
     )
 
 
-def _check_form(fields: dict[str, str]) -> int | None:
-    """The fields beside the file; returns how long it shall live, in seconds, None for ever."""
+def _lifetime_s(fields: dict[str, str]) -> int | None:
+    """How long the file shall live by the other fields of the form, in seconds; None for ever."""
     for name in fields:
         if name not in ("purpose", _ANCHOR, _SECONDS):
             raise ApiError(400, f"unknown parameter {name!r}", code="unknown_parameter", param=name)

@@ -24,6 +24,7 @@ from typing import BinaryIO, Literal, cast
 from batchllm.server.database import Database
 from batchllm.server.objects import ACTIVE_STATUSES
 from batchllm.server.steady_clock import unix_now
+from batchllm.trace.whole_file import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class FileStore:
             self.path(file_id).unlink(missing_ok=True)
 
     def num_bytes(self) -> int:
-        """Of all files together."""
+        """Bytes of all files together."""
         return int(self._database.query("SELECT coalesce(sum(num_bytes), 0) FROM file")[0][0])
 
     def path(self, file_id: str) -> Path:
@@ -213,12 +214,3 @@ class FileStore:
     def _forget(self, file_id: str) -> None:
         self._database.write("DELETE FROM file WHERE id = ?", (file_id,))
         self._database.write("DELETE FROM idempotency WHERE object_id = ?", (file_id,))
-
-
-def sync_folder(folder: Path) -> None:
-    """Names of files in the folder are on disk from now on."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

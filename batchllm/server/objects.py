@@ -87,13 +87,13 @@ class RequestCounts(BaseModel):
 
 
 class InputTokensDetails(BaseModel):
-    """Of the prompt tokens."""
+    """How many prompt tokens were not computed."""
 
     cached_tokens: int
 
 
 class OutputTokensDetails(BaseModel):
-    """Of the generated tokens."""
+    """How many generated tokens were reasoning; not counted, so 0."""
 
     reasoning_tokens: int = 0
 

@@ -20,7 +20,7 @@ class BatchOptions:
     upload_idle_s: float = 60.0
     """Seconds for which an upload may stand still; then it is cut off."""
     max_open_uploads: int = 256
-    """Uploads that are received at once; more are asked to come again."""
+    """Uploads that are received at once; more are refused with a hint to try again."""
     storage_limit: int | None = None
     """Bytes that stored files may have together; an upload beyond is refused, results of batches are not. None: what
     the disk holds."""

@@ -42,14 +42,14 @@ class Upload:
 
     Args:
         stream: Where the file's bytes go, unbuffered.
-        path: Its name.
+        path: Name of that file on disk.
         max_file_bytes: Longest file that is taken.
         idle_s: Seconds for which the body may stand still.
 
     Attributes:
         fields: The form's other fields.
         filename: What the user calls the file; None if none came.
-        num_bytes: Of the file so far.
+        num_bytes: Bytes of the file so far.
     """
 
     def __init__(self, stream: BinaryIO, path: Path, max_file_bytes: int, idle_s: float) -> None:
@@ -73,7 +73,7 @@ class Upload:
 
     @property
     def digest(self) -> str:
-        """Of the file's bytes."""
+        """SHA-256 of the file's bytes, in hex."""
         return self._hash.hexdigest()
 
     async def receive(self, request: Request) -> None:

@@ -23,7 +23,7 @@ from batchllm.dataset.records import BrokenRecord
 from batchllm.errors import RowError
 
 MAX_SHOWN = 100
-"""Errors that are told of one by one."""
+"""Errors that are reported one by one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Verdict:
     """What is to be said of a file.
 
     Attributes:
-        num_rows: Its rows.
+        num_rows: Rows of the file.
         errors: The first of what is wrong, as objects of a batch's ``errors``; empty if nothing is.
         num_errors: How much is wrong.
     """
@@ -57,7 +57,7 @@ def validate(path: Path, *, endpoint: str, max_rows: int, keep_on: Callable[[], 
         keep_on: Asked before each line.
 
     Returns:
-        What was found; None if it was told to stop.
+        What was found; None if ``keep_on`` said to stop.
 
     Raises:
         OSError: The file cannot be read.
@@ -76,7 +76,7 @@ def validate(path: Path, *, endpoint: str, max_rows: int, keep_on: Callable[[], 
                     break
                 given_id: str | None = None
                 try:
-                    given_id = _check_line(record, endpoint)
+                    given_id = _id_of(record, endpoint)
                 except RowError as error:
                     verdict.add(error, line)
                 ids.append(given_id)
@@ -96,7 +96,7 @@ def validate(path: Path, *, endpoint: str, max_rows: int, keep_on: Callable[[], 
     return verdict
 
 
-def _check_line(record: dict[str, Any] | BrokenRecord, endpoint: str) -> str:
+def _id_of(record: dict[str, Any] | BrokenRecord, endpoint: str) -> str:
     """The line's id."""
     if isinstance(record, BrokenRecord):
         raise record.error
@@ -115,7 +115,7 @@ def _check_line(record: dict[str, Any] | BrokenRecord, endpoint: str) -> str:
 
 
 def _add_duplicates(verdict: Verdict, ids: RowIds, lines: array[int]) -> None:
-    """Known at the end only, and told in their places."""
+    """Duplicates are known only at the end, but reported in the order of lines."""
     others, verdict.errors = verdict.errors, []
     for row, first in ids.find_duplicates():
         message = f"this custom_id is already used on line {lines[first]}; ids must be unique in a file"

@@ -167,6 +167,13 @@ class Columns:
         """Tokens it must have KV for before it decodes: prompt, and what it had generated before it lost its KV."""
         return int(self.prompt_len[index] + self.num_generated[index])
 
+    def finish_ended(self, running: list[int]) -> tuple[list[int], list[int]]:
+        """Those of ``running`` that have generated all they will, now finished, and the others. Others are not read."""
+        is_end = (self.num_generated[running] >= self.output_len[running]).tolist()
+        ended = [index for index, has_ended in zip(running, is_end, strict=True) if has_ended]
+        self.finished += ended
+        return ended, [index for index, has_ended in zip(running, is_end, strict=True) if not has_ended]
+
     def count_computed(self, index: int, before: int, after: int) -> None:
         """Tokens ``[before, after)`` of a request have been computed; those of its prompt count."""
         num_prompt = int(self.prompt_len[index])
@@ -178,8 +185,8 @@ class Outcome:
     """What a simulated scheduler hands back.
 
     Attributes:
-        recorder: Its steps.
-        columns: Its requests, all finished.
+        recorder: The steps that it has run.
+        columns: The requests, all finished.
         predictions: Learned output lengths against true ones.
     """
 

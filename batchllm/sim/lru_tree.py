@@ -9,6 +9,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 from batchllm.planner import BatchPlan
+from batchllm.tokens import page_floor
 
 
 class LruTree:
@@ -38,7 +39,7 @@ class LruTree:
         self._num_uses = [0] * num_nodes
         self._heap: list[tuple[int, int, int, int]] = []
         self._clock = 0
-        self.num_free = kv_capacity_tokens // self.page_size * self.page_size
+        self.num_free = page_floor(kv_capacity_tokens, self.page_size)
         self.num_evictable = 0
         self.num_locked_private = 0
         self.num_locked_shared = 0
@@ -87,7 +88,7 @@ class LruTree:
                 break
         else:
             total += self._have[self.leaf(row)]
-        return min(total, prefill_len - 1) // self.page_size * self.page_size
+        return page_floor(min(total, prefill_len - 1), self.page_size)
 
     def lock(self, row: int) -> None:
         """The row uses its path: nothing of it is evicted."""

@@ -146,11 +146,9 @@ class OneLevelScheduler:
         for row in ended:
             self._columns.num_generated[row] += 1
             self._group_of[row].num_decoding += 1
-        self._decoding += ended
-        is_end = self._columns.num_generated >= self._columns.output_len
-        for row in [row for row in self._decoding if is_end[row]]:
+        ended, self._decoding = self._columns.finish_ended(self._decoding + ended)
+        for row in ended:
             self._finish(row)
-        self._decoding = [row for row in self._decoding if not is_end[row]]
 
     def _compute_members(self, budget: int, count: StepCount, ended: list[int]) -> int:
         for row in list(self._in_pieces):
@@ -247,7 +245,6 @@ class OneLevelScheduler:
         self._num_private -= self._slots_of(row)
         group = self._group_of.pop(row)
         del self._cached_len[row]
-        self._columns.finished.append(row)
         group.num_running -= 1
         group.num_decoding -= 1
         group.num_left -= 1

@@ -20,13 +20,13 @@ class SimResult:
         scheduler: Which scheduler ran.
         num_requests: Rows, all answered.
         num_prompt_tokens: Tokens of all prompts.
-        num_computed_prompt_tokens: Of them those computed, repeatedly where their KV was lost; others were read.
+        num_computed_prompt_tokens: Prompt tokens computed, again if their KV was lost; the others were read.
         num_optimal_prompt_tokens: The fewest that any schedule computes, whole pages shared.
         num_output_tokens: Tokens generated.
         num_retractions: Times a running request lost its KV.
         lower_bound_s: Seconds that no schedule on this device can beat.
         predictions: Learned output lengths against true ones.
-        trace: Its steps.
+        trace: The steps.
     """
 
     scheduler: str

@@ -169,11 +169,9 @@ class SglangScheduler:
         self._finish_ended()
 
     def _finish_ended(self) -> None:
-        is_end = self._columns.num_generated >= self._columns.output_len
-        for row in [row for row in self._decoding if is_end[row]]:
+        ended, self._decoding = self._columns.finish_ended(self._decoding)
+        for row in ended:
             self._tree.unlock(row)
-            self._columns.finished.append(row)
-        self._decoding = [row for row in self._decoding if not is_end[row]]
 
     def _retract(self) -> None:
         """The one that has generated least loses what it generated; its prompt stays cached until it is evicted."""

@@ -93,12 +93,9 @@ class VllmScheduler:
         self._columns.num_generated[rows] += 1
         for row in ended:
             self._columns.num_generated[row] += 1
-        self._decoding += ended
-        is_end = self._columns.num_generated >= self._columns.output_len
-        for row in [row for row in self._decoding if is_end[row]]:
+        ended, self._decoding = self._columns.finish_ended(self._decoding + ended)
+        for row in ended:
             self._release(row)
-            self._columns.finished.append(row)
-        self._decoding = [row for row in self._decoding if not is_end[row]]
 
     def _admit(self, budget: int, count: StepCount, ended: list[int]) -> None:
         tree = self._tree

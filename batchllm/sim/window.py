@@ -73,8 +73,8 @@ class PlanWindow:
     """Walks the plan and keeps requests coming.
 
     Args:
-        workload: Its rows.
-        plan: Their plan.
+        workload: The rows.
+        plan: The plan of the rows.
         ledger: Told of each prefix when its first consumer comes.
         lengths: Knows kinds of requests.
         kv_capacity_tokens: Slots of the KV pool.

@@ -167,8 +167,8 @@ def snippet(*, num_requests: int, delay: float, output: OutputDraw, seed: int = 
     Args:
         num_requests: Queries.
         delay: Mean delay of a query, measured in queries; 0 brings a document's queries together.
-        output: Their outputs.
-        seed: Of everything random.
+        output: How long outputs are.
+        seed: Seed of everything random.
     """
     rng = np.random.default_rng(seed)
     document_len = _PREFIX_LEN - _INSTRUCTION_LEN

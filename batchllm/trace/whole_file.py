@@ -23,3 +23,16 @@ def write_whole(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of files in the folder safe on disk.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -153,7 +153,7 @@ class Bench:
         shape = self.setting.shape
         heads = f"{shape.num_heads}/{shape.num_kv_heads}/{shape.head_dim}"
         report, table = self.out / "attention.md", self.out / "dispatch_table.json"
-        for flags in (["--tune", "--out", str(report)], ["--table", str(table)]):
+        for flags in (["--tune", "--out", str(report)], ["--layers", str(shape.num_layers), "--table", str(table)]):
             script = Path(__file__).parents[1] / "bench_attention.py"
             try:
                 done = subprocess.run(
@@ -164,7 +164,7 @@ class Bench:
                 )
             except subprocess.TimeoutExpired as error:
                 raise OutOfTimeError(f"bench_attention.py {flags[0]} had not ended by the deadline") from error
-            (self.out / f"attention{flags[0]}.log").write_text(done.stdout + done.stderr)
+            (self.out / f"attention{flags[-2]}.log").write_text(done.stdout + done.stderr)
             self.note("attention", flags=flags, is_right=done.returncode == 0, last_words=done.stderr[-1000:])
 
     # Stock's best policy

@@ -15,10 +15,10 @@ from batchllm.attention import PrefixPaths, check_layout, plan_layout, torch_sha
 from batchllm.attention.base import LayerShape, StepAttention
 from batchllm.attention.cpu_shared import CompiledSharedAttention, make_cpu_attention
 from batchllm.attention.reference import attention
-from batchllm.attention.tolerance import check_close
 from batchllm.attention.torch_shared import TorchSharedAttention
 from batchllm.kernels import cpu
 from tests.attention.cases import CASES, POISON, Case, make_case
+from tests.attention.tolerance import check_close
 from tests.kernels.levels import LEVELS, kernels_of, num_threads
 
 DTYPES = [torch.float32, torch.bfloat16]

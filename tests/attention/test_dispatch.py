@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batchllm.attention import AttentionLayout, PrefixPaths, plan_layout
-from batchllm.attention.dispatch import TABLE_PATH, Dispatcher, load_table, sharing
+from batchllm.attention.dispatch import TABLE_PATH, Dispatcher, fastest, load_table, sharing, table_key
 from batchllm.errors import ConfigError
 
 _TABLE: dict[str, Any] = {
@@ -138,3 +138,18 @@ def test_the_table_that_is_shipped_is_well_formed(tmp_path: Path) -> None:
     broken.write_text("[")
     with pytest.raises(ConfigError, match=r"broken\.json: not JSON"):
         load_table(broken)
+
+
+def test_what_was_measured_with_other_heads_says_nothing() -> None:
+    """Of the same card: 8 query heads for each KV head make a prefix dearer to read, and its partial results too."""
+    keys = [table_key("NVIDIA H200", *heads, np.dtype("float16")) for heads in ((32, 8, 128), (64, 8, 128))]
+    assert keys[0] == "NVIDIA H200 32/8/128 float16"
+    table = {keys[0]: {"extend": {"group_sizes": [2], "shared_lens": [1], "paths": [["cascade"]]}}}
+    reasons = [Dispatcher(key, table=table).choose(_step(1, 4, 600, 200, qo_len=8)).reason for key in keys]
+    assert reasons == ["measured", "sharing saves enough, not measured"]
+
+
+@pytest.mark.parametrize(("num_layers", "path"), [(4, "shared"), (40, "cascade")])
+def test_the_fastest_path_is_so_with_its_plan(num_layers: int, path: str) -> None:
+    """Planning a step takes its time once: a kernel that is faster must win that back over the layers."""
+    assert fastest({"plain": (0.0, 0.5), "shared": (0.2, 0.2), "cascade": (2.0, 0.1)}, num_layers) == path

@@ -18,7 +18,7 @@ import torch
 from batchllm.attention import reference
 from batchllm.attention.base import LayerShape
 from batchllm.attention.flashinfer_shared import FlashInferSharedAttention, level_batches
-from batchllm.attention.merge_state import merge_states
+from batchllm.attention.torch_shared import merge_states
 from batchllm.errors import ConfigError
 from tests.attention.cases import CASES, make_case
 

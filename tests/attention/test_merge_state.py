@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchllm.attention.merge_state import merge_states
+from batchllm.attention.torch_shared import merge_states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

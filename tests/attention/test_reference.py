@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from batchllm.attention.reference import attention, attention_parts, shared_attention
-from batchllm.attention.tolerance import TOLERANCES, check_close
+from batchllm.attention.reference import attention
+from tests.attention.by_segments import attention_parts, shared_attention
 from tests.attention.cases import CASES, Case, make_case
+from tests.attention.tolerance import TOLERANCES, check_close
 
 
 def _fields(case: Case) -> tuple[object, ...]:

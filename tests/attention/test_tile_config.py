@@ -13,9 +13,10 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from batchllm.attention import check_layout, tuner
-from batchllm.attention.tile_config import TileConfig, cache_path, default_config, load_config, save_config
+from batchllm.attention import check_layout
+from batchllm.attention.tile_config import TileConfig, cache_path, default_config, load_config
 from batchllm.errors import ConfigError
+from eval import tile_tuner
 
 _CUDA = torch.device("cuda", 0)
 _TUNED = TileConfig(128, 32, 512, 4, 1, 8, 2, merge_slots=16)
@@ -30,7 +31,7 @@ def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_choice_holds_for_its_device_heads_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
+    path = tile_tuner.save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
     assert path.parts[-3:] == ("batchllm", "attention", "nvidia-h200.json")
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == _TUNED
     default = default_config((9, 0), 128, torch.bfloat16)
@@ -42,8 +43,8 @@ def test_a_choice_holds_for_its_device_heads_and_dtype(monkeypatch: pytest.Monke
 
 
 def test_other_choices_stay() -> None:
-    save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
-    path = save_config(_CUDA, 28, 4, 128, torch.bfloat16, default_config((9, 0), 128, torch.bfloat16))
+    tile_tuner.save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
+    path = tile_tuner.save_config(_CUDA, 28, 4, 128, torch.bfloat16, default_config((9, 0), 128, torch.bfloat16))
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == _TUNED
     assert len(json.loads(path.read_text())) == 2
     assert list(path.parent.iterdir()) == [path]
@@ -51,7 +52,7 @@ def test_other_choices_stay() -> None:
 
 @pytest.mark.parametrize("content", ["[", '{"KEY": {"block_n": 32}}'])
 def test_a_broken_file_is_named(content: str) -> None:
-    path = save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
+    path = tile_tuner.save_config(_CUDA, 32, 8, 128, torch.bfloat16, _TUNED)
     key = next(iter(json.loads(path.read_text())))
     path.write_text(content.replace("KEY", key))
     with pytest.raises(ConfigError, match=str(cache_path(_CUDA))):
@@ -60,7 +61,7 @@ def test_a_broken_file_is_named(content: str) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_candidates_are_different_and_begin_with_the_default(head_dim: int) -> None:
-    configs = tuner.candidates((9, 0), head_dim, torch.bfloat16)
+    configs = tile_tuner.candidates((9, 0), head_dim, torch.bfloat16)
     assert configs[0] == default_config((9, 0), head_dim, torch.bfloat16)
     assert len(set(configs)) == len(configs) > 10
 
@@ -69,7 +70,7 @@ def test_candidates_are_different_and_begin_with_the_default(head_dim: int) -> N
     ("levels", "readers", "num_segments"), [([], 5, 0), ([(3, 20)], 4, 3), ([(1, 2), (2, 3), (2, 9)], 3, 7)]
 )
 def test_made_up_steps_share_what_they_say(levels: Sequence[tuple[int, int]], readers: int, num_segments: int) -> None:
-    layout, table, num_slots = tuner.made_up_step(levels, readers, private_len=7, query_len=2)
+    layout, table, num_slots = tile_tuner.made_up_step(levels, readers, private_len=7, query_len=2)
     check_layout(layout, table.numpy(), is_thorough=True)
     assert len(layout.kv_len) == readers * math.prod(fanout for fanout, _ in levels)
     assert len(layout.segment_readers) == num_segments
@@ -85,7 +86,7 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[TileConfig] = []
 
     def compile_all(device: torch.device, heads: Any, configs: list[TileConfig]) -> None:
-        pickle.loads(pickle.dumps([(tuner._launch_once, device.index, heads, config) for config in configs]))
+        pickle.loads(pickle.dumps([(tile_tuner._launch_once, device.index, heads, config) for config in configs]))
         compiled.extend(configs)
 
     def time_step(device: torch.device, heads: Any, config: TileConfig, step: Any) -> float:
@@ -95,10 +96,10 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted = {"block_n": 32, "num_stages": 4, "tiles_per_program": 4, "min_split": 128, "merge_slots": 16}
         return 1.0 + sum(getattr(config, name) != value for name, value in wanted.items())
 
-    monkeypatch.setattr(tuner, "_compile_all", compile_all)
-    monkeypatch.setattr(tuner, "_time_step", time_step)
+    monkeypatch.setattr(tile_tuner, "_compile_all", compile_all)
+    monkeypatch.setattr(tile_tuner, "_time_step", time_step)
     lines: list[str] = []
-    best = tuner.tune(_CUDA, 32, 8, 128, torch.bfloat16, report=lines.append)
+    best = tile_tuner.tune(_CUDA, 32, 8, 128, torch.bfloat16, report=lines.append)
     assert (best.block_n, best.num_stages) == (32, 4)
     assert (best.tiles_per_program, best.min_split, best.merge_slots) == (4, 128, 16)
     assert load_config(_CUDA, 32, 8, 128, torch.bfloat16) == best
@@ -108,4 +109,4 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="captured"):
-        tuner.tune(_CUDA, 32, 8, 128, torch.bfloat16)
+        tile_tuner.tune(_CUDA, 32, 8, 128, torch.bfloat16)

@@ -23,9 +23,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from batchllm.attention import AttentionLayout, reference, triton_kernels
 from batchllm.attention.base import LayerShape
 from batchllm.attention.tile_config import TileConfig
-from batchllm.attention.tolerance import check_close
 from batchllm.attention.triton_shared import SharedAttention
 from tests.attention.cases import CASES, Case, make_case
+from tests.attention.tolerance import check_close
 from tests.sizes import sized
 
 # Splits of a few tokens where there is anything to split, several tiles per program.

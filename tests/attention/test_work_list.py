@@ -70,6 +70,21 @@ def test_wide_tiles_come_first_and_long_ones_before_short() -> None:
         assert (np.diff(part[:, 4] - part[:, 3]) <= 0).all()
 
 
+@pytest.mark.parametrize("group", [1, 4, 8, 16, 64])
+def test_whoever_reads_the_same_kv_reads_it_side_by_side(group: int) -> None:
+    """64 readers of 16,000 tokens, with as many query heads for each KV head: a row block holds 64 rows of heads, so
+    several read each range. They are neighbours, between which no other range comes: memory is read once for all."""
+    case = _case(1, num_levels=1, num_sequences=64, max_level_len=16_000, max_private_len=40)
+    num_narrow = max(1, 16 // group)
+    shape = TileShape(max(1, 64 // group), num_narrow, block_n=32, min_split=256, min_split_wide=256, target_tiles=264)
+    tiles = build_work_list(case.layout, shape, num_kv_heads=8).tiles
+    ranges = [tuple(each) for each in tiles[:, 2:5].tolist()]
+    (shared_len,) = np.diff(case.layout.segment_span, axis=1)[0]
+    assert len(ranges) > len(set(ranges)) or group == 1
+    assert len(set(ranges)) == sum(a != b for a, b in zip(ranges, [(), *ranges], strict=False))
+    assert sum(end - start for _, start, end in set(ranges) if end <= shared_len) == shared_len
+
+
 def test_ranges_are_cut_until_there_is_something_for_all() -> None:
     """One long prefix, few readers: as many tiles as were asked for, of nearly the same length."""
     case = _case(3, num_levels=1, num_sequences=8, max_level_len=20_000, max_private_len=0)

@@ -25,7 +25,6 @@ from batchllm.dataset import Row
 from batchllm.errors import EngineDiedError
 from batchllm.offline import job as job_module
 from batchllm.offline import jobs as jobs_module
-from batchllm.offline.feeder import Feeder
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.job import TICK_S, Job
 from batchllm.offline.job_rows import JobRows
@@ -362,7 +361,7 @@ def _compiled() -> None:
     for names in (("a", "b"), ("", "")):
         jobs = [Job(joint, _rows(_questions(i, 300, 1, namespace=names[i]))) for i in range(2)]
         for num_jobs in (1, 2):
-            Feeder(JointPlan([job.part() for job in jobs[:num_jobs]], INFO, "balanced").cutter, 256).take_run()
+            JointPlan([job.part() for job in jobs[:num_jobs]], INFO, "balanced").cutter.cut(0, 256)
 
 
 @dataclass(frozen=True)

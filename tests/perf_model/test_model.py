@@ -104,16 +104,16 @@ def test_a_missing_field_is_named(field: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": "4096"}, "hidden_size must be a whole number, not '4096'"),
-        ({"vocab_size": True}, "vocab_size must be a whole number, not True"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, not 0"),
+        ({"hidden_size": "4096"}, "hidden_size must be a whole number of at least 1, not '4096'"),
+        ({"vocab_size": True}, "vocab_size must be a whole number of at least 1, not True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, not 0"),
         ({"num_attention_heads": 33}, "num_attention_heads 33 does not divide hidden_size 4096"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, not 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1, not 0"),
         ({"num_key_value_heads": 5}, "num_kv_heads 5 does not divide num_heads 32"),
         ({"num_local_experts": 8}, "a mixture of experts"),
         ({"kv_lora_rank": 512}, "latent attention"),
         ({"quantization_config": {"quant_method": "awq"}}, "give weight_bytes_per_param"),
-        ({"quantization_config": {"bits": "four"}}, "quantization_config.bits must be a number"),
+        ({"quantization_config": {"bits": "four"}}, "no number of 'bits'"),
     ],
 )
 def test_a_configuration_that_cannot_be_costed_says_why(change: dict[str, Any], message: str) -> None:

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.offline.feeder import Feeder
 from batchllm.planner import BatchPlan, plan_batch
 from batchllm.planner.run import PlannedRun, RunCutter
 from batchllm.prefix_cache import PinLedger, PrefixState
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler import Admission, Decision, PlannedPolicy, SchedulerView
 from batchllm.scheduler.admission import RunningKv, footprint, page_ceil
+from batchllm.scheduler.feed_window import FeedWindow
 from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
 from batchllm.scheduler.running_kv import PromptInPieces, project
 from batchllm.scheduler.token_batching import prefill_budget
@@ -539,7 +539,8 @@ class _World:
         table = TokenTable.from_lists(setup.prompts)
         self.plan: BatchPlan = plan_batch(table, page_size=self.page_size)
         max_new_len = np.array(setup.max_new_lens, np.int64)
-        self.feeder = Feeder(RunCutter(self.plan, table, max_new_len), self.capacity)
+        self.cutter = RunCutter(self.plan, table, max_new_len)
+        self.feed = FeedWindow(self.cutter.kv_cost, self.capacity)
         # Alone, a request takes a step per token at most, and being held back or retracted costs some again.
         self.max_steps = 100 + 10 * sum(totals) + _MAX_RETRACTIONS * max(totals)
         self.ledger = PinLedger()
@@ -616,7 +617,7 @@ class _World:
         for prefix_id in self.ledger.finish_consumer(request.prefix_id):
             del self.resident[prefix_id]
         self.finished.append(request.position)
-        self.feeder.finish([request.position])
+        self.feed.finish([request.position])
 
     def retract(self, request: _Request) -> None:
         self.free_private(request)
@@ -803,11 +804,11 @@ class _World:
     def run(self) -> None:
         """To the end, which must come."""
         for _ in range(self.max_steps):
-            while (run := self.feeder.take_run()) is not None:
-                self.take_in(run)
+            while (bounds := self.feed.take_next()) is not None:
+                self.take_in(self.cutter.cut(*bounds))
             self.make_trouble()
             self.step()
-            if self.feeder.is_done:
+            if self.feed.is_done:
                 return
         raise AssertionError(f"not done after {self.max_steps} steps")
 

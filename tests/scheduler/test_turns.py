@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.scheduler.turns import Turns
@@ -52,6 +52,7 @@ def test_who_waits_alone_owes_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), max_size=200))
+@settings(deadline=None)
 def test_neither_goes_first_for_ever(steps: list[tuple[int, int]]) -> None:
     """Whatever has happened: where both want all they can get, each has its turn within a bounded number of steps."""
     turns = Turns()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from batchllm.dataset import BadRow
+from batchllm.offline.stats import JobStats
 from batchllm.planner import PrefixSummary
 from batchllm.server.batch_activity import BatchCosts
 from batchllm.server.batch_store import BatchRecord
@@ -53,9 +54,7 @@ RECORD = BatchRecord(
 )
 COSTS = BatchCosts(
     is_whole=True,
-    num_prompt_tokens=1000,
-    num_optimal_tokens=250,
-    num_computed_tokens=300,
+    stats=JobStats(num_prompt_tokens=1000, num_optimal_prompt_tokens=250, num_computed_prompt_tokens=300),
     failed_by_code={"a": 1, "b": 33},
     first_failed=[BadRow(kind="openai", given_id=HOSTILE, index=0, line=1, code="a", message=HOSTILE)],
     largest_prefixes=[],

@@ -14,6 +14,7 @@ from batchllm.errors import ConfigError
 from batchllm.perf_model import CostModel, get_device, get_model
 from batchllm.planner import GROUP_ORDERS, exact_cut, greedy_cut, plan_batch
 from batchllm.sim import SCHEDULERS, OutputDraw, SimResult, SimWorkload, parse_workload, shared, simulate
+from batchllm.sim.kv_pool import Columns
 from batchllm.tokens import TokenTable
 from tests.sizes import sized
 
@@ -275,3 +276,22 @@ def test_the_result_is_told_in_numbers_and_as_a_table() -> None:
 def test_what_cannot_run_is_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         simulate(_GROUPS, cost_model=_COST_MODEL, **arguments)
+
+
+class _Counted(np.ndarray):
+    num_read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.num_read += np.size(found)
+        return found
+
+
+def test_the_end_of_a_step_looks_at_what_runs_only() -> None:
+    """A baseline's step costs what runs in it, not what there is: of 100,000 requests, the three that run are read."""
+    lens = np.full(100_000, 2)
+    columns = Columns(lens, lens.view(_Counted), lens, np.zeros_like(lens), lens.copy().view(_Counted))
+    columns.num_generated[500] = 1
+    assert columns.finish_ended([99_999, 500, 7]) == ([99_999, 7], [500])
+    assert columns.finished == [99_999, 7]
+    assert (columns.num_generated.num_read, columns.output_len.num_read) == (3, 3)

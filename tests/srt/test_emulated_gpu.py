@@ -26,7 +26,7 @@ from tests.srt.live import answers_of, job_of, live_answer, run
 
 pytestmark = pytest.mark.engine
 
-_MODEL = default_model.ModelShape(name="two-layers", num_hidden_layers=2)
+_MODEL = default_model.RandomModelShape(name="two-layers", num_hidden_layers=2)
 _POOL, _CHUNK = 1200, 128
 
 

@@ -24,7 +24,6 @@ from triton.runtime.errors import OutOfResources
 from batchllm.attention import reference
 from batchllm.attention.base import LayerShape
 from batchllm.attention.dispatch import Dispatcher
-from batchllm.attention.tolerance import check_close
 from batchllm.attention.triton_shared import SharedAttention
 from batchllm.errors import LayoutError
 from batchllm.prefix_cache.pin_ledger import PinLedger
@@ -32,6 +31,7 @@ from batchllm.srt.layers import gpu_attention_backend
 from batchllm.srt.layers.gpu_attention_backend import SharedGpuAttnBackend
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
 from tests.attention.test_triton import interpreter  # noqa: F401 - a fixture, for every test of this file
+from tests.attention.tolerance import check_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
@@ -125,6 +125,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def init(self: Any, runner: Any) -> None:
         self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
         self.req_to_token, self.device = runner.req_to_token_pool.req_to_token, "cpu"
+        self.num_head, self.num_kv_head, self.v_head_dim = _HEADS, _KV_HEADS, _HEAD_DIM
         self.use_mla = self.enable_deterministic = self.use_sliding_window_kv_pool = False
         self.dcp_size, self._translate_kv_loc = 1, None
 

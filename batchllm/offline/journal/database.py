@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from batchllm.errors import ConfigError, JournalError
 from batchllm.offline.folder_lock import FolderLock, lock_holder
+from batchllm.trace.whole_file import sync_folder
 
 _WAL_HEADER_LEN = 32
 _WAL_FRAME_HEADER_LEN = 24
@@ -105,7 +106,7 @@ def make_database(folder: Path, fingerprint: str, command: str) -> None:
             database.execute("INSERT INTO job VALUES (?, ?)", (fingerprint, command))
             database.execute("COMMIT")
         os.replace(unfinished, path)
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 def open_writer(folder: Path) -> tuple[sqlite3.Connection, int]:
@@ -227,9 +228,9 @@ def damaged(path: Path, detail: str) -> JournalError:
 
 
 def _count_wal_frames(folder: Path) -> int:
-    """Pages in SQLite's log that were written since it last began anew, whether or not their commit was completed.
+    """Pages in SQLite's log that were written since it was last restarted, whether or not their commit was completed.
 
-    To be asked before the journal is opened: SQLite drops a commit that was cut off, and says nothing.
+    Call it before the journal is opened: SQLite drops a commit that was cut off, and says nothing.
     """
     try:
         with wal_path(folder).open("rb") as stream:
@@ -246,15 +247,6 @@ def _count_wal_frames(folder: Path) -> int:
             return num_frames
     except FileNotFoundError:
         return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names of files in the folder are on disk from now on."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _size(path: Path) -> int:

@@ -29,7 +29,7 @@ _FIRST_INT64 = -(1 << 63)
 
 
 def checksum(index: int, line: bytes) -> int:
-    """Of the line of a row."""
+    """Checksum of the line of a row."""
     return int(xxhash.xxh3_64_intdigest(line, index)) + _FIRST_INT64
 
 

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from batchllm.errors import ConfigError, JournalError
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.folder_lock import FolderLock, file_identity
 from batchllm.offline.journal import database, result_table
 from batchllm.offline.journal.database import clock_second, damaged, database_path, faults, wal_path
+from batchllm.tokens import Int64Array
 
-Int64Array = npt.NDArray[np.int64]
 Order = Literal["input", "finished"]
 
 NUM_ROWS_PER_COMMIT = 256

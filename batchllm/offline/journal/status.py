@@ -27,7 +27,7 @@ class Speed:
     elapsed_s: float
     rows_per_s: float
     tokens_per_s: float
-    """Of prompts and outputs together."""
+    """Tokens of prompts and outputs together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +55,8 @@ class JobStatus:
         writer_pid: The process that runs the job now, 0 where it is not known; None if none does.
         num_finished: Rows with a result.
         num_failed: Those of them whose result is a failure.
-        num_prompt_tokens: Of rows with a result.
-        num_output_tokens: Of rows with a result.
+        num_prompt_tokens: Prompt tokens of rows with a result.
+        num_output_tokens: Output tokens of rows with a result.
         recent_speed: Over the last `RECENT_S` seconds of the last run that recorded anything.
         whole_speed: Over all runs, the time between them left out.
         failures: What failed, the most frequent first.
@@ -112,7 +112,7 @@ def _read_status(database: sqlite3.Connection, writer_pid: int | None) -> JobSta
 
 
 def _speeds(database: sqlite3.Connection, now: float | None) -> tuple[Speed, Speed]:
-    """Of the last minutes of the last run, which goes on until now if it is running, and of all runs."""
+    """Speed over the last minutes of the last run, which goes on until now if it is running, and over all runs."""
     runs = database.execute(
         "SELECT run, min(second), max(second), sum(num_rows), sum(num_tokens) FROM progress GROUP BY run ORDER BY run"
     ).fetchall()

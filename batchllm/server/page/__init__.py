@@ -7,6 +7,6 @@ of another origin sent, and where there is a key nothing is shown to who has not
 """
 
 from batchllm.server.page.app import BatchPage
-from batchllm.server.page.numbers import LiveNumbers
+from batchllm.server.page.content import LiveNumbers
 
 __all__ = ["BatchPage", "LiveNumbers"]

@@ -88,7 +88,7 @@ def draw_charts(steps: StepArray, kv_limit_tokens: int) -> list[Chart]:
     """The KV pool and what steps carry; none where there are no steps.
 
     Args:
-        steps: Of `recent_steps`.
+        steps: What `recent_steps` returned.
         kv_limit_tokens: Drawn as a line.
     """
     if not len(steps):

@@ -10,11 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import jinja2
 
+from batchllm.offline.stats import JobStats
 from batchllm.server.api_errors import ApiError, unknown_cursor, unknown_file
 from batchllm.server.batch_activity import BatchActivity
 from batchllm.server.batch_store import BatchRecord, BatchStore
@@ -22,13 +25,31 @@ from batchllm.server.file_store import FileRecord, FileStore, UnknownCursorError
 from batchllm.server.objects import INPUT_PURPOSE
 from batchllm.server.page import view
 from batchllm.server.page.charts import draw_charts, recent_steps
-from batchllm.server.page.numbers import LiveNumbers
+from batchllm.trace.latency import LiveLatency
+from batchllm.trace.steps import StepArray
 from batchllm.trace.svg_path import BOX_HEIGHT, BOX_WIDTH
 
 _NUM_BATCHES = 20
 _NUM_FILES = 50
 _HEAD_LEN = 1 << 18
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveNumbers:
+    """Numbers of the engine and of all that runs on it.
+
+    Attributes:
+        job_stats: What all rows of all batches have cost since the server was started.
+        steps: The last steps, ``start_s`` on the monotonic clock. `STEP_DTYPE` ``[num_steps]``.
+        latency: What live requests wait.
+        kv_limit_tokens: Slots of the KV pool that may be used.
+    """
+
+    job_stats: Callable[[], JobStats]
+    steps: Callable[[], StepArray]
+    latency: LiveLatency
+    kv_limit_tokens: int
 
 
 class PageContent:
@@ -110,7 +131,7 @@ class PageContent:
         steps = recent_steps(numbers.steps(), now_s)
         latency = numbers.latency
         return {
-            "reuse": view.reuse_of_all(numbers.job_stats()),
+            "reuse": view.reuse_of(numbers.job_stats(), "since the start"),
             "charts": draw_charts(steps, numbers.kv_limit_tokens),
             "step_mix": view.view_step_mix(steps),
             "latency": [

@@ -176,15 +176,13 @@ def reuse_of_batch(record: BatchRecord, costs: BatchCosts | None) -> ReuseView |
         return view_reuse(usage["input"], usage["input"] - usage["cached"], None)
     if costs is None:
         return None
-    note = "so far; tokens of rows that still run are counted as computed, not as prompts"
-    return view_reuse(costs.num_prompt_tokens, costs.num_computed_tokens, costs.num_optimal_tokens, note)
+    return reuse_of(costs.stats, "so far; tokens of rows that still run are counted as computed, not as prompts")
 
 
-def reuse_of_all(stats: JobStats) -> ReuseView | None:
-    """Of all batches since the server was started."""
-    return view_reuse(
-        stats.num_prompt_tokens, stats.num_computed_prompt_tokens, stats.num_optimal_prompt_tokens, "since the start"
-    )
+def reuse_of(stats: JobStats, note: str) -> ReuseView | None:
+    """What was counted; ``note`` says of what."""
+    counts = stats.num_prompt_tokens, stats.num_computed_prompt_tokens, stats.num_optimal_prompt_tokens
+    return view_reuse(*counts, note)
 
 
 def reasons_of(record: BatchRecord, costs: BatchCosts | None) -> list[tuple[str, str]]:

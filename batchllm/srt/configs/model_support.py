@@ -38,7 +38,7 @@ class Fault:
         reason: What SGLang does with it.
         remedy: What to do; ``{window}`` stands for the window.
         source: Where upstream does it.
-        architectures: Of which of SGLang's own models; all, and those of its adapter, if None.
+        architectures: SGLang's own models that have the fault; None for all, and for those of its adapter.
     """
 
     find: Callable[[Model], str | None]
@@ -59,7 +59,7 @@ def check(config: Any, *, model_path: str, is_on_cpu: bool, has_our_operators: b
 
     Args:
         config: SGLang's ``ModelConfig`` of it.
-        model_path: As the user gave it.
+        model_path: The path as the user gave it.
         is_on_cpu: It is to run on a CPU.
         has_our_operators: By our attention and operators, not SGLang's own.
 
@@ -392,4 +392,4 @@ FAULTS: tuple[Fault, ...] = (
         "models/baichuan.py::BaiChuanAttention.__init__: slopes are passed on NPUs only",
     ),
 )
-"""Asked in order; the first that applies is told."""
+"""Checked in order; the first that applies is reported."""

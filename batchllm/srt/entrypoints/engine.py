@@ -19,9 +19,8 @@ from batchllm.errors import ConfigError, EngineError
 from batchllm.srt import compat
 from batchllm.srt.entrypoints.processes import EngineProcesses
 from batchllm.srt.managers.detokenizer_manager import run_detokenizer_process
-from batchllm.srt.managers.runtime import ManagedRuntime
 from batchllm.srt.managers.scheduler_process import run_scheduler_process
-from batchllm.srt.managers.tokenizer_manager import init_tokenizer_manager
+from batchllm.srt.managers.tokenizer_manager import ManagedRuntime, init_tokenizer_manager
 from batchllm.srt.server_args import make_server_args
 
 

@@ -31,9 +31,8 @@ from batchllm.srt.entrypoints.engine_keeper import EngineKeeper, WhileDown
 from batchllm.srt.entrypoints.processes import EngineProcesses
 from batchllm.srt.entrypoints.serving_chat import ServingCompletion
 from batchllm.srt.managers.detokenizer_manager import run_detokenizer_process
-from batchllm.srt.managers.runtime import ManagedRuntime
 from batchllm.srt.managers.scheduler_process import run_server_scheduler_process
-from batchllm.srt.managers.tokenizer_manager import init_tokenizer_manager
+from batchllm.srt.managers.tokenizer_manager import ManagedRuntime, init_tokenizer_manager
 from batchllm.trace.latency import LiveLatency
 from batchllm.trace.step_history import StepHistory
 

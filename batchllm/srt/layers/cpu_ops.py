@@ -72,8 +72,8 @@ def _add_gated(
     Args:
         hidden_states: [num_tokens, hidden_size], as all but the gate.
         gate_weight: [hidden_size].
-        shared_output: Of the shared expert.
-        output: Of the other experts.
+        shared_output: Output of the shared expert.
+        output: Output of the other experts.
     """
     output.add_(torch.sigmoid(hidden_states @ gate_weight)[:, None] * shared_output)
 

@@ -1,5 +1,5 @@
-"""Attention that reads each shared prefix once a step, as a backend of SGLang for CUDA devices. Runs in the scheduler's
-process.
+"""Attention that reads each shared prefix from memory once a step (`work_list`), as a backend of SGLang for CUDA
+devices. Runs in the scheduler's process.
 
 (Upstream: ``srt/layers/attention/triton_backend.py``, ``base_attn_backend.py``, ``attention_registry.py``,
 ``srt/model_executor/runner/decode_cuda_graph_runner.py``.)
@@ -31,13 +31,14 @@ from sglang.srt.utils import is_flashinfer_available
 from triton.runtime.errors import OutOfResources
 
 from batchllm.attention.base import LayerShape
-from batchllm.attention.dispatch import Dispatcher
+from batchllm.attention.dispatch import Dispatcher, table_key
 from batchllm.attention.flashinfer_shared import FlashInferSharedAttention
 from batchllm.attention.layout import AttentionLayout
 from batchllm.attention.triton_shared import SharedAttention
 from batchllm.errors import ConfigError
-from batchllm.srt.layers.step_layout import Int32Array, SharesPrefixes, StepPlanner, why_unsupported
+from batchllm.srt.layers.step_layout import SharesPrefixes, StepPlanner, why_unsupported
 from batchllm.srt.server_args import ATTENTION_BACKEND
+from batchllm.tokens import Int32Array
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,9 @@ class _Step:
     """The step that was prepared last.
 
     Attributes:
-        kind: As of `Dispatcher`; ``graph`` is `SharedAttention` in a CUDA graph, ``plain`` is SGLang's own code.
+        kind: A path of `Dispatcher`; ``graph`` is `SharedAttention` in a CUDA graph, ``plain`` is SGLang's own code.
         layout: None if the step is of a kind that is not planned.
-        num_rows: Of the CUDA graph, padding included; else of the layout.
+        num_rows: Rows of the CUDA graph, padding included; without one, rows of the layout.
     """
 
     kind: Kind = "plain"
@@ -91,7 +92,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         is_cuda = torch.device(self.device).type == "cuda"
         has_cascade = is_cuda and is_flashinfer_available() and model_runner.dtype in (torch.float16, torch.bfloat16)
         device_name = torch.cuda.get_device_name(self.device) if is_cuda else str(self.device)
-        self.dispatcher = Dispatcher(device_name, has_cascade=has_cascade)
+        heads = (self.num_head, self.num_kv_head, self.v_head_dim, model_runner.dtype)
+        self.dispatcher = Dispatcher(table_key(device_name, *heads), has_cascade=has_cascade)
         self._has_fallen_back = False
         # What failed on this device, by path and shape; not tried again.
         self._failed: set[tuple[Kind, LayerShape]] = set()
@@ -359,11 +361,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         if layer.xai_temperature_len > 0:
             return "a temperature by position"
         head_dim = layer.head_dim
-        if (
-            not 16 <= head_dim <= _MAX_HEAD_DIM
-            or head_dim & (head_dim - 1)
-            or layer.tp_q_head_num % layer.tp_k_head_num
-        ):
+        is_power_of_two = not head_dim & (head_dim - 1)
+        if layer.tp_q_head_num % layer.tp_k_head_num or not (is_power_of_two and 16 <= head_dim <= _MAX_HEAD_DIM):
             return f"{layer.tp_q_head_num} query heads for {layer.tp_k_head_num} KV heads of {head_dim} elements"
         if key_buffer.shape[1:] != (layer.tp_k_head_num, head_dim):
             return f"a KV buffer of {tuple(key_buffer.shape)}"
@@ -383,7 +382,7 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
 
 
 def create(model_runner: Any) -> SharedGpuAttnBackend:
-    """As upstream's ``create_triton_backend``."""
+    """Make the backend, as upstream's ``create_triton_backend`` does."""
     if model_runner.model_config.is_encoder_decoder:
         raise ValueError(f"attention backend {ATTENTION_BACKEND} has no cross attention; use flashinfer")
     return SharedGpuAttnBackend(model_runner)

@@ -8,22 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
 
 from batchllm.attention.layout import AttentionLayout, check_layout, plan_layout
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
-
-Int32Array = npt.NDArray[np.int32]
+from batchllm.tokens import Int32Array
 
 
 class StepPlanner:
     """Plans steps; knows which rows were checked last.
 
     Args:
-        min_segment_len: As of `plan_layout`.
-        max_nested_segments: As of `plan_layout`.
+        min_segment_len: See `plan_layout`.
+        max_nested_segments: See `plan_layout`.
 
     Attributes:
         prefixes: What rows share; nothing until it is set.
@@ -62,7 +60,7 @@ class StepPlanner:
         """Check a layout against the table if anything is shared and other rows came together than at the last check.
 
         Args:
-            layout: Of this step.
+            layout: The layout of this step.
             read_table: Gives the request-to-token table, on the host.
 
         Raises:

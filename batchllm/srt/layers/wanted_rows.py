@@ -62,8 +62,8 @@ def last_rows(forward_batch: Any, layout: AttentionLayout, architectures: list[s
 
     Args:
         forward_batch: SGLang's, of the step.
-        layout: Of the step.
-        architectures: Of the model.
+        layout: The step.
+        architectures: Names of the model's architectures.
     """
     if (
         not forward_batch.forward_mode.is_extend()

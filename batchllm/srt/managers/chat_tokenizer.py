@@ -47,9 +47,9 @@ class _PlainWay(NamedTuple):
     """How SGLang renders plain chats with the same other fields.
 
     Attributes:
-        arguments: Of the chat template.
-        adds_special_tokens: As in `RenderedText`.
-        settings: As in `ChatPrompt`.
+        arguments: Arguments of the chat template.
+        adds_special_tokens: See `RenderedText`.
+        settings: See `ChatPrompt`.
     """
 
     arguments: dict[str, Any]

@@ -33,8 +33,8 @@ class PlannedRunReqInput(BaseReq):
         sampling_index: Which of ``sampling`` each request uses.
         seeds: Sampling seed of each request.
         num_logprobs: -1 for no log probabilities, else how many alternatives beside the chosen token.
-        require_reasoning: Of each of ``sampling`` whether the output begins with reasoning.
-        lora_paths: Of each of ``sampling`` the name of its adapter, None for the base model.
+        require_reasoning: Whether the output begins with reasoning, for each of ``sampling``.
+        lora_paths: Name of the adapter of each of ``sampling``, None for the base model.
         lora_ids: SGLang's identifiers of those; None also for one that is not loaded any more.
         extra_keys: Cache namespace of each request, or None where all are in the default one.
     """
@@ -80,7 +80,7 @@ class PlannedBatchOutput(BaseReq):
         finish_reasons: ``to_json()`` of SGLang's finish reason of each.
         prompt_tokens: Prompt length of each.
         cached_tokens: Prompt tokens of each read from the cache.
-        skip_special_tokens: Of each, like the next two.
+        skip_special_tokens: One for each request, like the next two.
         logprobs: None, or per request ``(logprob, top_logprobs, top_ids)`` of every generated token.
         counters: The job's counters after these.
         steps: `batchllm.trace.STEP_DTYPE` of the steps since the last message, ``start_s`` on the monotonic clock.

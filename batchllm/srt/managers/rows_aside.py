@@ -31,7 +31,7 @@ class RowsAside:
 
     @property
     def reqs(self) -> list[Any]:
-        """Their requests."""
+        """Requests of the rows that sit out."""
         return [] if self._batch is None else self._batch.reqs
 
     def bring_back(self, running_batch: Any) -> Any:

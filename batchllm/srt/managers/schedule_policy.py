@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from batchllm.srt.managers.schedule_batch import PlannedReq
+from batchllm.tokens import page_floor
 
 
 class PlannedPrefillAdder(PrefillAdder):
@@ -36,7 +37,7 @@ class PlannedPrefillAdder(PrefillAdder):
         # length.
         is_cut = self.rem_chunk_tokens is not None and num_tokens > self.rem_chunk_tokens
         if is_cut:
-            num_tokens = self.rem_chunk_tokens // self.page_size * self.page_size
+            num_tokens = page_floor(self.rem_chunk_tokens, self.page_size)
             if num_tokens <= 0 or has_chunked_req or self.new_chunked_req is not None:
                 return AddReqResult.OTHER
         elif self.rem_chunk_tokens is None and self.can_run_list and num_tokens > self.rem_input_tokens:
@@ -74,7 +75,7 @@ class PlannedPrefillAdder(PrefillAdder):
         num_tokens = len(req.full_untruncated_fill_ids) - num_cached
         is_cut = num_tokens > limit
         if is_cut:
-            num_tokens = limit // self.page_size * self.page_size
+            num_tokens = page_floor(limit, self.page_size)
         req.set_extend_range(num_cached, num_cached + num_tokens)
         self.can_run_list.append(req)
         self._update_prefill_budget(0, num_tokens, 0, req.retracted_stain)

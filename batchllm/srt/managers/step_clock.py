@@ -33,11 +33,11 @@ class StepClock(Protocol):
         """Whether the time of a mark is known."""
 
     def seconds(self, first: Any, last: Any) -> float:
-        """Between two marks that are past."""
+        """Seconds between two marks that are past."""
 
 
 class HostClock:
-    """Where whoever launches a forward pass waits for its end."""
+    """A clock for devices on which launching a forward pass waits for its end."""
 
     forward = 0.0
 
@@ -61,7 +61,7 @@ class DeviceClock:
     graph that is before its attention is planned.
 
     Args:
-        stream: Of the forward passes; None for the current one.
+        stream: The stream of forward passes; None for the current one.
         timer: SGLang's own ``DeviceTimer``, which goes on beside this; None if there is none.
     """
 

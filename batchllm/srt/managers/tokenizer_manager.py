@@ -2,7 +2,7 @@
 (Upstream: ``srt/managers/tokenizer_manager.py``.)
 
 A planned request has no ``ReqState``, no event and no task here: runs go out in bulk, outputs come back in
-bulk and are handed to the job that asked.
+bulk and are handed to the job that asked. `ManagedRuntime` is what drivers see of it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from http import HTTPStatus
+from itertools import count
 from typing import Any
 
+import numpy as np
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import AbortReq, UnloadLoRAAdapterReqInput
@@ -22,9 +25,19 @@ from sglang.srt.managers.tokenizer_manager import SignalHandler, TokenizerManage
 from sglang.utils import TypeBasedDispatcher
 
 from batchllm.errors import EngineDiedError
+from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+from batchllm.request import Completion, SamplingParams, TokenLogprob
 from batchllm.srt.entrypoints.serving_chat import ServingChat
-from batchllm.srt.managers.io_struct import PlannedBatchOutput
+from batchllm.srt.managers.chat_tokenizer import ChatTokenizer
+from batchllm.srt.managers.io_struct import (
+    ROW_FAULTS,
+    PlannedAbortReqInput,
+    PlannedBatchOutput,
+    PlannedCloseReqInput,
+    PlannedRunReqInput,
+)
 from batchllm.srt.managers.live_latency import observe
+from batchllm.srt.server_args import kv_limit_tokens
 from batchllm.trace.latency import LiveLatency
 
 logger = logging.getLogger(__name__)
@@ -46,7 +59,7 @@ class BatchTokenizerManager(TokenizerManager):
         self._death: EngineDiedError | None = None
         self.live_latency = LiveLatency()
         self.num_planned_answers = 0
-        """Of all jobs so far."""
+        """Requests of all jobs answered so far."""
         self.has_given_weights = False
         """Whether weights were given at run time that no file has."""
         self._planned_outputs: dict[int, asyncio.Queue[PlannedBatchOutput | EngineDiedError]] = {}
@@ -181,7 +194,7 @@ class BatchTokenizerManager(TokenizerManager):
         return self._why_no_weights() or self._note_weights(await super().update_weights_from_ipc(obj, request))
 
     def _why_no_weights(self) -> tuple[bool, str] | None:
-        """What is said to whoever gives other weights while a batch runs: one model answers all of it."""
+        """The answer to an update of weights while a batch runs, which one model must answer; None if none runs."""
         if not self._planned_outputs:
             return None
         return False, "a batch runs with the weights that are loaded; load others when it has ended, or cancel it"
@@ -218,3 +231,154 @@ class _FailJobs(SignalHandler):
 def init_tokenizer_manager(server_args: Any, port_args: Any) -> Any:
     """What SGLang's engine and server call to make the tokenizer manager."""
     return init_upstream(server_args, port_args, BatchTokenizerManager)
+
+
+class ManagedRuntime:
+    """A running SGLang with our parts, as a `batchllm.offline.runtime.Runtime`, whoever started it.
+
+    The manager's event loop is the only one on which jobs may be opened, fed and received.
+
+    Args:
+        manager: The tokenizer manager.
+        template_manager: SGLang's, with the chat template.
+        server_args: SGLang's arguments that it was started with.
+        init_info: What the scheduler said when it had started.
+    """
+
+    def __init__(
+        self, manager: BatchTokenizerManager, template_manager: Any, server_args: Any, init_info: dict[str, Any]
+    ) -> None:
+        self._manager = manager
+        self._tokenizer = None if manager.tokenizer is None else ChatTokenizer(manager, template_manager)
+        self._job_ids = count()
+        self._info = RuntimeInfo(
+            model_name=server_args.served_model_name,
+            context_len=manager.context_len,
+            vocab_size=manager.model_config.vocab_size,
+            kv_capacity_tokens=init_info["max_total_num_tokens"],
+            kv_limit_tokens=kv_limit_tokens(server_args, init_info["max_total_num_tokens"]),
+            # The last token of an answer is never stored.
+            num_unstored_tokens=1 if server_args.disable_overlap_schedule else 0,
+            page_size=server_args.page_size,
+            random_seed=server_args.random_seed,
+            has_seeded_sampling=server_args.sampling_backend != "flashinfer",
+            has_grammar=server_args.grammar_backend != "none" and not server_args.skip_tokenizer_init,
+            has_tokenizer=not server_args.skip_tokenizer_init,
+            max_step_tokens=server_args.chunked_prefill_size if (server_args.chunked_prefill_size or 0) > 0 else None,
+            max_running=init_info["batchllm"]["max_running"],
+            chat_sampling={} if self._tokenizer is None else self._tokenizer.chat_sampling,
+            parses_answers=bool(server_args.reasoning_parser or server_args.tool_call_parser),
+        )
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """The engine's numbers, with the adapters that are loaded by now."""
+        return replace(self._info, adapters=tuple(self._manager.adapter_ids))
+
+    @property
+    def tokenizer(self) -> ChatTokenizer | None:
+        return self._tokenizer
+
+    def open_job(self) -> int:
+        job_id = next(self._job_ids)
+        self._manager.open_job(job_id)
+        return job_id
+
+    def submit(self, job_id: int, requests: RunRequests) -> None:
+        num_logprobs = [p.top_logprobs if p.logprobs else -1 for p in requests.sampling]
+        index = np.asarray(requests.sampling_index, np.int32)
+        adapters = [params.lora_path for params in requests.sampling]
+        self._manager.send(
+            PlannedRunReqInput(
+                job_id=job_id,
+                run=requests.run,
+                sampling=[_sampling_kwargs(params) for params in requests.sampling],
+                sampling_index=index,
+                seeds=np.asarray(requests.seeds, np.int64),
+                num_logprobs=np.asarray(num_logprobs, np.int32)[index],
+                require_reasoning=[params.require_reasoning for params in requests.sampling],
+                lora_paths=adapters,
+                lora_ids=self._manager.adapters_of_job(job_id, adapters),
+                extra_keys=requests.namespaces and [name or None for name in requests.namespaces],
+            )
+        )
+
+    async def receive(self, job_id: int) -> FinishedRequests:
+        output = await self._manager.receive_outputs(job_id)
+        return FinishedRequests(
+            positions=output.positions,
+            completions=_completions(output),
+            counters=output.counters,
+            steps=output.steps,
+        )
+
+    def withdraw(self, job_id: int) -> None:
+        self._manager.send(PlannedAbortReqInput(job_id=job_id, spares_running=True))
+
+    def close_job(self, job_id: int, *, is_complete: bool) -> None:
+        self._manager.close_job(job_id)
+        if not is_complete:
+            self._manager.send(PlannedAbortReqInput(job_id=job_id))
+        self._manager.send(PlannedCloseReqInput(job_id=job_id))
+
+
+def _sampling_kwargs(params: SamplingParams) -> dict[str, Any]:
+    """Keyword arguments of SGLang's ``SamplingParams``."""
+    return {
+        "max_new_tokens": params.max_new_tokens,
+        "min_new_tokens": params.min_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "frequency_penalty": params.frequency_penalty,
+        "presence_penalty": params.presence_penalty,
+        "repetition_penalty": params.repetition_penalty,
+        "stop": list(params.stop) or None,
+        "stop_token_ids": set(params.stop_token_ids) or None,
+        "ignore_eos": params.ignore_eos,
+        "json_schema": params.json_schema,
+        "regex": params.regex,
+        "ebnf": params.ebnf,
+        "structural_tag": params.structural_tag,
+        "logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias} or None,
+        "stop_regex": list(params.stop_regex) or None,
+        "no_stop_trim": params.no_stop_trim,
+        "skip_special_tokens": params.skip_special_tokens,
+        "spaces_between_special_tokens": params.spaces_between_special_tokens,
+    }
+
+
+def _completions(output: PlannedBatchOutput) -> list[Completion]:
+    texts = output.texts if output.texts is not None else [""] * len(output.positions)
+    completions = []
+    for i, reason in enumerate(output.finish_reasons):
+        completions.append(
+            Completion(
+                index=0,
+                text=texts[i],
+                output_ids=output.output_ids[i],
+                finish_reason=reason["type"],
+                prompt_tokens=output.prompt_tokens[i],
+                cached_tokens=output.cached_tokens[i],
+                matched_stop=reason.get("matched"),
+                logprobs=_token_logprobs(output.logprobs[i], output.output_ids[i]),
+                error=reason.get("message"),
+                error_code=reason["err_type"] if reason.get("err_type") in ROW_FAULTS else None,
+                note=reason.get("note"),
+            )
+        )
+    return completions
+
+
+def _token_logprobs(logprobs: Any, output_ids: Sequence[int]) -> tuple[TokenLogprob, ...] | None:
+    if logprobs is None:
+        return None
+    return tuple(
+        TokenLogprob(
+            token_id=token_id,
+            logprob=logprob,
+            top=tuple(zip(top_ids, top_logprobs, strict=True)),
+        )
+        for token_id, (logprob, top_logprobs, top_ids) in zip(output_ids, logprobs, strict=True)
+    )

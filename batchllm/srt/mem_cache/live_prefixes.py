@@ -17,6 +17,8 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
+from batchllm.tokens import page_floor
+
 _KEPT_POOLS = 2
 """What was read again stays ahead of what was not, until so many times the pool has been computed since."""
 
@@ -49,7 +51,7 @@ class LivePrefixes(EvictionStrategy):
             if num_matched < len(node.key):
                 break
         page_size = self._tree.page_size
-        return min(end_len, last // page_size * page_size)
+        return min(end_len, page_floor(last, page_size))
 
     def want(self, tokens: array[int], extra_key: str | None) -> int:
         """A request that waits will read what there is of this prompt.

@@ -36,6 +36,7 @@ from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger, PrefixState
 from batchllm.scheduler.admission import reusable_len
 from batchllm.srt.managers.schedule_batch import PlannedReq
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
+from batchllm.tokens import page_floor
 
 BACKEND_NAME = "batchllm"
 _MIN_PURGE = 1024
@@ -202,7 +203,7 @@ class PlannedRadixCache(RadixCache):
         """
         num_computed, start = len(req.prefix_indices), req.cache_protected_len
         end = min(num_computed, self.ledger.end_len(req.led_prefix_ids[-1])) if req.led_prefix_ids else start
-        end = end // self.page_size * self.page_size
+        end = page_floor(end, self.page_size)
         if end <= start:
             return num_computed - start
         key = RadixKey(req.origin_input_ids[:end], req.extra_key)
@@ -346,7 +347,7 @@ class PlannedRadixCache(RadixCache):
         return node
 
     def check_integrity(self) -> None:
-        """State every invariant of ledger and pins; dear, for tests and debugging.
+        """Check every invariant of ledger and pins; expensive, for tests and debugging.
 
         Raises:
             AssertionError: Naming the prefix that breaks one.

@@ -25,7 +25,7 @@ class SharedPrefixes:
     Args:
         ledger: Knows each prefix's path.
         num_table_rows: Rows of the request-to-token table.
-        page_size: Of the cache.
+        page_size: Tokens of a page of the cache.
 
     Attributes:
         paths: Parents and ends of the prefixes that some row reads.

@@ -86,7 +86,7 @@ def check_filled(model: torch.nn.Module, model_path: str) -> None:
 
     Args:
         model: SGLang's.
-        model_path: As the user gave it.
+        model_path: The path as the user gave it.
 
     Raises:
         ConfigError: It names the parameters.

@@ -125,10 +125,10 @@ def _check_weights(folder: Path) -> None:
 
 
 def _tensor_names(path: Path) -> frozenset[str]:
-    """Of a file whose header is whole and says as many bytes as there are.
+    """Names of the tensors in a file of weights.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: Its header is not whole, or says another number of bytes than there are.
     """
     try:
         with safe_open(path, framework="numpy") as file:

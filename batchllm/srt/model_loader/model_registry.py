@@ -41,7 +41,7 @@ class LazyModels(dict[str, Any]):
 
 
 def make_lazy() -> None:
-    """Make upstream's registry one of `LazyModels`. Where the user has models of their own, it stays what it is."""
+    """Replace upstream's registry by `LazyModels`, unless the user has registered models of their own."""
     if os.environ.get(_EXTERNAL):
         return
     modules = find_architectures(os.environ.get(_DISABLED, ""))

@@ -76,7 +76,7 @@ def quiet() -> Iterator[None]:
 
 def import_all() -> None:
     """Import what the processes of an engine need."""
-    # Nothing of what is imported goes away: a collection would look at all of it in vain, again and again.
+    # Nothing that is imported is ever freed: each collection would look at all of it and find nothing.
     gc.disable()
     from batchllm.srt.platforms.untouched_cuda import untouched_cuda
 

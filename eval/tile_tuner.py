@@ -6,14 +6,16 @@ compile, and would break a graph capture; whoever starts an engine or a benchmar
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +23,9 @@ from triton.runtime.errors import OutOfResources
 
 from batchllm.attention.base import LayerShape
 from batchllm.attention.layout import AttentionLayout, PrefixPaths, plan_layout
-from batchllm.attention.tile_config import TileConfig, default_config, save_config
+from batchllm.attention.tile_config import TileConfig, cache_path, config_key, default_config
 from batchllm.attention.triton_shared import SharedAttention
+from batchllm.trace.whole_file import write_whole
 
 # Query heads, KV heads, head_dim, dtype.
 _Heads = tuple[int, int, int, torch.dtype]
@@ -121,6 +124,18 @@ def tune(
     path = save_config(device, num_heads, num_kv_heads, head_dim, dtype, best)
     report(f"best: {best}, written to {path}")
     return best
+
+
+def save_config(
+    device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, config: TileConfig
+) -> Path:
+    """Add a tuned choice to the device's file; others stay. Returns the file."""
+    path = cache_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    entries[config_key(num_heads, num_kv_heads, head_dim, dtype)] = asdict(config)
+    write_whole(path, [json.dumps(entries, indent=1).encode()])
+    return path
 
 
 def _compile_all(device: torch.device, heads: _Heads, configs: list[TileConfig]) -> None:
