@@ -16,13 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import openai
 import psutil
 import pytest
 
 from batchllm import default_model
 from tests.hostile_rows import completion_rows, is_unicode
-from tests.live_server import KEY, Server, answers, create, rows, text_of, wait, wait_for_answers
+from tests.live_server import KEY, Server, answers, create, long_stream, rows, text_of, wait, wait_for_answers
 
 pytestmark = pytest.mark.engine
 
@@ -364,30 +363,6 @@ def test_sigterm_ends_batches_at_once_and_lets_live_requests_finish(server: Serv
     server.process = None
     assert not [name for name in os.listdir("/dev/shm") if f"batchllm-{pid}" in name]
     assert not list((server.folder / "tmp").glob("batchllm-*"))
-
-
-def test_sigint_cuts_off_a_live_request_that_outlasts_the_grace(server: Server) -> None:
-    """The exit status is that of a command that a signal has stopped."""
-    server.flags = ["--grace", "1"]
-    server.start()
-    assert server.process is not None
-    stream = long_stream(server, max_tokens=3000)
-    pieces = [next(stream)]
-    server.process.send_signal(signal.SIGINT)
-    with contextlib.suppress(httpx.HTTPError, openai.APIError):
-        pieces += stream
-    assert len(pieces) < 3000
-    assert server.process.wait(30) == 3
-    server.process = None
-
-
-def long_stream(server: Server, max_tokens: int) -> Iterator[Any]:
-    """Pieces of an answer of so many tokens."""
-    return iter(
-        server.client.completions.create(
-            model="m", prompt="a b c", stream=True, max_tokens=max_tokens, extra_body={"ignore_eos": True}
-        )
-    )
 
 
 def num_recorded(server: Server, batch_id: str) -> int:
