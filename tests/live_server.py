@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -142,3 +143,12 @@ def answers(server: Server, file_id: str | None) -> dict[str, dict[str, Any]]:
 
 def text_of(record: dict[str, Any]) -> str:
     return str(record["response"]["body"]["choices"][0]["text"])
+
+
+def long_stream(server: Server, max_tokens: int) -> Iterator[Any]:
+    """Pieces of an answer of so many tokens."""
+    return iter(
+        server.client.completions.create(
+            model="m", prompt="a b c", stream=True, max_tokens=max_tokens, extra_body={"ignore_eos": True}
+        )
+    )

@@ -1,20 +1,15 @@
-"""Functions of tests in a process that may mount file systems, which nobody else sees or keeps.
-
-python -m tests.mounted_disk MODULE FUNCTION FOLDER [SIZE]
-"""
+"""Functions of tests in a process that may mount file systems, which nobody else sees or keeps."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from tests import forked
 
-ROOT = Path(__file__).parents[1]
+_TIMEOUT_S = 300
 
 
 def run_with_mounts(scenario: Callable[[Path], None], base: Path, *, size: str | None = None) -> None:
@@ -25,15 +20,9 @@ def run_with_mounts(scenario: Callable[[Path], None], base: Path, *, size: str |
         base: The folder.
         size: Of a disk at ``disk`` in the folder, as tmpfs has it, e.g. "2m"; None for no disk.
     """
-    command = [sys.executable, "-m", "tests.mounted_disk", scenario.__module__, scenario.__name__, str(base)]
-    command += [] if size is None else [size]
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0:
-        command = ["unshare", "-rm", *command]
-    elif os.geteuid() == 0:
-        command = ["unshare", "-m", *command]
-    else:
-        pytest.fail("this machine lets nobody but root mount file systems (`unshare -rm` is refused): run this as root")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
+    arguments = [scenario.__module__, scenario.__name__, str(base)]
+    arguments += [] if size is None else [size]
+    done = forked.run("tests.mounted_disk:call", arguments, timeout=_TIMEOUT_S, needs_mounts=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -42,13 +31,10 @@ def mount(folder: Path, *arguments: str) -> None:
     subprocess.run(["mount", *arguments, str(folder)], check=True)
 
 
-def main(module: str, function: str, base: str, size: str = "") -> None:
-    folder = Path(base)
-    if size:
-        (folder / "disk").mkdir()
-        mount(folder / "disk", "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
-    getattr(importlib.import_module(module), function)(folder)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def call(arguments: list[str]) -> None:
+    """What `run_with_mounts` does in the process."""
+    module, function, base, *sizes = arguments
+    for size in sizes:
+        (Path(base) / "disk").mkdir()
+        mount(Path(base) / "disk", "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+    getattr(importlib.import_module(module), function)(Path(base))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -9,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from batchllm.default_model import default_model_path
-from tests.live_server import KEY, Server, answers, create, rows, text_of, wait, wait_for_answers
+from tests.live_server import KEY, Server, answers, create, long_stream, rows, text_of, wait, wait_for_answers
 from tests.srt.adapters import make_adapter
 
 pytestmark = pytest.mark.engine
@@ -33,12 +36,12 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -> Iterator[Server]:
-    """Adapters a and b at the start; two places, of which live requests are left one."""
+    """Adapters a and b at the start; two places, of which live requests are left one; it ends without waiting long."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     paths = [f"{name}={adapters[name]}" for name in "ab"]
-    flags = ["--max-loras-per-batch", "2", "--lora-paths", *paths]
+    flags = ["--grace", "1", "--max-loras-per-batch", "2", "--lora-paths", *paths]
     server = Server(tmp_path_factory.mktemp("server"), port, flags=flags)
     server.start()
     yield server
@@ -144,3 +147,16 @@ def test_an_engine_that_is_started_again_has_the_adapters_that_were_loaded(
     while live(server, bodies[0]).status_code != 200 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert [live(server, body).json()["choices"][0]["text"] for body in bodies] == before
+
+
+def test_sigint_cuts_off_a_live_request_that_outlasts_the_grace(server: Server) -> None:
+    """The exit status is that of a command that a signal has stopped."""
+    assert server.process is not None
+    stream = long_stream(server, max_tokens=3000)
+    pieces = [next(stream)]
+    server.process.send_signal(signal.SIGINT)
+    with contextlib.suppress(httpx.HTTPError, openai.APIError):
+        pieces += stream
+    assert len(pieces) < 3000
+    assert server.process.wait(30) == 3
+    server.process = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from batchllm.cli import main
+from tests import forked
+
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 _NUM_ROWS = 900
-_ENGINE = pytest.mark.engine
 CHAT = {"method": "POST", "url": "/v1/chat/completions"}
 
 
@@ -30,6 +33,20 @@ def _batchllm(*arguments: str | Path, timeout: float = 240) -> subprocess.Comple
         timeout=timeout,
         env=environment | {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"},
     )
+
+
+def _forked(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command without an engine of its own; what it imports is held by `test_import_weight`."""
+    return forked.run("batchllm.cli:command", [str(argument) for argument in arguments], timeout=60)
+
+
+def _main(*arguments: str | Path) -> int:
+    """The command in this process, on an engine that is forked as others are; its exit status."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return main([str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write(path: Path, rows: list[Any]) -> Path:
@@ -102,14 +119,14 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
     assert all(line.startswith("batchllm: line ") for line in said[:5])  # one for each bad row, and then the report
     assert len(said) == 5 + 11
     assert "line 2" in done.stderr
-    shown = _batchllm("report", tmp_path / "t.json", "--html", tmp_path / "t.html", "--json")
+    shown = _forked("report", tmp_path / "t.json", "--html", tmp_path / "t.html", "--json")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["num_prefill_tokens"] == numbers["num_computed_prompt_tokens"]
     assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
 
 
 @pytest.mark.engine
-def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(tmp_path: Path) -> None:
+def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(engines: None, tmp_path: Path) -> None:
     """SIGKILL of the scheduler: another engine takes over. SIGTERM: what runs is finished; the same command goes on."""
     ids = [[100 + i % 11, 7, 8, 9, 1000 + i] for i in range(_NUM_ROWS)]
     sampling = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
@@ -127,12 +144,11 @@ def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(tmp_p
         stderr = driver.communicate(timeout=120)[1]
         assert driver.returncode == 3, stderr
         assert "Traceback" not in "".join(line for line in stderr.splitlines() if line.startswith("batchllm"))
-    status = json.loads(_batchllm("status", f"{out}.job", "--json").stdout)
+    status = json.loads(_forked("status", f"{out}.job", "--json").stdout)
     assert 150 < status["num_finished"] < _NUM_ROWS
     assert [kind for _, kind, _ in status["events"]] == ["start", "engine_death", "stop"]
     assert not out.exists()
-    done = _batchllm(*flags, "--report", tmp_path / "r.json")
-    assert done.returncode == 0, done.stderr
+    assert _main(*flags, "--report", tmp_path / "r.json") == 0
     assert [row["id"] for row in _read(out)] == [str(i) for i in range(_NUM_ROWS)]
     assert {len(row["output_ids"]) for row in _read(out)} == {32}
     report = json.loads((tmp_path / "r.json").read_text())
@@ -162,7 +178,7 @@ def test_simulate_runs_the_same_rows_on_another_device(tmp_path: Path) -> None:
         for i in range(9)
     ]
     source = _write(tmp_path / "in.jsonl", rows)
-    done = _batchllm(
+    done = _forked(
         *("simulate", "-i", source, "--device", "H100", "--shape", "Qwen2.5-7B", "--kv-capacity", "400", "--json"),
         *("--scheduler", "sglang-fcfs", "--scheduler", "batchllm", "--trace", tmp_path / "t.json"),
     )
@@ -170,7 +186,7 @@ def test_simulate_runs_the_same_rows_on_another_device(tmp_path: Path) -> None:
     stock, ours = json.loads(done.stdout)
     assert ours["num_computed_prompt_tokens"] == ours["num_optimal_prompt_tokens"]
     assert stock["num_computed_prompt_tokens"] > ours["num_computed_prompt_tokens"]
-    shown = _batchllm("report", tmp_path / "t.json")
+    shown = _forked("report", tmp_path / "t.json")
     assert "batchllm" in shown.stdout
 
 
@@ -180,13 +196,13 @@ def test_a_cost_model_calibrated_on_a_trace_gives_the_times_of_that_trace(tmp_pa
     trace, cost = tmp_path / "t.json", tmp_path / "cost.json"
     device = "other:flops=2e15,bandwidth=6e12,memory=9e10"  # its efficiencies are to be found
     command = ("simulate", "--workload", workload, "--json")
-    first = _batchllm(*command, "--device", "H100", "--trace", trace)
+    first = _forked(*command, "--device", "H100", "--trace", trace)
     assert first.returncode == 0, first.stderr
-    fitted = _batchllm("calibrate", trace, "--device", device, "-o", cost)
+    fitted = _forked("calibrate", trace, "--device", device, "-o", cost)
     assert fitted.returncode == 0, fitted.stderr
     assert json.loads(cost.read_text())["median_relative_error"] < 0.02
     capacity = str(json.loads(first.stdout)[0]["trace_kv_capacity_tokens"])
-    second = _batchllm(*command, "--calibration", cost, "--kv-capacity", capacity)
+    second = _forked(*command, "--calibration", cost, "--kv-capacity", capacity)
     assert second.returncode == 0, second.stderr
     times = [json.loads(done.stdout)[0]["elapsed_s"] for done in (first, second)]
     assert times[1] == pytest.approx(times[0], rel=0.03)
@@ -210,7 +226,7 @@ def test_a_cost_model_calibrated_on_a_trace_gives_the_times_of_that_trace(tmp_pa
     ],
 )
 def test_what_cannot_be_simulated_says_why_and_exits_with_2(command: str, word: str) -> None:
-    done = _batchllm(*command.split())
+    done = _forked(*command.split())
     assert done.returncode == 2, done.stdout
     assert word in done.stderr
     assert "Traceback" not in done.stderr
@@ -219,7 +235,7 @@ def test_what_cannot_be_simulated_says_why_and_exits_with_2(command: str, word: 
 def test_a_file_of_bad_rows_fails_without_starting_an_engine(tmp_path: Path) -> None:
     """Exit status 1, every row explained."""
     source = _write(tmp_path / "in.jsonl", ["{", {"id": "a"}])
-    done = _batchllm("run", "-i", source, "-o", tmp_path / "out.jsonl", timeout=30)
+    done = _forked("run", "-i", source, "-o", tmp_path / "out.jsonl")
     assert done.returncode == 1
     assert len(_read(tmp_path / "out.jsonl")) == 2
 
@@ -233,19 +249,30 @@ def test_a_file_of_bad_rows_fails_without_starting_an_engine(tmp_path: Path) -> 
         (["-i", "{good}", "-o", "{good}"], "input"),
         (["-i", "{good}", "-o", "{tmp}/o", "--report", "/no/such/dir/r"], "--report"),
         (["-i", "{good}", "-o", "{tmp}/o", "--trace", "/no/such/dir/t"], "--trace"),
-        # The engine's process finds these; what else it refuses is in tests/srt/test_engine.py.
-        pytest.param(["-i", "{good}", "-o", "{tmp}/o", "--max-total-token", "5"], "--max-total-token", marks=_ENGINE),
-        pytest.param(["-i", "{good}", "-o", "{tmp}/o", "-m", "/no/such/model"], "/no/such/model", marks=_ENGINE),
     ],
 )
 def test_a_job_that_cannot_run_says_why_and_exits_with_2(tmp_path: Path, flags: list[str], word: str) -> None:
     """One line, no traceback, no output file."""
     good = _write(tmp_path / "good.jsonl", [{"id": "a", "prompt": "x", "sampling_params": GREEDY}])
     empty = _write(tmp_path / "empty.jsonl", [])
-    done = _batchllm("run", *[f.format(tmp=tmp_path, good=good, empty=empty) for f in flags], timeout=120)
+    done = _forked("run", *[f.format(tmp=tmp_path, good=good, empty=empty) for f in flags])
     assert done.returncode == 2, done.stderr
     assert word in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("flag", ["--max-total-token 5", "-m /no/such/model"])
+def test_a_job_whose_engine_s_process_refuses_it_says_why_and_exits_with_2(
+    engines: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], flag: str
+) -> None:
+    """What else it refuses is in tests/srt/test_engine.py."""
+    good = _write(tmp_path / "good.jsonl", [{"id": "a", "prompt": "x", "sampling_params": GREEDY}])
+    assert _main("run", "-i", good, "-o", tmp_path / "o", *flag.split()) == 2
+    said = capfd.readouterr().err
+    assert flag.split()[flag.startswith("-m ")] in said
+    assert "Traceback" not in said
     assert not (tmp_path / "o").exists()
 
 
@@ -253,9 +280,9 @@ def test_plan_says_what_will_be_shared(tmp_path: Path) -> None:
     """In words, and as JSON whose numbers add up."""
     shared = "The same words at the beginning of every prompt. " * 5
     source = _write(tmp_path / "in.jsonl", [{"id": str(i), "prompt": shared + str(i)} for i in range(20)])
-    words = _batchllm("plan", "-i", source)
+    words = _forked("plan", "-i", source)
     assert words.returncode == 0, words.stderr
     assert "20" in words.stdout
-    numbers = json.loads(_batchllm("plan", "-i", source, "--json").stdout)
+    numbers = json.loads(_forked("plan", "-i", source, "--json").stdout)
     assert numbers["num_requests"] == 20
     assert 0 < numbers["optimal_prefill_tokens"] < numbers["num_prompt_tokens"]

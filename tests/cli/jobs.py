@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm.offline.journal import JobStatus, read_status
+from tests import forked
 from tests.cli.instant_engine import Settings
 
 ENGINE = Path(__file__).with_name("instant_engine.py")
@@ -41,7 +41,7 @@ class Done:
 
 
 def arguments_of(command: Sequence[Argument]) -> list[str]:
-    """The command line of the command on the instant engine."""
+    """The command line of the command on the instant engine, for a shell: from a fresh interpreter."""
     return [sys.executable, str(ENGINE), *map(str, command)]
 
 
@@ -52,15 +52,15 @@ def environment_of(settings: Settings) -> dict[str, str]:
 
 def batchllm(*command: Argument, stdin: bytes = b"", cwd: Path | None = None, **settings: Any) -> Done:
     """Runs the command in a process of its own; keywords are `Settings`."""
-    done = subprocess.run(
-        arguments_of(command),
+    done = forked.run(
+        "tests.cli.instant_engine:main",
+        [str(argument) for argument in command],
         input=stdin,
-        capture_output=True,
         timeout=TIMEOUT_S,
         cwd=cwd,
-        env=environment_of(Settings(**settings)),
+        environment=environment_of(Settings(**settings)),
     )
-    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def rows_of(num_rows: int, *, first: int = 0) -> list[dict[str, Any]]:

@@ -20,17 +20,25 @@ from eval import process_group
 
 # Of SGLang's grammar backends only this one runs on a CPU without our scheduler.
 GRAMMAR_BACKEND = "llguidance"
+_STOCK = """
+import multiprocessing
+multiprocessing.set_start_method("fork")
+multiprocessing.set_start_method = lambda *_, **__: None
+import runpy
+runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+"""
+"""``python -m sglang.launch_server`` whose processes do not import it again."""
 _START_TIMEOUT_S = 300
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-@pytest.fixture(scope="module")  # stock SGLang keeps a core busy when it has nothing to do
+@pytest.fixture(scope="module")
 def engine(engines: None) -> Iterator[BatchEngine]:
     with BatchEngine(max_total_tokens=2048, grammar_backend=GRAMMAR_BACKEND, random_seed=7) as engine:
         yield engine
 
 
-@pytest.fixture(scope="module")  # stock SGLang keeps a core busy when it has nothing to do
+@pytest.fixture(scope="module")
 def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -38,7 +46,8 @@ def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("stock") / "log"
     flags = f"--device cpu --dtype float32 --port {port} --max-total-tokens 2048 --grammar-backend {GRAMMAR_BACKEND}"
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", default_model_path(), *flags.split()]
+    flags += " --sleep-on-idle"
+    command = [sys.executable, "-c", _STOCK, "--model-path", default_model_path(), *flags.split()]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["TMPDIR"] = str(log.parent)
     before = set(_SHARED_MEMORY.glob("sglang_loads_*"))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,11 @@ from hypothesis import strategies as st
 from batchllm.errors import BatchLLMError, JournalError
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.journal import Journal, read_status
+from tests import forked
 from tests.mounted_disk import mount, run_with_mounts
 from tests.sizes import sized
 
 LINE = b"x" * 3_000
-THIS_FILE = (sys.executable, "-m", "tests.offline.test_journal_faults")
-"""As a program of its own, from the root of the repository."""
-ROOT = Path(__file__).parents[2]
 
 
 def create(folder: Path) -> Journal:
@@ -126,23 +122,22 @@ def test_a_killed_process_has_lost_nothing_it_had_counted(tmp_path: Path) -> Non
     chance = random.Random(0)
     create(tmp_path / "job").close()
     for _ in range(sized(3, 6)):
-        child = subprocess.Popen(
-            [*THIS_FILE, "append_and_tell", str(tmp_path / "job")], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert child.stdout is not None
-        told = [int(child.stdout.readline()) for _ in range(chance.randint(1, 60))]
-        child.send_signal(signal.SIGKILL)
-        told += [int(line) for line in child.stdout if line.endswith("\n")]
-        child.stdout.close()
+        reader, writer = (os.fdopen(fd, mode) for fd, mode in zip(os.pipe(), "rw", strict=True))
+        with reader:
+            with writer:
+                child = forked.Process(f"{__name__}:append_and_tell", [str(tmp_path / "job")], stdout=writer)
+            told = [int(reader.readline()) for _ in range(chance.randint(1, 60))]
+            child.kill()
+            told += [int(line) for line in reader if line.endswith("\n")]
         assert child.wait() == -signal.SIGKILL
         indices = contents(tmp_path / "job")
         assert indices == list(range(len(indices)))
         assert len(indices) >= told[-1]
 
 
-def append_and_tell(folder: Path) -> None:
+def append_and_tell(arguments: list[str]) -> None:
     """Runs as a process of its own: appends for ever, and prints how many rows are safe after each commit."""
-    with Journal.open(folder) as journal:
+    with Journal.open(Path(*arguments)) as journal:
         while True:
             for index in range(journal.num_rows, journal.num_rows + 7):
                 journal.append(index, line_of(index))
@@ -234,13 +229,12 @@ def make_read_only(mounted: Path) -> None:
 
 def test_a_write_refused_in_flight_loses_only_what_was_not_counted(tmp_path: Path) -> None:
     """The kernel refuses to let files grow, as a disk does that fails; nothing has been closed or opened between."""
-    done = subprocess.run(
-        [*THIS_FILE, "refuse_writes", str(tmp_path / "job")], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = forked.run(f"{__name__}:refuse_writes", [str(tmp_path / "job")], timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-def refuse_writes(folder: Path) -> None:
+def refuse_writes(arguments: list[str]) -> None:
+    (folder,) = map(Path, arguments)
     with create(folder) as journal:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
         message = str(append_until_fault(journal))
@@ -357,8 +351,3 @@ def test_a_damaged_file_gives_right_lines_or_an_error_that_says_what_to_do(
             message = str(error)
             assert str(folder) in message
             assert "--restart" in message or "run the same command" in message or "copy it" in message
-
-
-if __name__ == "__main__":
-    scenarios: dict[str, Callable[[Path], None]] = {run.__name__: run for run in (append_and_tell, refuse_writes)}
-    scenarios[sys.argv[1]](Path(sys.argv[2]))

@@ -109,7 +109,9 @@ class Api:
             self._thread.join(0.05)
 
 
-def main(storage: str, port_file: str) -> None:
+def serve(arguments: list[str]) -> None:
+    """Serve a storage until SIGTERM; the port is written to a file."""
+    storage, port_file = arguments
     options: dict[str, Any] = {"grace_s": 0.2}
     api = Api(BatchOptions(storage=Path(storage), **options), SharedRuntime(Settings.from_environment()))
     unfinished = Path(f"{port_file}.new")
@@ -120,4 +122,4 @@ def main(storage: str, port_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(sys.argv[1:])

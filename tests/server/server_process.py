@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Self
 
 import openai
 
+from tests import forked
 from tests.cli.instant_engine import Settings
 from tests.cli.jobs import environment_of
 from tests.server.api_rows import until
-
-ROOT = Path(__file__).parents[2]
 
 
 class ServerProcess:
@@ -22,11 +19,10 @@ class ServerProcess:
     def __init__(self, base: Path, **engine: Any) -> None:
         port_file = base / "port"
         port_file.unlink(missing_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.instant_server", str(base / "storage"), str(port_file)],
-            cwd=ROOT,
-            env=environment_of(Settings(**engine)),
-            stderr=subprocess.DEVNULL,
+        self.process = forked.Process(
+            "tests.server.instant_server:serve",
+            [str(base / "storage"), str(port_file)],
+            environment=environment_of(Settings(**engine)),
         )
         until(lambda: port_file.exists() or self.process.poll() is not None, "the server does not start")
         port = port_file.read_text() if port_file.exists() else "1"

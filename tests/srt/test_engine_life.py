@@ -17,8 +17,10 @@ _SCRIPT = """
 import psutil
 from batchllm import BatchEngine
 from batchllm.errors import EngineDiedError
+from batchllm.host import template
 
 if __name__ == "__main__":
+    imported = template.acquire(is_verbose=False)
     engine = BatchEngine(max_total_tokens=2000)
     prompts = [[10 + i % 7, 20 + i, 30] for i in range(400)]
     stream = engine.batch_generate_iter(input_ids=prompts, sampling_params={"max_new_tokens": 64, "ignore_eos": True})
@@ -34,6 +36,7 @@ if __name__ == "__main__":
     engine.shutdown()
     engine.shutdown()
     engine = BatchEngine(max_total_tokens=2000)  # another one in the same process, whose end nobody is told of
+    template.release(imported)
     list(engine.batch_generate_iter(input_ids=[[5, 6]], sampling_params={"max_new_tokens": 2}))
     (scheduler,) = [c for c in psutil.Process().children(recursive=True) if "scheduler" in " ".join(c.cmdline())]
     scheduler.kill()
