@@ -91,9 +91,7 @@ def _check_share_lens(share_lens: npt.NDArray[np.integer], prompt_lens: Int32Arr
         )
 
 
-def _whole_pages(
-    tree: PrefixTree, prompt_lens: Int32Array, share_lens: Int32Array | None, page_size: int
-) -> BatchPlan:
+def _whole_pages(tree: PrefixTree, prompt_lens: Int32Array, share_lens: Int32Array | None, page_size: int) -> BatchPlan:
     """Keep of every tree node the whole pages that its parent does not already have.
 
     Args:

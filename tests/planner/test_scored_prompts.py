@@ -62,7 +62,7 @@ def test_a_plan_in_which_all_may_be_shared_is_that_without_limits(rows: list[lis
 
 def test_continuations_of_one_context_share_all_of_it_but_its_last_token() -> None:
     context = list(range(10))
-    table = TokenTable.from_lists([context + [20 + i, 30, 40] for i in range(4)])
+    table = TokenTable.from_lists([[*context, 20 + i, 30, 40] for i in range(4)])
     plan = plan_batch(table, share_lens=np.full(4, 10, np.int32))
     assert plan.optimal_prefill_tokens == 9 + 4 * 4
     assert plan.end_len.tolist() == [9]
