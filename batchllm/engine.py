@@ -16,6 +16,7 @@ import msgspec
 from batchllm.dataset.field_checks import as_list, task_name, token_ids, whole_texts
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import expected_len, parse_sampling
+from batchllm.dataset.scoring import checked, read_score
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.host.runtime import HostedRuntime
@@ -30,6 +31,8 @@ from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
 from batchllm.request import Completion, Request, SamplingParams
 
 Sampling = SamplingParams | Mapping[str, Any]
+NO_SAMPLING: Mapping[str, Any] = {}
+"""Stands for sampling parameters that were not given."""
 T = TypeVar("T")
 _IN_MEMORY = 1 << 60
 """Bytes: what the caller holds in memory as Python objects fits there as an array too."""
@@ -85,6 +88,8 @@ class BatchEngine:
         messages: Sequence[Sequence[dict[str, Any]]] | None = None,
         expected_new_tokens: Sequence[int | None] | None = None,
         tasks: Sequence[str] | None = None,
+        continuations: Sequence[str | Sequence[int] | None] | None = None,
+        score_from: Sequence[int | None] | None = None,
     ) -> list[Completion]:
         """Answer every prompt.
 
@@ -95,6 +100,9 @@ class BatchEngine:
             messages: Conversations, through the model's chat template.
             expected_new_tokens: Tokens that each answer will have, where known. Only scheduling depends on it.
             tasks: Name of the task of each prompt; answers of one task are expected to be of like length.
+            continuations: What follows each prompt and is scored, text or token ids; None for nothing.
+            score_from: The first token of each prompt that is scored; None for none. A prompt that is scored generates
+                nothing unless its ``sampling_params`` say how much.
 
         Returns:
             Completions in input order, the ``n`` samples of a prompt side by side. A prompt that cannot run
@@ -112,6 +120,8 @@ class BatchEngine:
                 messages=messages,
                 expected_new_tokens=expected_new_tokens,
                 tasks=tasks,
+                continuations=continuations,
+                score_from=score_from,
             )
         )
         return sorted(completions, key=lambda c: (c.index, c.sample))
@@ -125,6 +135,8 @@ class BatchEngine:
         messages: Sequence[Sequence[dict[str, Any]]] | None = None,
         expected_new_tokens: Sequence[int | None] | None = None,
         tasks: Sequence[str] | None = None,
+        continuations: Sequence[str | Sequence[int] | None] | None = None,
+        score_from: Sequence[int | None] | None = None,
     ) -> Iterator[Completion]:
         """Like `batch_generate`, but yields each completion as it finishes. Dropping the iterator aborts the
         rest.
@@ -137,6 +149,8 @@ class BatchEngine:
                 messages=messages,
                 expected_new_tokens=expected_new_tokens,
                 tasks=tasks,
+                continuations=continuations,
+                score_from=score_from,
             )
         )
 
@@ -207,6 +221,8 @@ class _Inputs:
     sampling: Sequence[Sampling]
     expected: Sequence[int | None]
     tasks: Sequence[str]
+    continuations: Sequence[str | Sequence[int] | None]
+    score_from: Sequence[int | None]
 
 
 def _inputs_of(
@@ -217,6 +233,8 @@ def _inputs_of(
     messages: Sequence[Sequence[dict[str, Any]]] | None = None,
     expected_new_tokens: Sequence[int | None] | None = None,
     tasks: Sequence[str] | None = None,
+    continuations: Sequence[str | Sequence[int] | None] | None = None,
+    score_from: Sequence[int | None] | None = None,
 ) -> _Inputs:
     fields: dict[str, Sequence[Any] | None] = {
         "prompt": prompts,
@@ -235,6 +253,8 @@ def _inputs_of(
         sampling=_spread(sampling_params, len(values)),
         expected=_per_prompt("expected_new_tokens", expected_new_tokens, len(values), None),
         tasks=_per_prompt("tasks", tasks, len(values), ""),
+        continuations=_per_prompt("continuations", continuations, len(values), None),
+        score_from=_per_prompt("score_from", score_from, len(values), None),
     )
 
 
@@ -295,7 +315,7 @@ def _per_prompt(name: str, values: Sequence[T] | None, num_prompts: int, default
 
 def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) -> Sequence[Sampling]:
     if sampling is None:
-        return [SamplingParams()] * num_prompts
+        return [NO_SAMPLING] * num_prompts
     if isinstance(sampling, SamplingParams | Mapping):
         return [sampling] * num_prompts
     if len(sampling) != num_prompts:
@@ -307,15 +327,19 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
     requests, rejected = [], []
     parsed: dict[int, SamplingParams] = {}  # one dict is often given for all
     columns = zip(inputs.values, inputs.sampling, inputs.expected, inputs.tasks, strict=True)
-    for index, (value, params, expected, task) in enumerate(columns):
+    scores = zip(inputs.score_from, inputs.continuations, strict=True)
+    for index, ((value, params, expected, task), score) in enumerate(zip(columns, scores, strict=True)):
         try:
             if id(params) not in parsed:
                 named = dataclasses.asdict(params) if isinstance(params, SamplingParams) else params
                 parsed[id(params)] = parse_sampling(named, defaults=SamplingParams())
+            sampling, first, continuation = _scored(params, parsed[id(params)], *score)
             request = Request(
                 row_id=str(index),
                 index=index,
-                sampling=parsed[id(params)],
+                sampling=sampling,
+                score_from=first,
+                continuation=continuation,
                 expected_new_tokens=expected_len(expected),
                 task=task_name(task),
                 **{inputs.field: _CHECKS[inputs.field](inputs.field, value)},
@@ -324,6 +348,16 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
         except RowError as error:
             rejected.append((index, error))
     return requests, rejected
+
+
+def _scored(
+    params: Sampling, sampling: SamplingParams, first: int | None, continuation: str | Sequence[int] | None
+) -> tuple[SamplingParams, int, str | Sequence[int] | None]:
+    """How a prompt is sampled, its first token to score, and what follows it."""
+    if first is None and continuation is None:
+        return checked(sampling), 0, None
+    sets_limit = isinstance(params, SamplingParams) or "max_new_tokens" in params
+    return read_score(None if first is None else {"from": first}, continuation, sampling, sets_limit=sets_limit)
 
 
 def _ids_of(name: str, value: Any) -> Any:

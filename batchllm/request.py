@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 import msgspec
 
+NO_TARGET = -1
+"""In the place of a token behind a prompt that is scored with it, where there is none."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
@@ -25,7 +28,7 @@ class SamplingParams:
     """How to sample one request. Field names and meaning are SGLang's, plus ``n`` and ``logprobs``."""
 
     max_new_tokens: int = 128
-    """Most tokens to generate; at least 1."""
+    """Most tokens to generate; 0 only where the prompt is scored."""
     min_new_tokens: int = 0
     """Fewest tokens before a stop may match: a token that ends, or a stop string that is not complete before. A grammar
     that has come to its end wins; `Completion.note` says so."""
@@ -50,6 +53,8 @@ class SamplingParams:
     """Return the log probability of every generated token."""
     top_logprobs: int = 0
     """Also return this many most likely alternatives per token."""
+    prompt_logprobs: int | None = None
+    """Return the log probability of tokens of the prompt (`Request.score_from`), with this many alternatives."""
     json_schema: str | None = None
     """JSON schema, as JSON text, that the output must satisfy."""
     regex: str | None = None
@@ -122,6 +127,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         task: Requests of one task are expected to have answers of like length ("": as those that share its prefix).
         may_lower_max_new_tokens: The output limit is a default, not the caller's wish: lower it to what the
             context leaves instead of refusing the prompt.
+        score_from: The prompt's first token to score, from 0, where ``sampling.prompt_logprobs`` asks for scores; with
+            a continuation, found when that is tokenized.
+        continuation: What follows the prompt, text or token ids, and is scored; None for nothing.
     """
 
     row_id: str
@@ -137,6 +145,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     expected_new_tokens: int | None = None
     task: str = ""
     may_lower_max_new_tokens: bool = False
+    score_from: int = 0
+    continuation: str | Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +157,22 @@ class TokenLogprob:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """Pairs ``(token_id, logprob)``, most likely first."""
+
+
+class PromptScore(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How likely tokens of a prompt are, given what is in front of each; item i of each list is of the same token.
+
+    Attributes:
+        start: Which token of the prompt is the first, from 0.
+        token_ids: The tokens, to the end of the prompt.
+        logprobs: Their log probabilities; None for the first token of the prompt, which has nothing in front of it.
+        top: Of each the most likely alternatives, pairs ``(token_id, logprob)``, most likely first.
+    """
+
+    start: int
+    token_ids: list[int]
+    logprobs: list[float | None]
+    top: list[tuple[tuple[int, float], ...]]
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -162,6 +188,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         message: The text as a chat's message, where it was looked through for reasoning and tool calls.
         error_code: Code of that, where the request is at fault and would fail again, e.g. ``invalid_grammar``.
         note: What was asked for and could not be kept, in words: a grammar that ended before ``min_new_tokens``.
+        prompt_score: Scores of the prompt, where they were asked for.
     """
 
     index: int
@@ -177,6 +204,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     message: dict[str, Any] | None = None
     error_code: str | None = None
     note: str | None = None
+    prompt_score: PromptScore | None = None
 
     @property
     def completion_tokens(self) -> int:

@@ -13,8 +13,15 @@ from batchllm.request import SamplingParams
 def faults(field: str, value: Any, sampling: Any) -> list[tuple[str, str | None]]:
     """Codes and parameters of one prompt's faults, beside a good one's."""
     good: dict[str, Any] = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    nothing = [None, None]
     inputs = _Inputs(
-        field=field, values=[value, good[field]], sampling=[sampling, {}], expected=[None, None], tasks=["", ""]
+        field=field,
+        values=[value, good[field]],
+        sampling=[sampling, {}],
+        expected=nothing,
+        tasks=["", ""],
+        continuations=nothing,
+        score_from=nothing,
     )
     requests, rejected = _make_requests(inputs)
     assert [request.index for request in requests] == [index for index in (0, 1) if index not in dict(rejected)]

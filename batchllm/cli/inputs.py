@@ -17,6 +17,7 @@ import numpy as np
 from batchllm.cli.outcome import say
 from batchllm.dataset import BadRow, ColumnMap, Input, Row, open_input, parse_sampling, read_rows
 from batchllm.dataset.field_checks import any_json_schema_text, json_schema_text
+from batchllm.dataset.scoring import checked
 from batchllm.dataset.sources import InputFormat
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
@@ -112,11 +113,8 @@ def sampling_defaults(flags: InputFlags) -> SamplingParams:
         return SamplingParams()
     try:
         mapping = json.loads(flags.sampling)
-        return parse_sampling(
-            mapping,
-            defaults=SamplingParams(),
-            json_schema=any_json_schema_text if flags.checks_schemas else json_schema_text,
-        )
+        json_schema = any_json_schema_text if flags.checks_schemas else json_schema_text
+        return checked(parse_sampling(mapping, defaults=SamplingParams(), json_schema=json_schema))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--sampling: is not JSON: {error}") from error
     except RowError as error:
@@ -178,6 +176,7 @@ class Prompts:
         samples: The rows of ``table``.
         table: The prompt of each sample.
         bad: The rows that cannot run.
+        share_lens: Tokens at the start of each prompt that may be shared; None where no prompt is scored.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -196,3 +195,6 @@ class Prompts:
         if tokenizer.is_used and flags.model is None and not flags.demo_model:
             say("no -m MODEL: tokens are counted with the embedded model's tokenizer (--demo-model: say nothing)")
         self.samples, self.table = self.rows.sample_table(None if intake is None else intake.left)
+        self.share_lens = None
+        if self.rows.scores.has_any:
+            self.share_lens = self.rows.scores.share_lens(self.samples.all_rows(), self.table.lengths)

@@ -19,7 +19,10 @@ def plan(args: argparse.Namespace, server_flags: list[str]) -> int:
 
     prompts = Prompts(args)
     batch_plan = plan_batch(
-        prompts.table, page_size=args.page_size, namespaces=prompts.rows.namespaces(prompts.samples)
+        prompts.table,
+        page_size=args.page_size,
+        namespaces=prompts.rows.namespaces(prompts.samples),
+        share_lens=prompts.share_lens,
     )
     summary = explain(batch_plan, prompts.table)
     print(json.dumps(summary.to_dict(), indent=2) if args.json else summary.render())

@@ -87,4 +87,6 @@ def _workload_of(args: argparse.Namespace) -> Any:
     limits = prompts.rows.max_new_len[prompts.samples.all_rows()].astype(np.int64)
     hints = prompts.rows.known_len[prompts.samples.all_rows()].astype(np.int64)
     known = np.minimum(np.where(hints > 0, hints, limits), limits)
-    return SimWorkload.from_lengths(args.input, prompts.table, known, max_new_len=limits, known_len=known)
+    return SimWorkload.from_lengths(
+        args.input, prompts.table, known, max_new_len=limits, known_len=known, share_lens=prompts.share_lens
+    )

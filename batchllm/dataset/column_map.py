@@ -4,7 +4,7 @@ Knows column names, templates and JSON values; not files, Arrow, or what a promp
 here are checked by `plain_rows` and `openai_rows` like any other.
 
 INVARIANT: a column that was named by the user is used or the row is refused; columns that are neither named nor
-fields of a row are ignored.
+fields of a row are ignored. ``score`` and ``continuation`` are fields where ``score`` is an object.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import orjson
 
 from batchllm.dataset.field_checks import json_bytes, show
 from batchllm.dataset.openai_rows import ROW_FIELDS as OPENAI_FIELDS
-from batchllm.dataset.plain_rows import PROMPT_FIELDS, ROW_FIELDS
+from batchllm.dataset.plain_rows import PROMPT_FIELDS, ROW_FIELDS, SCORE_FIELDS
 from batchllm.errors import ConfigError, RowError
 
-_JSON_FIELDS = ("input_ids", "messages", "sampling_params", "expected_new_tokens", "body")
+_JSON_FIELDS = ("input_ids", "messages", "sampling_params", "expected_new_tokens", "body", "score")
 """Fields that may be JSON text: a column of structs gives every row the keys of all."""
 _OTHER_FIELDS = ROW_FIELDS.difference(PROMPT_FIELDS)
 _MAX_NAMES_SHOWN = 20
@@ -110,6 +110,8 @@ class ColumnMap:
         """
         fields = OPENAI_FIELDS if is_openai else _OTHER_FIELDS if self.names_prompt else ROW_FIELDS
         made = {name: record[name] for name in fields if name in record}
+        if not _asks_for_scores(made.get("score")):  # many tables have a score, a number, of their own
+            made = {name: value for name, value in made.items() if name not in SCORE_FIELDS}
         if self.template is not None:
             made["prompt"] = self._fill_template(record)
         elif self.prompt_column is not None:
@@ -157,6 +159,11 @@ class ColumnMap:
             if name is not None:
                 parts.append(_as_text(name, _value(record, name)))
         return "".join(parts)
+
+
+def _asks_for_scores(value: object) -> bool:
+    """It is an object, or the JSON text of one."""
+    return isinstance(value, dict) or (isinstance(value, str) and value.lstrip().startswith("{"))
 
 
 def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:

@@ -1,4 +1,4 @@
-"""Log probabilities in the three output formats: plain, chat, and legacy completions.
+"""Log probabilities in the three output formats: plain, chat, and legacy completions; of answers and of prompts.
 
 Knows the formats and how token bytes become text; not where the numbers came from.
 
@@ -11,7 +11,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from batchllm.request import TokenLogprob
+from batchllm.request import PromptScore, TokenLogprob
 
 Decode = Callable[[int], bytes | str]
 """Text of one token; bytes where a token may be a part of a character."""
@@ -30,6 +30,62 @@ def plain_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
         }
         for token in tokens
     ]
+
+
+def plain_score(score: PromptScore) -> dict[str, Any]:
+    """``{from, logprob, tokens: [{token_id, logprob, top}]}``: the sum over the tokens, and each of them."""
+    values = [None if value is None else _finite(value) for value in score.logprobs]
+    return {
+        "from": score.start,
+        "logprob": sum([value for value in values if value is not None]),
+        "tokens": [
+            {"token_id": token_id, "logprob": value, "top": [{"token_id": i, "logprob": _finite(v)} for i, v in top]}
+            for token_id, value, top in zip(score.token_ids, values, score.top, strict=True)
+        ],
+    }
+
+
+def vllm_prompt_logprobs(score: PromptScore, decode: Decode) -> list[dict[str, Any] | None]:
+    """As vLLM's answers have it: of each token of the prompt itself and the likeliest ones, by id; null for the first.
+
+    ``rank`` is null for a token that is not among the likeliest.
+    """
+    listed: list[dict[str, Any] | None] = []
+    for token_id, value, top in zip(score.token_ids, score.logprobs, score.top, strict=True):
+        if value is None:
+            listed.append(None)
+            continue
+        ranks = {i: (v, rank) for rank, (i, v) in enumerate(top, start=1)}
+        shown = {token_id: (value, ranks[token_id][1] if token_id in ranks else None), **ranks}
+        listed.append(
+            {
+                str(i): {"logprob": _finite(v), "rank": rank, "decoded_token": _text(decode(i))}
+                for i, (v, rank) in shown.items()
+            }
+        )
+    return listed
+
+
+def echoed_logprobs(
+    score: PromptScore, tokens: Sequence[TokenLogprob], decode: Decode, text: str, *, with_top: bool
+) -> dict[str, Any]:
+    """OpenAI's completions format for an answer that repeats its prompt: the prompt's tokens, then the generated ones.
+
+    The prompt's first token has null for its log probability and its alternatives.
+
+    Args:
+        text: Prompt and answer.
+    """
+    prompt = [
+        TokenLogprob(token_id=token_id, logprob=0.0 if value is None else value, top=top)
+        for token_id, value, top in zip(score.token_ids, score.logprobs, score.top, strict=True)
+    ]
+    listed = completion_logprobs([*prompt, *tokens], decode, text, with_top=with_top)
+    if score.start == 0:
+        listed["token_logprobs"][0] = None
+        if listed["top_logprobs"] is not None:
+            listed["top_logprobs"][0] = None
+    return listed
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], decode: Decode) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from batchllm.dataset.sampling import (
     put_setting,
     read_settings,
 )
+from batchllm.dataset.scoring import checked
 from batchllm.errors import RowError
 from batchllm.request import ChatOptions, SamplingParams
 
@@ -33,6 +34,7 @@ _BODY_FIELDS = {
     **SHARED_FIELDS,
     "max_tokens": SamplingField("max_new_tokens", LIMIT),
     "min_tokens": SamplingField("min_new_tokens", MINIMUM),
+    "prompt_logprobs": SamplingField("prompt_logprobs", NUM_ALTERNATIVES),
 }
 _FIELDS: Mapping[RowKind, Mapping[str, SamplingField]] = {
     "completions": _BODY_FIELDS,
@@ -112,6 +114,7 @@ class BodySettings(NamedTuple):
         chat: What a chat asks for beside its messages; None where that is nothing.
         namespace: Prompts of different namespaces never share KV.
         echo: The answer repeats the prompt.
+        echoes_logprobs: With log probabilities.
     """
 
     sampling: SamplingParams
@@ -119,6 +122,7 @@ class BodySettings(NamedTuple):
     chat: ChatOptions | None = None
     namespace: str = ""
     echo: bool = False
+    echoes_logprobs: bool = False
 
 
 def settings_part(body: Mapping[str, Any], kind: RowKind) -> dict[str, Any]:
@@ -176,28 +180,25 @@ def read_body(
     for target, value in read_settings(named, fields).items():
         put_setting(settings, target, value, name=target)
     given = "max_new_tokens" in settings
+    limit_name = "max_tokens" if named.get("max_completion_tokens") is None else "max_completion_tokens"
     if kind == "completions":
         defaults = dataclasses.replace(defaults, max_new_tokens=COMPLETION_MAX_TOKENS)
     unset = tuple(name for name in _MODEL_RECOMMENDS if name not in settings and name not in chosen)
+    echo = _echo(body) if kind == "completions" else False
+    if echo and settings.get("logprobs"):  # of the prompt too
+        settings["prompt_logprobs"] = max(settings["top_logprobs"], settings.get("prompt_logprobs", 0))
     return BodySettings(
-        apply_settings(settings, defaults),
+        checked(apply_settings(settings, defaults), name=limit_name),
         given,
         _chat_options(options, settings, unset) if kind == "chat" else None,
         "".join(checks.text(name, body[name]) for name in _NAMESPACE if body.get(name)),
-        _echo(body, settings) if kind == "completions" else False,
+        echo,
+        echo and bool(settings.get("logprobs")),
     )
 
 
-def _echo(body: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    if body.get("echo") is None or not checks.boolean("echo", body["echo"]):
-        return False
-    if settings.get("logprobs"):
-        raise RowError(
-            "echo repeats the prompt as text only; leave out echo or logprobs",
-            code="unsupported_parameter",
-            param="echo",
-        )
-    return True
+def _echo(body: Mapping[str, Any]) -> bool:
+    return body.get("echo") is not None and bool(checks.boolean("echo", body["echo"]))
 
 
 def _chat_options(options: dict[str, Any], settings: Mapping[str, Any], unset: tuple[str, ...]) -> ChatOptions:

@@ -70,7 +70,15 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
         expected_new_tokens=_expected_len(metadata or {}),
         may_lower_max_new_tokens=not settings.sets_limit,
     )
-    return Row(request=request, kind=kind, given_id=given_id, line=line, model=model, echoes=settings.echo)
+    return Row(
+        request=request,
+        kind=kind,
+        given_id=given_id,
+        line=line,
+        model=model,
+        echoes=settings.echo,
+        echoes_logprobs=settings.echoes_logprobs,
+    )
 
 
 def _adapter_of(model: object) -> str | None:

@@ -1,5 +1,5 @@
-"""Plain rows: ``{"id", "prompt" | "input_ids" | "messages", "sampling_params", "lora_path", "namespace", "task",
-"expected_new_tokens"}``.
+"""Plain rows: ``{"id", "prompt" | "input_ids" | "messages", "continuation", "score", "sampling_params", "lora_path",
+"namespace", "task", "expected_new_tokens"}``.
 
 Knows the fields of this row kind; not files, lines' neighbours or duplicate ids.
 """
@@ -13,12 +13,14 @@ from batchllm.dataset.field_checks import adapter_name, closest, show, task_name
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.records import Row
 from batchllm.dataset.sampling import SGLANG_FIELDS, expected_len, with_adapter
+from batchllm.dataset.scoring import checked, read_score
 from batchllm.errors import RowError
 from batchllm.request import Request, SamplingParams
 
 PROMPT_FIELDS = ("prompt", "input_ids", "messages")
+SCORE_FIELDS = frozenset({"score", "continuation"})
 ROW_FIELDS = frozenset(
-    {"id", "sampling_params", "lora_path", "namespace", "task", "expected_new_tokens", *PROMPT_FIELDS}
+    {"id", "sampling_params", "lora_path", "namespace", "task", "expected_new_tokens", *PROMPT_FIELDS, *SCORE_FIELDS}
 )
 
 ReadSampling = Callable[[object], tuple[SamplingParams, bool]]
@@ -49,6 +51,11 @@ def parse_plain(
     adapter = get("lora_path")
     if adapter is not None and adapter != params.lora_path:
         params = _with_adapter(params, adapter)
+    score_from, continuation = 0, None
+    if get("score") is not None or get("continuation") is not None:
+        params, score_from, continuation = read_score(get("score"), get("continuation"), params, sets_limit=given)
+    elif not params.max_new_tokens or params.prompt_logprobs is not None:
+        params = checked(params)
     request = Request(
         row_id=str(given_id),
         index=index,
@@ -60,6 +67,8 @@ def parse_plain(
         task=task_name(get("task")),
         expected_new_tokens=expected_len(get("expected_new_tokens")),
         may_lower_max_new_tokens=not given,
+        score_from=score_from,
+        continuation=continuation,
     )
     return Row(request=request, kind="plain", given_id=given_id, line=line, carried=carried)
 

@@ -16,6 +16,7 @@ Codes of a `BadRow`; they are part of the output format and never change meaning
                   parameter_out_of_range, conflicting_parameters, invalid_json_schema,
                   unsupported_schema, invalid_regex, invalid_response_format
     its text      lone_surrogate
+    its scores    empty_continuation, score_past_end, nothing_to_score
     the engine    prompt_too_long, token_id_out_of_range, tokenizer_needed, never_fits_kv_pool, never_fits_kv_limit,
                   invalid_grammar, aborted
 """
@@ -59,6 +60,7 @@ class RowHead(NamedTuple):
         echo: Its prompts, where the answer repeats them: texts, or token ids.
         chat: What a chat asks for beside its messages, and its history of tool calls; None where that is nothing.
         schema: JSON schema, as text, that its answers are to be checked against; None where they are not.
+        echoes_logprobs: The prompts that are repeated have log probabilities.
     """
 
     position: int
@@ -74,6 +76,7 @@ class RowHead(NamedTuple):
     echo: list[Any] | None = None
     chat: dict[str, Any] | None = None
     schema: str | None = None
+    echoes_logprobs: bool = False
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -86,6 +89,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         model: The model its body names, if it does.
         carried: Columns of the input to be repeated in the output, JSON values; None where none were asked for.
         echoes: The answer repeats the prompt.
+        echoes_logprobs: With log probabilities.
         checks_schema: The answer is to be checked against the schema that it is sampled by.
     """
 
@@ -96,6 +100,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     model: str | None = None
     carried: dict[str, Any] | None = None
     echoes: bool = False
+    echoes_logprobs: bool = False
     checks_schema: bool = False
 
     @property
@@ -118,11 +123,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             self.carried,
             sampling.n * num_prompts,
             sampling.logprobs,
-            sampling.top_logprobs,
+            # What only scores has no tokens of its own.
+            (sampling.prompt_logprobs or 0) if self.echoes_logprobs else sampling.top_logprobs,
             num_prompts,
             self._echo() if self.echoes else None,
             None if request.chat is None or not request.chat.fields else self._chat(),
             sampling.json_schema if self.checks_schema else None,
+            self.echoes_logprobs,
         )
 
     def _echo(self) -> list[Any]:

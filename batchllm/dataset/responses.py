@@ -22,7 +22,15 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from batchllm.dataset.logprobs import Decode, chat_logprobs, completion_logprobs, plain_logprobs
+from batchllm.dataset.logprobs import (
+    Decode,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    plain_logprobs,
+    plain_score,
+    vllm_prompt_logprobs,
+)
 from batchllm.dataset.records import BadRow, RowHead, reject
 from batchllm.dataset.schema_answers import schema_error
 from batchllm.errors import RowError
@@ -71,9 +79,17 @@ def render_success(
     choices = [_openai_choice(head, sample, decode, digest) for sample in samples]
     if head.echo is not None:
         prompts = [prompt if isinstance(prompt, str) else decode_prompt(prompt) for prompt in head.echo]
-        for choice in choices:
+        for choice, sample in zip(choices, samples, strict=True):
             choice["text"] = prompts[choice["index"] // (head.num_samples // head.num_prompts)] + choice["text"]
-    body = {
+            if sample.prompt_score is not None and head.echoes_logprobs:
+                choice["logprobs"] = echoed_logprobs(
+                    sample.prompt_score,
+                    sample.logprobs or (),
+                    decode,
+                    choice["text"],
+                    with_top=head.num_alternatives > 0,
+                )
+    body: dict[str, Any] = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
@@ -81,6 +97,8 @@ def render_success(
         "choices": choices,
         "usage": _openai_usage(head, samples),
     }
+    if chat and samples[0].prompt_score is not None:
+        body["prompt_logprobs"] = vllm_prompt_logprobs(samples[0].prompt_score, decode)
     return _openai_line(head.given_id, digest, 200, body)
 
 
@@ -131,6 +149,8 @@ def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
         answer["note"] = sample.note
     if head.wants_logprobs and sample.logprobs is not None:
         answer["logprobs"] = plain_logprobs(sample.logprobs)
+    if sample.prompt_score is not None:
+        answer["score"] = plain_score(sample.prompt_score)
     return answer | _schema_error(head, sample)
 
 
@@ -155,9 +175,17 @@ def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: st
         **answer,
         "finish_reason": sample.finish_reason,
         "logprobs": logprobs,
+        **_prompt_logprobs(head, sample, decode),
         **({} if sample.note is None else {"note": sample.note}),
         **_schema_error(head, sample),
     }
+
+
+def _prompt_logprobs(head: RowHead, sample: Completion, decode: Decode) -> dict[str, Any]:
+    """Where vLLM has them: in a choice of completions, beside the choices of a chat."""
+    if head.kind == "chat" or sample.prompt_score is None or head.echoes_logprobs:
+        return {}
+    return {"prompt_logprobs": vllm_prompt_logprobs(sample.prompt_score, decode)}
 
 
 def _schema_error(head: RowHead, sample: Completion) -> dict[str, Any]:

@@ -60,7 +60,9 @@ SHARED_FIELDS: Mapping[str, SamplingField] = {
 }
 """Names that mean the same to SGLang and in an OpenAI body."""
 
-LIMIT = checks.integer(1)
+LIMIT = checks.integer(0)
+"""0 only where the prompt is scored (`batchllm.dataset.scoring.checked`)."""
+EXPECTED = checks.integer(1)
 MINIMUM = checks.integer(0)
 NUM_ALTERNATIVES = checks.integer(0, MAX_TOP_LOGPROBS)
 
@@ -71,6 +73,7 @@ SGLANG_FIELDS: Mapping[str, SamplingField] = {
     "sampling_seed": SamplingField("seed", SHARED_FIELDS["seed"].check),
     "logprobs": SamplingField("logprobs", checks.boolean),
     "top_logprobs": SamplingField("top_logprobs", NUM_ALTERNATIVES),
+    "prompt_logprobs": SamplingField("prompt_logprobs", NUM_ALTERNATIVES),
 }
 
 
@@ -80,7 +83,7 @@ def expected_len(value: object) -> int | None:
     Raises:
         RowError: It is not an integer from 1.
     """
-    return None if value is None else cast("int", LIMIT("expected_new_tokens", value))
+    return None if value is None else cast("int", EXPECTED("expected_new_tokens", value))
 
 
 def sglang_fields(json_schema: checks.Check) -> Mapping[str, SamplingField]:

@@ -21,11 +21,14 @@ class Encoded(NamedTuple):
         request: Sampled as its prompt needs.
         ids: Token ids of its prompts, one behind the other, int32.
         lengths: Tokens of each prompt.
+        merged_len: Tokens of the prompt by itself, where it and its continuation have fewer of these in common than
+            that, since the tokenizer joins the two; 0 elsewhere.
     """
 
     request: Request
     ids: array[int]
     lengths: tuple[int, ...]
+    merged_len: int = 0
 
 
 def encode_requests(
@@ -65,10 +68,42 @@ def encode_requests(
         prompts = _need(tokenizer).encode_chats([(requests[i].messages or (), requests[i].chat) for i in chats])
         for i, prompt in zip(chats, prompts, strict=True):
             encoded[i] = prompt if isinstance(prompt, RowError) else _with_prompt(requests[i], prompt, chat_sampling)
+    _continue(encoded, tokenizer)
     for i, result in enumerate(encoded):
         if not isinstance(result, RowError) and 0 in result.lengths:
             encoded[i] = _NO_TOKENS
     return encoded
+
+
+def _continue(encoded: list[Encoded | RowError], tokenizer: PromptTokenizer | None) -> None:
+    """Put continuations behind their prompts, and find on tokens where each begins."""
+    found = [(i, e) for i, e in enumerate(encoded) if not isinstance(e, RowError) and e.request.continuation]
+    joined: list[tuple[int, Encoded, str]] = []  # a text behind a text: the tokenizer sees both together
+    alone: list[tuple[int, Encoded, str]] = []
+    for i, prompt in found:
+        following = prompt.request.continuation
+        if not isinstance(following, str):
+            encoded[i] = _with_continuation(prompt, prompt.ids + _as_array(following or ()))
+        elif prompt.request.prompt is not None:
+            joined.append((i, prompt, prompt.request.prompt + following))
+        else:
+            alone.append((i, prompt, following))
+    for some, has_prompt in ((joined, True), (alone, False)):
+        texts = [text for _, _, text in some]
+        all_ids = _need(tokenizer).encode(texts, add_special_tokens=has_prompt) if texts else []
+        for (i, prompt, _), ids in zip(some, all_ids, strict=True):
+            encoded[i] = _with_continuation(prompt, ids if has_prompt else prompt.ids + ids)
+
+
+def _with_continuation(prompt: Encoded, ids: array[int]) -> Encoded:
+    """The prompt with what follows it; scored from the first token that the prompt alone does not have there."""
+    start, prompt_len = 0, len(prompt.ids)
+    if ids[:prompt_len] == prompt.ids:
+        start = prompt_len
+    else:
+        start = next((i for i, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b), len(ids))
+    request = msgspec.structs.replace(prompt.request, score_from=start)
+    return Encoded(request, ids, (len(ids),), 0 if start == prompt_len else prompt_len)
 
 
 _NO_TOKENS = RowError("the prompt has no tokens; give it some text", code="empty_prompt")

@@ -277,12 +277,17 @@ class Job:
             self.stats.run_s = time.perf_counter() - self._began_at
         if self.has_left:
             return
+        rows = self._samples.rows(samples).tolist()
+        completions = delivery.completions
+        if self._rows.scores.has_any:
+            finish = self._rows.scores.finish
+            completions = [finish(row, completion) for row, completion in zip(rows, completions, strict=True)]
         self._num_unread += len(delivery.completions)
         self._put(
             FinishedSamples(
-                rows=self._samples.rows(samples).tolist(),
+                rows=rows,
                 samples=self._samples.samples(samples).tolist(),
-                completions=delivery.completions,
+                completions=completions,
                 optimal_lens=delivery.optimal_lens,
                 num_prompt_tokens=stats.num_prompt_tokens,
                 num_output_tokens=stats.num_output_tokens,

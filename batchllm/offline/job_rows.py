@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -35,7 +35,9 @@ from batchllm.offline.column import Column
 from batchllm.offline.encode import Encoded, encode_requests
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
 from batchllm.offline.namespaces import Namespace
+from batchllm.offline.row_scores import RowScores, cut_targets
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
+from batchllm.offline.samples import Samples
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import GRAMMARS, Request, SamplingParams
 from batchllm.tokens import Int64Array, TokenTable
@@ -64,33 +66,6 @@ _OF_THE_ROW = ("max_new_tokens", "n", "seed")
 _kind_of = attrgetter(*(field.name for field in fields(SamplingParams) if field.name not in _OF_THE_ROW))
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Rows of a token table: of which row of the job is each, and which of its samples?
-
-    Attributes:
-        row_of: Row number of each, int64[num_samples]; None where it is the row of that number.
-        sample_of: Which of its row's samples each is, int64[num_samples]; None where all are the first.
-        num_samples: How many there are.
-    """
-
-    row_of: Int64Array | None
-    sample_of: Int64Array | None
-    num_samples: int
-
-    def all_rows(self) -> Int64Array:
-        """Row number of every row of the table."""
-        return np.arange(self.num_samples, dtype=np.int64) if self.row_of is None else self.row_of
-
-    def rows(self, table_rows: Int64Array) -> Int64Array:
-        """Row numbers of these rows of the table."""
-        return table_rows if self.row_of is None else self.row_of[table_rows]
-
-    def samples(self, table_rows: Int64Array) -> Int64Array:
-        """Which of its row's samples each of these is."""
-        return np.zeros(len(table_rows), np.int64) if self.sample_of is None else self.sample_of[table_rows]
-
-
 class JobRows:
     """Rows in the order they were added, numbered from 0.
 
@@ -104,6 +79,7 @@ class JobRows:
         kinds: Distinct ways to sample, without what each row says for itself: output limit, samples, seed.
         draws: 1 for each of ``kinds`` that needs a seed, else 0.
         all_namespaces: The namespaces, by number.
+        scores: Which of them are scored, and from where.
     """
 
     def __init__(
@@ -135,6 +111,7 @@ class JobRows:
         self._seed = Column(np.int64)
         self._shift = Column(np.int32)  # a row's place in the input, less its number
         self._num_prompts = Column(np.int32)
+        self.scores = RowScores()
 
     def __len__(self) -> int:
         return len(self._group)
@@ -168,6 +145,12 @@ class JobRows:
         """Which row of the store is each row's first prompt; the others follow it. Shape ``[num_rows]``."""
         num_prompts = self.num_prompts
         return np.cumsum(num_prompts, dtype=np.int64) - num_prompts
+
+    def prompt_of(self, rows: Int64Array, samples: Int64Array) -> Int64Array:
+        """Which row of the store each of these samples of these rows answers."""
+        per_prompt = self.num_samples(rows) // self.num_prompts[rows]
+        prompts: Int64Array = self.first_prompt[rows] + samples // per_prompt
+        return prompts
 
     def per_prompt(self, values: npt.NDArray[Any]) -> Int64Array:
         """A value of every row, for each row of the store. Shape ``[num_prompts]``."""
@@ -222,22 +205,23 @@ class JobRows:
             try:
                 if isinstance(prompt, RowError):
                     raise prompt
-                request, ids, lens = prompt
-                request = self._with_adapter(request)
-                if not is_known and request.prompt is None:
-                    check_token_ids(ids, self._info.vocab_size)
-                longest = max(lens)
+                if not is_known and prompt.request.prompt is None:
+                    check_token_ids(prompt.ids, self._info.vocab_size)
+                prompt, targets = cut_targets(prompt)
+                request = self._with_adapter(prompt.request)
+                longest = max(prompt.lengths)
                 self._check(request, longest)
                 limit = self._output_limit(request, longest)
             except RowError as error:
                 errors.append(error)
                 continue
             errors.append(None)
-            kept.append(ids)
-            lengths += lens
-            self._append(request, limit, len(lens))
+            kept.append(prompt.ids)
+            lengths += prompt.lengths
+            self._append(request, limit, len(prompt.lengths))
+            self.scores.append(prompt, targets)
             if self._identical is not None:
-                self._compare(request.sampling, ids, len(lens))
+                self._compare(request, prompt.ids, targets)
         self.store.extend(np.frombuffer(b"".join(kept), np.int32), np.array(lengths, np.int64))
         return errors
 
@@ -270,8 +254,7 @@ class JobRows:
         row_of = np.repeat(chosen, num_samples)
         first = np.cumsum(num_samples, dtype=np.int64) - num_samples
         sample_of = np.arange(len(row_of)) - np.repeat(first, num_samples)
-        prompt_of = sample_of // np.repeat(num_samples // self.num_prompts[chosen], num_samples)
-        return Samples(row_of, sample_of, len(row_of)), self.store.table(self.first_prompt[row_of] + prompt_of)
+        return Samples(row_of, sample_of, len(row_of)), self.store.table(self.prompt_of(row_of, sample_of))
 
     def namespaces(self, samples: Samples) -> Int64Array | None:
         """Number of the namespace of each of these samples; None where all rows are in the default one."""
@@ -314,13 +297,17 @@ class JobRows:
     def _output_limit(self, request: Request, prompt_len: int) -> int:
         """``max_new_tokens``, lowered where it may be."""
         info, sampling = self._info, request.sampling
+        context_len = info.context_len
+        if sampling.max_new_tokens == 0:  # a step all the same, whose token nobody needs, nor its place in the context
+            sampling = replace(sampling, max_new_tokens=1)
+            context_len += 1
         if prompt_len + sampling.max_new_tokens <= self._surely_fits:
             return sampling.max_new_tokens
         limit_room = self._limit_room
         if request.may_lower_max_new_tokens:
-            sampling = fit_max_new_tokens(sampling, prompt_len, context_len=info.context_len, kv_capacity=limit_room)
+            sampling = fit_max_new_tokens(sampling, prompt_len, context_len=context_len, kv_capacity=limit_room)
         pool_room = info.max_request_len(info.kv_capacity_tokens)
-        check_prompt_len(prompt_len, sampling, context_len=info.context_len, kv_capacity=pool_room)
+        check_prompt_len(prompt_len, sampling, context_len=context_len, kv_capacity=pool_room)
         needed = prompt_len + sampling.max_new_tokens
         if needed > limit_room:
             raise RowError(
@@ -351,13 +338,15 @@ class JobRows:
         self._num_prompts.append(num_prompts)
         self._known_len.append(limit if sampling.has_known_len else request.expected_new_tokens or 0)
 
-    def _compare(self, sampling: SamplingParams, ids: array[int], num_prompts: int) -> None:
+    def _compare(self, request: Request, ids: array[int], targets: Sequence[int]) -> None:
         assert self._identical is not None
-        if is_determined(sampling) and num_prompts == 1:
+        sampling = request.sampling
+        if is_determined(sampling) and len(targets) == 1:
             seed = NO_SEED if is_greedy(sampling) or sampling.seed is None else sampling.seed
             # The group holds the task too, which says nothing of the answer: rows of two tasks are not found alike.
             last = len(self) - 1
-            self._identical.append(ids.tobytes(), self._group[last], self._max_new_len[last], seed)
+            scores = () if sampling.prompt_logprobs is None else (request.score_from, targets[0])
+            self._identical.append(ids.tobytes(), self._group[last], self._max_new_len[last], seed, *scores)
         else:
             self._identical.append_single()
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from batchllm.offline.job_rows import JobRows, Samples
+from batchllm.offline.job_rows import JobRows
 from batchllm.offline.namespaces import Namespace, adapter_numbers
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
+from batchllm.offline.samples import Samples
 from batchllm.planner import GroupOrder, PrefixSummary, largest_prefixes, plan_batch
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.run import PlannedRun, RunCutter, copy_runs
-from batchllm.request import SamplingParams
+from batchllm.request import NO_TARGET, SamplingParams
 from batchllm.tokens import Int32Array, Int64Array, TokenTable
 
 _QUANTUM_POOLS = 2
@@ -94,6 +95,7 @@ class JointPlan:
             partitions=adapter_numbers(all_namespaces, namespaces),
             decode_lens=decode_lens,
             group_order=group_order,
+            share_lens=joined_share_lens(parts),
         )
         self.plan = best
         self.optimal_at = best.computed_lens()
@@ -138,10 +140,14 @@ class JointPlan:
         sample_at = self.sample_at[positions]
         kinds, seeds = np.empty(len(run), np.int64), np.empty(len(run), np.int64)
         namespaces: npt.NDArray[np.object_] | None = None
+        targets: npt.NDArray[np.int32] | None = None
         first_kind = np.cumsum([0, *(len(part.rows.kinds) for part in self._parts)])
         for number, chosen in by_part(self.part_at[positions]):
             own_kinds, seeds[chosen], names = _sampling_of(self._parts[number], sample_at[chosen])
             kinds[chosen] = own_kinds + first_kind[number]
+            if self._parts[number].rows.scores.has_any:
+                targets = np.full(len(run), NO_TARGET, np.int32) if targets is None else targets
+                targets[chosen] = _targets_of(self._parts[number], sample_at[chosen])
             if names is not None:
                 namespaces = np.full(len(run), "", object) if namespaces is None else namespaces
                 namespaces[chosen] = names
@@ -152,6 +158,7 @@ class JointPlan:
             sampling_index=place.tolist(),
             seeds=seeds.tolist(),
             namespaces=None if namespaces is None else namespaces.tolist(),
+            targets=None if targets is None else targets.tolist(),
         )
 
     def _kind(self, number: int, first_kind: Int64Array) -> SamplingParams:
@@ -185,6 +192,21 @@ def _sampling_of(part: Part, samples: Int64Array) -> tuple[Int32Array, Int64Arra
     seeds[drawn] = [rows.sample_seed(row, sample) for row, sample in zip(*of_drawn, strict=True)]
     numbers = rows.namespace(row_numbers)
     return kinds, seeds, [rows.all_namespaces[n].name for n in numbers.tolist()] if numbers.any() else None
+
+
+def _targets_of(part: Part, samples: Int64Array) -> Int32Array:
+    """Target of some samples of a part (`RowScores`)."""
+    rows = part.rows
+    return rows.scores.targets(rows.prompt_of(part.samples.rows(samples), part.samples.samples(samples)))
+
+
+def joined_share_lens(parts: Sequence[Part]) -> Int32Array | None:
+    """Tokens at the start of each prompt that may be shared; None where no prompt is scored."""
+    if not any(part.rows.scores.has_any for part in parts):
+        return None
+    return np.concatenate(
+        [part.rows.scores.share_lens(part.row_numbers, part.table.lengths[_chosen(part)]) for part in parts]
+    )
 
 
 def _joined(columns: Sequence[Int32Array]) -> Int32Array:

@@ -76,6 +76,8 @@ class RunRequests:
         sampling_index: Which of ``sampling`` each request uses. Shape ``[num_requests]``.
         seeds: Sampling seeds. Shape ``[num_requests]``.
         namespaces: Namespace of each request; None if all are in the default one.
+        targets: Of each request the token that would follow its prompt, whose score ends its scores, -1 for none; None
+            where none has one.
     """
 
     run: PlannedRun
@@ -83,6 +85,7 @@ class RunRequests:
     sampling_index: Sequence[int]
     seeds: Sequence[int]
     namespaces: list[str] | None
+    targets: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -223,7 +223,7 @@ def _saved_per_prefix(plan: BatchPlan, counted: BoolArray, num_consumers: Int32A
     own_len = (plan.end_len - plan.start_len).astype(np.int64)
     saved = np.maximum(num_consumers - 1, 0) * own_len
     read = plan.read_prefix()
-    whole = read[counted & (read >= 0) & (plan.prompt_lens == plan.end_len_of(read))]
+    whole = read[counted & (read >= 0) & (plan.shareable_lens == plan.end_len_of(read))]
     return saved - plan.page_size * np.bincount(whole, minlength=plan.num_prefixes)
 
 

@@ -210,6 +210,7 @@ def _reordered(plan: BatchPlan, turn: Int64Array) -> BatchPlan:
         num_consumers=num_consumers,
         num_prompt_tokens=plan.num_prompt_tokens,
         optimal_prefill_tokens=plan.optimal_prefill_tokens,
+        share_lens=None if plan.share_lens is None else plan.share_lens[turn],
     )
     num_computed = int(ordered.computed_lens().sum(dtype=np.int64))
     return replace(ordered, num_lost_tokens=num_computed - plan.optimal_prefill_tokens)

@@ -71,7 +71,7 @@ def _direct_and_cost(plan: BatchPlan) -> tuple[Int64Array, Int64Array]:
     """
     consumers = plan.request_prefix[plan.request_prefix >= 0]
     num_direct = np.bincount(consumers, minlength=plan.num_prefixes)
-    whole = (plan.prompt_lens == plan.end_len_of(plan.request_prefix)) & (plan.request_prefix >= 0)
+    whole = (plan.shareable_lens == plan.end_len_of(plan.request_prefix)) & (plan.request_prefix >= 0)
     num_whole = np.bincount(plan.request_prefix[whole], minlength=plan.num_prefixes)
     cost = plan.end_len + np.maximum(num_whole - 1, 0) * plan.page_size
     return num_direct.astype(np.int64), cost.astype(np.int64)

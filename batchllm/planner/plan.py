@@ -58,6 +58,9 @@ class BatchPlan:
             and computing at least the last token of every prompt.
         num_lost_tokens: Prompt tokens that this plan computes beyond that, because its order parts
             what shares (`fair_order`).
+        share_lens: Tokens at the start of each prompt that others may have in common with it, 1 to all of them, the
+            last of which it computes itself; what is behind them is computed for this prompt alone, since it is
+            scored. int32[n]; None: all of every prompt.
     """
 
     num_requests: int
@@ -73,6 +76,7 @@ class BatchPlan:
     num_prompt_tokens: int
     optimal_prefill_tokens: int
     num_lost_tokens: int = 0
+    share_lens: Int32Array | None = None
 
     def __post_init__(self) -> None:
         for _, array in self._arrays():
@@ -81,6 +85,8 @@ class BatchPlan:
     def _arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for name in (*_REQUEST_DTYPES, *_PREFIX_DTYPES):
             yield name, getattr(self, name)
+        if self.share_lens is not None:
+            yield "share_lens", self.share_lens
 
     @property
     def num_prefixes(self) -> int:
@@ -93,6 +99,11 @@ class BatchPlan:
         if self.num_prompt_tokens == 0:
             return 0.0
         return 1.0 - self.optimal_prefill_tokens / self.num_prompt_tokens
+
+    @property
+    def shareable_lens(self) -> Int32Array:
+        """Tokens at the start of each prompt that may be shared, int32[num_requests]."""
+        return self.prompt_lens if self.share_lens is None else self.share_lens
 
     def read_prefix(self) -> Int32Array:
         """Deepest prefix each position finds computed, that is consumes but does not lead, or -1.
@@ -110,7 +121,7 @@ class BatchPlan:
             int32[num_requests]; they add up to ``optimal_prefill_tokens`` and ``num_lost_tokens``.
         """
         readable = self.end_len_of(self.read_prefix())
-        reused = np.minimum(readable, self.prompt_lens - 1)
+        reused = np.minimum(readable, self.shareable_lens - 1)
         computed: Int32Array = self.prompt_lens - (reused - reused % self.page_size)
         return computed
 
@@ -181,6 +192,9 @@ def _check_arrays(plan: BatchPlan) -> None:
             array = getattr(plan, name)
             if array.dtype != dtype or array.shape != (length,):
                 raise PlanError(f"{name} must be {np.dtype(dtype)}[{length}], not {array.dtype}{array.shape}")
+    share_lens = plan.share_lens
+    if share_lens is not None and (share_lens.dtype != np.int32 or share_lens.shape != (plan.num_requests,)):
+        raise PlanError(f"share_lens must be int32[{plan.num_requests}], not {share_lens.dtype}{share_lens.shape}")
     if plan.page_size < 1:
         raise PlanError(f"page_size must be at least 1, not {plan.page_size}")
 
@@ -249,10 +263,11 @@ def _check_consumers(plan: BatchPlan) -> None:
     )
     needed = np.maximum(plan.end_len_of(plan.request_prefix), 1)
     _require(
-        plan.prompt_lens >= needed,
+        (plan.shareable_lens >= needed) & (plan.shareable_lens <= plan.prompt_lens),
         "position",
-        "prompt_lens must be at least 1 and cover the prefix consumed",
+        "share_lens must be at least 1, cover the prefix consumed, and be no more than the prompt",
         prompt_lens=plan.prompt_lens,
+        share_lens=plan.shareable_lens,
         request_prefix=plan.request_prefix,
     )
 

@@ -14,6 +14,7 @@ from batchllm.errors import WorkloadError
 from batchllm.planner.group_order import GroupOrder, order_groups
 from batchllm.planner.plan import BatchPlan, deepest_prefix
 from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree
+from batchllm.planner.run import copy_runs
 from batchllm.tokens import Int32Array, Int64Array, TokenTable
 
 
@@ -25,6 +26,7 @@ def plan_batch(
     partitions: Int64Array | None = None,
     decode_lens: npt.NDArray[np.integer] | None = None,
     group_order: GroupOrder = "lexicographic",
+    share_lens: npt.NDArray[np.integer] | None = None,
 ) -> BatchPlan:
     """Plan a whole job: order the prompts and name every prefix worth keeping. Validated.
 
@@ -41,10 +43,13 @@ def plan_batch(
             each. They only matter to some group orders.
         group_order: Which of the groups that start at one prefix runs first. Does not change what is
             shared.
+        share_lens: Tokens at the start of each prompt that may be shared, int[num_prompts], 1 to all of them: of a
+            prompt that is scored from token ``i``, ``max(i, 1)``. It computes the last of them itself, whose logits
+            say how likely token ``i`` is, and all that is behind. None: all of every prompt.
 
     Raises:
         WorkloadError: A prompt is empty (the message names its row), ``page_size`` is below 1,
-            ``namespaces`` or ``decode_lens`` does not fit the table, a row is expected to generate
+            ``namespaces``, ``decode_lens`` or ``share_lens`` does not fit the table, a row is expected to generate
             nothing, or there is no such ``group_order``.
     """
     if page_size < 1:
@@ -52,19 +57,56 @@ def plan_batch(
     if decode_lens is None:
         decode_lens = np.ones(len(table), np.int64)
     prompt_lens = table.lengths.astype(np.int32)
-    tree = order_groups(build_prefix_tree(table, namespaces), prompt_lens, decode_lens, group_order, partitions)
-    plan = _whole_pages(tree, prompt_lens[tree.order], page_size)
+    # What is shared is planned as if prompts ended where sharing does.
+    shared, sharing_lens = table, prompt_lens
+    if share_lens is not None:
+        _check_share_lens(share_lens, prompt_lens)
+        sharing_lens = share_lens.astype(np.int32, copy=False)
+        shared = _beginnings(table, sharing_lens)
+    tree = order_groups(build_prefix_tree(shared, namespaces), sharing_lens, decode_lens, group_order, partitions)
+    limits = None if share_lens is None else sharing_lens[tree.order]
+    plan = _whole_pages(tree, prompt_lens[tree.order], limits, page_size)
     plan.validate(namespaces=namespaces)
     return plan
 
 
-def _whole_pages(tree: PrefixTree, prompt_lens: Int32Array, page_size: int) -> BatchPlan:
-    """Keep of every tree node the whole pages that its parent does not already have."""
+def _beginnings(table: TokenTable, lengths: Int32Array) -> TokenTable:
+    """The first ``lengths[i]`` tokens of each row i, a copy."""
+    offsets = np.zeros(len(table) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    tokens = np.empty(offsets[-1], np.int32)
+    copy_runs(table.tokens, table.offsets[:-1], tokens, offsets)
+    return TokenTable(tokens=tokens, offsets=offsets)
+
+
+def _check_share_lens(share_lens: npt.NDArray[np.integer], prompt_lens: Int32Array) -> None:
+    if share_lens.shape != prompt_lens.shape or not np.issubdtype(share_lens.dtype, np.integer):
+        raise WorkloadError(
+            f"share_lens must be {len(prompt_lens)} integers, not {share_lens.dtype} of shape {share_lens.shape}"
+        )
+    wrong = np.flatnonzero((share_lens < 1) | (share_lens > prompt_lens))
+    if len(wrong):
+        row = wrong[0]
+        raise WorkloadError(
+            f"row {row} has a share_len of {share_lens[row]}; it must be from 1 to its {prompt_lens[row]} tokens"
+        )
+
+
+def _whole_pages(tree: PrefixTree, prompt_lens: Int32Array, share_lens: Int32Array | None, page_size: int) -> BatchPlan:
+    """Keep of every tree node the whole pages that its parent does not already have.
+
+    Args:
+        tree: Of the shareable part of the prompts.
+        prompt_lens: Tokens of the whole prompt at each position.
+        share_lens: Those of its shareable part; None where that is all of every prompt.
+        page_size: Tokens of a page.
+    """
+    sharing_lens = prompt_lens if share_lens is None else share_lens
     kept, parent, start_len, end_len = _floor_nodes(
-        tree.parent, tree.depth, tree.first, tree.num_prompts, prompt_lens, page_size
+        tree.parent, tree.depth, tree.first, tree.num_prompts, sharing_lens, page_size
     )
     first, num_consumers = tree.first[kept], tree.num_prompts[kept]
-    reused = np.minimum(tree.lcp, prompt_lens - 1)
+    reused = np.minimum(tree.lcp, sharing_lens - 1)
     num_prompt_tokens = int(prompt_lens.sum(dtype=np.int64))
     return BatchPlan(
         num_requests=len(tree.order),
@@ -79,6 +121,7 @@ def _whole_pages(tree: PrefixTree, prompt_lens: Int32Array, page_size: int) -> B
         num_consumers=num_consumers,
         num_prompt_tokens=num_prompt_tokens,
         optimal_prefill_tokens=num_prompt_tokens - int((reused - reused % page_size).sum(dtype=np.int64)),
+        share_lens=share_lens,
     )
 
 

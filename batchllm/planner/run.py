@@ -35,6 +35,7 @@ class PlannedRun:
         request_max_new_len: Most tokens each may generate. Shape ``[num_requests]``.
         request_known_len: Tokens each will generate, 0 where that is not known. Shape ``[num_requests]``.
         request_task: Number of the task that each names, -1 for none. Shape ``[num_requests]``.
+        request_share_len: Tokens at the start of each that may be shared. Shape ``[num_requests]``.
         request_row: Row of each request in the job's token table. Shape ``[num_requests]``.
         private_len: Tokens of each request after its deepest prefix. Shape ``[num_requests]``.
         private_tokens: Those tokens, one request after the other.
@@ -53,6 +54,7 @@ class PlannedRun:
     request_max_new_len: Int64Array
     request_known_len: Int64Array
     request_task: Int32Array
+    request_share_len: Int32Array
     request_row: Int64Array
     private_len: Int64Array
     private_tokens: Int32Array
@@ -125,6 +127,7 @@ class RunCutter:
             request_max_new_len=self.max_new_len[first:last].astype(np.int64),
             request_known_len=self.known_len[first:last].astype(np.int64),
             request_task=self.task[first:last],
+            request_share_len=plan.shareable_lens[first:last],
             request_row=rows,
             private_len=private_len,
             private_tokens=_gather(tokens, offsets[rows] + shared_len, private_len),

@@ -20,12 +20,12 @@ def page_ceil(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size) * page_size
 
 
-def reusable_len(resident_len: int, prefill_len: int, page_size: int) -> int:
-    """Tokens that a request can read from a resident prefix: whole pages, and never its last token.
+def reusable_len(resident_len: int, share_len: int, page_size: int) -> int:
+    """Tokens that a request can read from a resident prefix: whole pages, and never the last that it may share.
 
-    The last token must be computed even by an exact duplicate, since sampling needs its logits.
+    That one must be computed even by an exact duplicate, since sampling, or the first score, needs its logits.
     """
-    return page_floor(min(resident_len, prefill_len - 1), page_size)
+    return page_floor(min(resident_len, share_len - 1), page_size)
 
 
 def footprint(total_len: int, page_size: int) -> int:

@@ -127,7 +127,7 @@ class _Step:
     def _try_admit(self, request: WaitingRequest, found: Lookup) -> Admission | None:
         """Take what ``request`` needs; None means that it does not fit now."""
         view, page_size = self.view, self.view.page_size
-        cached_len = reusable_len(found.resident_len, request.prefill_len, page_size)
+        cached_len = reusable_len(found.resident_len, request.share_len, page_size)
         led_tokens = sum(map(view.ledger.num_tokens, found.missing_ids))
         estimate, num_generated = request.output, request.num_generated
         expected_len = int(view.lengths.expected_lens([estimate], [num_generated])[0])

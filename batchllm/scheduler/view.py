@@ -27,6 +27,10 @@ class WaitingRequest(Protocol):
         """Tokens it must have KV for before it decodes: its prompt, plus what a retracted one had generated."""
 
     @property
+    def share_len(self) -> int:
+        """Tokens at its start that it may share, the last of which it computes: all, or those before its scores."""
+
+    @property
     def num_generated(self) -> int:
         """Tokens that it had generated before it was retracted, 0 for a new one."""
 

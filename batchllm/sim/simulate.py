@@ -82,7 +82,13 @@ def simulate(
     recorder = StepRecorder(cost_model, capacity, limit)
     if scheduler == "batchllm":
         expected = np.where(workload.known_len > 0, workload.known_len, workload.max_new_len)
-        plan = plan_batch(workload.table, page_size=page_size, decode_lens=expected, group_order=group_order)
+        plan = plan_batch(
+            workload.table,
+            page_size=page_size,
+            decode_lens=expected,
+            group_order=group_order,
+            share_lens=workload.share_lens,
+        )
         planned = PlannedScheduler(
             workload,
             plan,
@@ -94,7 +100,11 @@ def simulate(
             has_overlap=has_overlap,
         )
         return _result(scheduler, workload, plan, cost_model, planned.run())
-    plan = plan_batch(workload.table, page_size=_VLLM_PAGE_SIZE if scheduler.startswith("vllm") else page_size)
+    plan = plan_batch(
+        workload.table,
+        page_size=_VLLM_PAGE_SIZE if scheduler.startswith("vllm") else page_size,
+        share_lens=workload.share_lens,
+    )
     if scheduler == "one-level":
         one_level = OneLevelScheduler(
             workload,

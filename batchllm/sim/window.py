@@ -31,6 +31,7 @@ class PlannedRequest:
     """
 
     __slots__ = (
+        "_share_len",
         "is_ready",
         "led",
         "lora_id",
@@ -44,13 +45,16 @@ class PlannedRequest:
         "total_len",
     )
 
-    def __init__(self, position: int, prefix_id: int, prompt_len: int, output: OutputEstimate) -> None:
+    def __init__(
+        self, position: int, prefix_id: int, prompt_len: int, output: OutputEstimate, share_len: int | None = None
+    ) -> None:
         self.plan_order = (0, position)
         self.prefix_id = prefix_id
         self.prompt_len = prompt_len
         # The last token is never stored.
         self.total_len = prompt_len + output.max_new_len - 1
         self.output = output
+        self._share_len = share_len if share_len is not None and share_len < prompt_len else None
         self.num_generated = 0
         self.is_ready = True
         self.lora_id: str | None = None  # which adapter answers changes nothing here
@@ -67,6 +71,11 @@ class PlannedRequest:
     def prefill_len(self) -> int:
         """Tokens it must have KV for before it decodes."""
         return self.prompt_len + self.num_generated
+
+    @property
+    def share_len(self) -> int:
+        """Tokens at its start that it may share: all, or those before its scores."""
+        return self.prefill_len if self._share_len is None else self._share_len
 
 
 class PlanWindow:
@@ -150,6 +159,10 @@ class PlanWindow:
                 position=position,
             )
             request = PlannedRequest(
-                position, int(plan.request_prefix[position]), int(cutter.prompt_len[position]), output
+                position,
+                int(plan.request_prefix[position]),
+                int(cutter.prompt_len[position]),
+                output,
+                int(plan.shareable_lens[position]),
             )
             self.waiting.append(request)

@@ -25,6 +25,7 @@ class SimWorkload:
         max_new_len: Tokens each row may generate, int64[num_requests].
         known_len: What the scheduler knows of ``output_len``, 0 for nothing, int64[num_requests].
         task: Number of the task that each row names, -1 for none, int32[num_requests].
+        share_lens: Tokens at the start of each prompt that may be shared, int32[num_requests]; None: all of them.
 
     Raises:
         WorkloadError: Arrays that do not fit each other; names the first row at fault.
@@ -36,6 +37,7 @@ class SimWorkload:
     max_new_len: Int64Array
     known_len: Int64Array
     task: Int32Array
+    share_lens: Int32Array | None = None
 
     def __post_init__(self) -> None:
         n = len(self.table)
@@ -68,6 +70,7 @@ class SimWorkload:
         max_new_len: Int64Array | None = None,
         known_len: Int64Array | None = None,
         task: Int32Array | None = None,
+        share_lens: Int32Array | None = None,
     ) -> SimWorkload:
         """Prompts of a real file with the outputs they had, or are supposed to have.
 
@@ -83,6 +86,7 @@ class SimWorkload:
             max_new_len=output_len if max_new_len is None else max_new_len,
             known_len=np.zeros(len(table), np.int64) if known_len is None else known_len,
             task=np.full(len(table), -1, np.int32) if task is None else task,
+            share_lens=share_lens,
         )
 
 

@@ -97,7 +97,6 @@ def test_unknown_name_far_from_all_lists_the_known_ones() -> None:
 
 
 OUT_OF_RANGE = [
-    ("max_new_tokens", 0),
     ("max_new_tokens", -1),
     ("max_new_tokens", 2**31),
     ("min_new_tokens", -1),

@@ -43,6 +43,10 @@ class _Waiting:
     plan_order: tuple[int, int] = (0, 0)
 
     @property
+    def share_len(self) -> int:
+        return self.prefill_len
+
+    @property
     def total_len(self) -> int:
         return self.prefill_len + self.max_new_len - 1
 
@@ -464,6 +468,7 @@ class _Request:
     is_ready: bool
     lora_id: str | None
     output: OutputEstimate
+    scored_behind: int | None = None  # tokens behind so many are scored, and not shared
     num_generated: int = 0
     kv_len: int = 0  # tokens with KV, its own or read
     shared_len: int = 0  # of them those that belong to planned prefixes
@@ -473,6 +478,10 @@ class _Request:
     @property
     def prefill_len(self) -> int:
         return len(self.tokens) + self.num_generated
+
+    @property
+    def share_len(self) -> int:
+        return self.prefill_len if self.scored_behind is None else self.scored_behind
 
     @property
     def plan_order(self) -> tuple[int, int]:
@@ -537,7 +546,10 @@ class _World:
         if not self.can_chunk:
             self.step_tokens = max(self.step_tokens, max(totals))
         table = TokenTable.from_lists(setup.prompts)
-        self.plan: BatchPlan = plan_batch(table, page_size=self.page_size)
+        share_lens = np.array(
+            [len(p) if self.random.random() < 0.5 else self.random.randint(1, len(p)) for p in setup.prompts], np.int32
+        )
+        self.plan: BatchPlan = plan_batch(table, page_size=self.page_size, share_lens=share_lens)
         max_new_len = np.array(setup.max_new_lens, np.int64)
         self.cutter = RunCutter(self.plan, table, max_new_len)
         self.feed = FeedWindow(self.cutter.kv_cost, self.capacity)
@@ -592,8 +604,12 @@ class _World:
                     is_ready=self.random.random() >= self.trouble.not_ready,
                     lora_id=self.adapter(prefix_id, position),
                     output=OutputEstimate(max_new_len=max_new_len, known_len=known_len, kind=0, position=position),
+                    scored_behind=self.scored_behind(int(run.request_share_len[i]), prefix_id, private_len),
                 )
             )
+
+    def scored_behind(self, share_len: int, prefix_id: int, private_len: int) -> int | None:
+        return None if share_len == len(self.path_tokens[prefix_id]) + private_len else share_len
 
     def free_private(self, request: _Request) -> None:
         """Its private KV is gone; a prefix it had not completed is for the next to compute."""
@@ -758,7 +774,7 @@ class _World:
         assert not request.is_admitted
         cached_len = admission.cached_len
         assert cached_len % self.page_size == 0
-        assert cached_len < request.prefill_len
+        assert cached_len < request.share_len
         if cached_len:
             paths = [self.resident[i] for i in self.ledger.path(request.prefix_id) if i in self.resident]
             assert paths[0][:cached_len] == request.tokens[:cached_len], "reads what is not there"

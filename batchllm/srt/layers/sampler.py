@@ -12,6 +12,12 @@ from typing import Any
 import sglang.srt.layers.sampler as upstream
 import torch
 import xxhash
+from sglang.srt.layers import logprob_processor
+from sglang.srt.layers.logprob_processor import (
+    LogprobStage,
+    get_token_ids_logprobs_batch_optimized,
+    get_token_ids_logprobs_raw,
+)
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -24,9 +30,10 @@ _UINT32 = 0xFFFFFFFF
 
 
 def install() -> None:
-    """Put the sampler and the two functions below in SGLang's place in this process."""
+    """Put the sampler and the functions below in SGLang's place in this process."""
     upstream.register_sampler_backend(_SEEDED_BACKEND, SeededSampler)
     SamplingBatchInfo.adjusted_from_schedule_batch = _set_seeds
+    logprob_processor.get_token_ids_logprobs = _token_ids_logprobs
     if not torch.cuda.is_available():
         from sglang.srt.constrained import xgrammar_backend
 
@@ -113,6 +120,20 @@ def _seed(req: Any) -> int:
         return int(req.sampling_params.sampling_seed)
     # The id of a live request is random, and the same on every rank.
     return xxhash.xxh64_intdigest(req.rid.encode()) >> 1
+
+
+def _token_ids_logprobs(
+    logprobs: torch.Tensor, token_ids_logprobs: list[list[int] | None], no_copy_to_cpu: bool = False
+) -> tuple[list[Any], list[Any]]:
+    """Log probabilities of the token ids that each row names, which may be None.
+
+    SGLang gives such a row a list where its scheduler expects a tensor, and would end; its other function does not.
+    """
+    if no_copy_to_cpu:
+        values, ids = get_token_ids_logprobs_batch_optimized(logprobs, token_ids_logprobs)
+        return list(values), list(ids)
+    values, ids = get_token_ids_logprobs_raw(logprobs, token_ids_logprobs, stage=LogprobStage.DECODE)
+    return values, ids
 
 
 def _allocate_token_bitmask(vocab_size: int, batch_size: int) -> torch.Tensor:

@@ -37,6 +37,10 @@ class PlannedRunReqInput(BaseReq):
         lora_paths: Name of the adapter of each of ``sampling``, None for the base model.
         lora_ids: SGLang's identifiers of those; None also for one that is not loaded any more.
         extra_keys: Cache namespace of each request, or None where all are in the default one.
+        num_prompt_logprobs: Of each of ``sampling`` -1 where the prompt is not scored, else how many alternatives
+            beside each token that is.
+        targets: Of each request the token behind its prompt that is scored with it, -1 for none; None where none has
+            one.
     """
 
     job_id: int
@@ -49,6 +53,8 @@ class PlannedRunReqInput(BaseReq):
     lora_paths: list[str | None]
     lora_ids: list[str | None]
     extra_keys: list[str | None] | None = None
+    num_prompt_logprobs: list[int] | None = None
+    targets: list[int] | None = None
 
 
 class PlannedAbortReqInput(BaseReq):
@@ -82,6 +88,8 @@ class PlannedBatchOutput(BaseReq):
         cached_tokens: Prompt tokens of each read from the cache.
         skip_special_tokens: One for each request, like the next two.
         logprobs: None, or per request ``(logprob, top_logprobs, top_ids)`` of every generated token.
+        prompt_scores: None, or per request the first token with a score, in front of which stands its last unscored
+            one, then token ids, log probabilities, and alternatives of those tokens, ``(top_logprobs, top_ids)``.
         counters: The job's counters after these.
         steps: `batchllm.trace.STEP_DTYPE` of the steps since the last message, ``start_s`` on the monotonic clock.
         texts: Filled in by the detokenizer.
@@ -98,6 +106,7 @@ class PlannedBatchOutput(BaseReq):
     spaces_between_special_tokens: list[bool]
     no_stop_trim: list[bool]
     logprobs: list[Any]
+    prompt_scores: list[Any]
     counters: JobCounters
     steps: Any
     texts: list[str] | None = None

@@ -19,6 +19,7 @@ from batchllm.scheduler.counters import JobCounters
 from batchllm.srt.constrained.grammars import explain_abort
 from batchllm.srt.managers.io_struct import PlannedBatchOutput
 from batchllm.srt.managers.schedule_batch import PlannedReq
+from batchllm.srt.managers.scoring import prompt_scores
 
 NUM_CONTEXT_TOKENS = 5
 """Prompt tokens that the detokenizer sees before the output, so that the text continues the prompt.
@@ -75,6 +76,7 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     ],
                     no_stop_trim=[req.sampling_params.no_stop_trim for req in job_reqs],
                     logprobs=[_logprobs(req) for req in job_reqs],
+                    prompt_scores=[prompt_scores(req) for req in job_reqs],
                     counters=counters,
                     steps=self.take_steps(),
                 )
@@ -93,10 +95,12 @@ def _reason(req: PlannedReq) -> dict[str, Any]:
 
 def _logprobs(req: PlannedReq) -> list[tuple[float, Any, Any]] | None:
     """``(logprob, top_logprobs, top_ids)`` per generated token, or None where none were asked for."""
-    if not req.return_logprob:
+    if req.num_logprobs < 0:
         return None
     num_tokens = len(req.output_ids_through_stop)
     values = req.logprob.output_token_logprobs_val[:num_tokens]
-    if req.logprob.top_logprobs_num == 0:
+    if req.num_logprobs == 0:
         return [(value, (), ()) for value in values]
-    return list(zip(values, req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx, strict=False))
+    num = req.num_logprobs
+    tops, ids = req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx
+    return [(value, top[:num], top_ids[:num]) for value, top, top_ids in zip(values, tops, ids, strict=False)]

@@ -13,10 +13,11 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
-from batchllm.request import GRAMMARS
+from batchllm.request import GRAMMARS, NO_TARGET
 from batchllm.scheduler.output_length import MIN_FINISHED, OutputEstimate, OutputLengths
 from batchllm.srt.managers.io_struct import INVALID_SAMPLING, UNLOADED_ADAPTER, PlannedRunReqInput
 from batchllm.srt.managers.schedule_batch import PlannedReq
+from batchllm.srt.managers.scoring import Scoring
 
 # Ledger numbers are the job's in the upper and the plan's in the lower bits: unique without a table.
 _PREFIX_BITS = 40
@@ -76,6 +77,10 @@ class RunReader:
             position = run.first_position + i
             kind = int(message.sampling_index[i])
             params, fault = sampling[kind]
+            target = NO_TARGET if message.targets is None else message.targets[i]
+            scoring = None
+            if message.num_prompt_logprobs is not None and message.num_prompt_logprobs[kind] >= 0:
+                scoring = Scoring(int(run.request_share_len[i]), message.num_prompt_logprobs[kind], target)
             req = PlannedReq(
                 job_id=job_id,
                 position=position,
@@ -91,13 +96,14 @@ class RunReader:
                 seed=int(message.seeds[i]),
                 min_new_len=min(message.sampling[kind]["min_new_tokens"], max_new_len),
                 input_ids=input_ids,
-                sampling_params=_with_limit(params, max_new_len),
+                sampling_params=_with_limit(params, max_new_len if target == NO_TARGET else 0),
                 num_logprobs=int(message.num_logprobs[i]),
                 require_reasoning=message.require_reasoning[kind],
                 lora_id=message.lora_ids[kind],
                 eos_token_ids=self._model_config.hf_eos_token_id,
                 vocab_size=self._model_config.vocab_size,
                 extra_key=None if message.extra_keys is None else message.extra_keys[i],
+                scoring=scoring,
             )
             req.tokenizer = self._tokenizer
             req.to_finish = fault

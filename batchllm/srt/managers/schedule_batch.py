@@ -7,7 +7,9 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR, Req
 
+from batchllm.request import NO_TARGET
 from batchllm.scheduler.output_length import OutputEstimate
+from batchllm.srt.managers.scoring import Scoring
 
 
 class PlannedReq(Req):
@@ -27,6 +29,8 @@ class PlannedReq(Req):
         seed: Sampling seed.
         piece_tokens: Most tokens that the coming step may compute of it while it is in pieces; None without a limit.
         num_lost_for_live: Tokens whose KV it has lost to live requests, and that were not computed again yet.
+        scoring: Which tokens of the prompt are scored; None for none.
+        num_logprobs: Alternatives beside each generated token, -1 where these have no log probabilities.
     """
 
     piece_tokens: int | None = None
@@ -50,22 +54,29 @@ class PlannedReq(Req):
         vocab_size: int,
         extra_key: str | None,
         lora_id: str | None,
+        scoring: Scoring | None = None,
     ) -> None:
+        num_alternatives = num_logprobs if scoring is None else max(num_logprobs, scoring.num_alternatives)
         super().__init__(
             rid=f"batchllm:{job_id}:{position}",  # SGLang aborts by the beginning of an id
             origin_input_text="",
             origin_input_ids=input_ids,
             sampling_params=sampling_params,
-            return_logprob=num_logprobs >= 0,
-            top_logprobs_num=max(num_logprobs, 0),
+            return_logprob=num_alternatives >= 0,
+            top_logprobs_num=max(num_alternatives, 0),
+            token_ids_logprob=None if scoring is None or scoring.target == NO_TARGET else [scoring.target],
             require_reasoning=require_reasoning,
             eos_token_ids=eos_token_ids,
             vocab_size=vocab_size,
             extra_key=extra_key,
             lora_id=lora_id,
         )
-        # Log probabilities of the output only: those of the prompt would undo the sharing.
-        self.logprob_start_len = len(input_ids) if num_logprobs >= 0 else -1
+        # Log probabilities of the output only, unless tokens of the prompt are scored: those are not shared.
+        self.logprob_start_len = len(input_ids) if num_alternatives >= 0 else -1
+        if scoring is not None:
+            self.logprob_start_len = scoring.start
+        self.scoring = scoring
+        self.num_logprobs = num_logprobs
         self.job_id = job_id
         self.position = position
         self.plan_order = (job_id, position)
@@ -105,6 +116,11 @@ class PlannedReq(Req):
     def prefill_len(self) -> int:
         """Tokens it must have KV for before it decodes."""
         return len(self.origin_input_ids) + len(self.output_ids)
+
+    @property
+    def share_len(self) -> int:
+        """Tokens at its start that it may share: all, or those before its scores."""
+        return self.prefill_len if self.scoring is None else self.scoring.share_len
 
 
 class LateStop(FINISH_MATCHED_STR):

@@ -26,7 +26,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from batchllm.errors import EngineDiedError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
-from batchllm.request import Completion, SamplingParams, TokenLogprob
+from batchllm.request import Completion, PromptScore, SamplingParams, TokenLogprob
 from batchllm.srt.entrypoints.serving_chat import ServingChat
 from batchllm.srt.managers.chat_tokenizer import ChatTokenizer
 from batchllm.srt.managers.io_struct import (
@@ -300,6 +300,8 @@ class ManagedRuntime:
                 lora_paths=adapters,
                 lora_ids=self._manager.adapters_of_job(job_id, adapters),
                 extra_keys=requests.namespaces and [name or None for name in requests.namespaces],
+                num_prompt_logprobs=[-1 if p.prompt_logprobs is None else p.prompt_logprobs for p in requests.sampling],
+                targets=requests.targets,
             )
         )
 
@@ -366,9 +368,18 @@ def _completions(output: PlannedBatchOutput) -> list[Completion]:
                 error=reason.get("message"),
                 error_code=reason["err_type"] if reason.get("err_type") in ROW_FAULTS else None,
                 note=reason.get("note"),
+                prompt_score=_prompt_score(output.prompt_scores[i]),
             )
         )
     return completions
+
+
+def _prompt_score(scores: Any) -> PromptScore | None:
+    if scores is None:
+        return None
+    start, token_ids, logprobs, (top_logprobs, top_ids) = scores
+    top = [tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top_logprobs, strict=True)]
+    return PromptScore(start=start, token_ids=token_ids, logprobs=logprobs, top=top)
 
 
 def _token_logprobs(logprobs: Any, output_ids: Sequence[int]) -> tuple[TokenLogprob, ...] | None:

@@ -127,7 +127,7 @@ class PlannedRadixCache(RadixCache):
         found = self.ledger.lookup(req.prefix_id)
         if found.missing_ids:
             return super().match_prefix(params)
-        cached_len = reusable_len(found.resident_len, req.prefill_len, self.page_size)
+        cached_len = reusable_len(found.resident_len, req.share_len, self.page_size)
         # Locking the root is a no-op: the pin holds the prefix until this very request has finished.
         return MatchResult(
             device_indices=self._pins[found.resident_id].indices[:cached_len],
