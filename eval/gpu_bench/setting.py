@@ -38,7 +38,7 @@ _1B = ModelShape(
 _MODELS = {"8b": get_model("Llama-3.1-8B"), "1b": _1B}
 
 # The shape of 1B, with weights by which one changed prompt token changes the answer: dummy weights say nothing.
-_CHECKED_1B = default_model.ModelShape(
+_CHECKED_1B = default_model.RandomModelShape(
     name="1b",
     hidden_size=2048,
     num_hidden_layers=16,
@@ -72,7 +72,7 @@ class Setting:
     is_dry: bool
     shape: ModelShape
     server_args: dict[str, Any]
-    checked_shape: default_model.ModelShape
+    checked_shape: default_model.RandomModelShape
     checked_args: dict[str, Any]
     checked: str
     stock_backends: tuple[str, ...]
@@ -174,7 +174,7 @@ def gpu(model: str, pool: int) -> Setting:
 
 def dry() -> Setting:
     """The embedded model on a CPU: two layers of it, and as few requests as make every part run."""
-    shape = default_model.ModelShape(name="two-layers", num_hidden_layers=2)
+    shape = default_model.RandomModelShape(name="two-layers", num_hidden_layers=2)
     args = _COMMON | {"dtype": "float32", "max_total_tokens": 4000, "chunked_prefill_size": 512, "device": "cpu"}
     specs = {
         "short": "shared:prefix=200,private=20,sharing=8,requests={},output=10",
