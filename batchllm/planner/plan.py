@@ -263,6 +263,13 @@ def _check_consumers(plan: BatchPlan) -> None:
     )
     needed = np.maximum(plan.end_len_of(plan.request_prefix), 1)
     _require(
+        plan.prompt_lens >= needed,
+        "position",
+        "prompt_lens must be at least 1 and cover the prefix consumed",
+        prompt_lens=plan.prompt_lens,
+        request_prefix=plan.request_prefix,
+    )
+    _require(
         (plan.shareable_lens >= needed) & (plan.shareable_lens <= plan.prompt_lens),
         "position",
         "share_lens must be at least 1, cover the prefix consumed, and be no more than the prompt",

@@ -46,7 +46,8 @@ def prefill_budget(
     budget = chunk_tokens
     if is_mixed:
         budget = max(chunk_tokens - num_decoding, chunk_tokens // _MIN_PREFILL_SHARE, page_size)
-        kv_free_tokens -= num_decoding * page_size + page_size - 1
+        # Where nothing decodes, a prompt may need every slot: the last page of what it shares, a second time, too.
+        kv_free_tokens -= num_decoding * page_size + page_size - 1 if num_decoding else 0
     budget = min(budget, kv_free_tokens)
     return budget if budget >= page_size else 0
 

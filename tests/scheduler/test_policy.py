@@ -904,6 +904,23 @@ def test_an_exact_duplicate_whose_footprint_is_the_whole_pool_runs_beside_the_pr
     _run(setup, _Trouble())
 
 
+def test_scored_prompts_that_need_the_whole_pool_run() -> None:
+    """One reads a page less than the prefix that it ends with, and computes all behind it, while that is pinned."""
+    setup = _Setup(
+        prompts=[[0] * 7, [0] * 7, [0] * 7, [0] * 5],
+        max_new_lens=[1] * 4,
+        page_size=4,
+        spare_pages=0,
+        step_pages=200,
+        num_slots=100,
+        can_chunk=False,
+        is_mixed=True,
+        lengths="learned",
+        seed=335468,
+    )
+    _run(setup, _Trouble())
+
+
 @given(_setups())
 @settings(deadline=None, max_examples=sized(80, 250), database=None)
 def test_a_quiet_world_computes_exactly_the_optimum_and_leaves_nothing(setup: _Setup) -> None:
