@@ -68,13 +68,16 @@ _COMPLETION: dict[str, list[Any]] = {
 
 
 def completion_rows(num: int, seed: int) -> list[dict[str, Any]]:
-    """OpenAI rows for completions, each with a few values of these."""
+    """OpenAI rows for completions: first one for each of these values alone, in no order, then some with a few."""
     draw = random.Random(seed)
+    values = [{name: value} for name, values in _COMPLETION.items() for value in values]
+    draw.shuffle(values)
+    while len(values) < num:
+        names = draw.sample(sorted(_COMPLETION), draw.choice([2, 2, 3]))
+        values.append({name: draw.choice(_COMPLETION[name]) for name in names})
     rows = []
-    for i in range(num):
-        body: dict[str, Any] = {"model": "m", "prompt": "Say something", "max_tokens": 4}
-        for name in draw.sample(sorted(_COMPLETION), draw.choice([1, 1, 2, 3])):
-            body[name] = draw.choice(_COMPLETION[name])
+    for i, value in enumerate(values[:num]):
+        body = {"model": "m", "prompt": "Say something", "max_tokens": 4} | value
         rows.append({"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body})
     return rows
 

@@ -22,6 +22,7 @@ import pytest
 from batchllm import default_model
 from tests.hostile_rows import completion_rows, is_unicode
 from tests.live_server import KEY, Server, answers, create, long_stream, rows, text_of, wait, wait_for_answers
+from tests.sizes import sized
 
 pytestmark = pytest.mark.engine
 
@@ -242,11 +243,11 @@ def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server)
 
 
 def test_no_row_ends_the_engine(server: Server) -> None:
-    """500 rows with values at and beyond the limits, in a batch and live: each is answered or refused by itself, by the
-    same processes."""
+    """Rows with values at and beyond the limits, each value once and more, in a batch and live: each row is answered or
+    refused by itself, by the same processes."""
     assert server.process is not None
     before = {child.pid for child in psutil.Process(server.process.pid).children()}
-    lines = [row for row in completion_rows(520, seed=1) if is_unicode(row)]
+    lines = [row for row in completion_rows(sized(260, 700), seed=1) if is_unicode(row)]
     batch = wait(server, create(server, lines).id)
     assert batch.status == "completed", batch.errors
     found = [answers(server, file_id) for file_id in (batch.output_file_id, batch.error_file_id)]
@@ -254,7 +255,7 @@ def test_no_row_ends_the_engine(server: Server) -> None:
     assert len(found[0]) > 80
     codes = {record["response"]["body"]["error"]["code"] for record in found[1].values()}
     assert not codes & {"engine_died", "aborted"}, codes
-    for line in lines[:200]:
+    for line in lines[: sized(150, 400)]:
         assert post(server, line["body"]).status_code != 503, line
     assert {child.pid for child in psutil.Process(server.process.pid).children()} == before
 
