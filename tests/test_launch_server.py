@@ -255,7 +255,7 @@ def test_no_row_ends_the_engine(server: Server) -> None:
     assert len(found[0]) > 80
     codes = {record["response"]["body"]["error"]["code"] for record in found[1].values()}
     assert not codes & {"engine_died", "aborted"}, codes
-    for line in lines[: sized(150, 400)]:
+    for line in lines[: sized(194, 400)]:
         assert post(server, line["body"]).status_code != 503, line
     assert {child.pid for child in psutil.Process(server.process.pid).children()} == before
 

@@ -368,6 +368,13 @@ def test_a_live_request_that_would_end_the_engine_ends_alone(
     assert run(engine, live_answer(engine, [5, 6, 7]))["output_ids"]
 
 
+@pytest.mark.parametrize("token_id", [-1, 10**6, 2**40])
+def test_a_live_prompt_of_tokens_that_the_model_does_not_have_is_refused(engine: BatchEngine, token_id: int) -> None:
+    with pytest.raises(ValueError, match="vocab"):
+        run(engine, live_request(engine, input_ids=[5, token_id, 7], sampling_params=GREEDY))
+    assert run(engine, live_answer(engine, [5, 6, 7]))["output_ids"]
+
+
 @pytest.mark.parametrize("fields", [{"top_logprobs_num": 2**31}, {"token_ids_logprob": [10**6]}])
 def test_a_live_request_for_log_probabilities_of_no_tokens_ends_alone(
     engine: BatchEngine, fields: dict[str, Any]

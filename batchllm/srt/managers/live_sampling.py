@@ -1,5 +1,5 @@
-"""Live requests whose sampling the engine cannot hold: SGLang takes it, and ends when it makes tensors of it. Runs in
-the scheduler's process.
+"""Live requests whose token ids or sampling the engine cannot hold: SGLang takes them, and ends when it makes tensors
+of them. Runs in the scheduler's process.
 
 (Upstream: ``srt/sampling/sampling_batch_info.py``.)
 """
@@ -30,6 +30,8 @@ def fault(req: Any, vocab_size: int) -> str | None:
     """
     params = req.sampling_params
     try:
+        if req.multimodal_inputs is None:  # what stands for an image has ids beyond the vocabulary
+            check_token_ids(req.origin_input_ids, vocab_size)
         for name in _NUMBERS:
             value = getattr(params, name, None)
             if value is not None:
