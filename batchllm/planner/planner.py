@@ -75,7 +75,8 @@ def _beginnings(table: TokenTable, lengths: Int32Array) -> TokenTable:
     offsets = np.zeros(len(table) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     tokens = np.empty(offsets[-1], np.int32)
-    copy_runs(table.tokens, table.offsets[:-1], tokens, offsets)
+    starts = table.offsets[:-1]
+    copy_runs(table.tokens, starts, starts + lengths, tokens, offsets[:-1])
     return TokenTable(tokens=tokens, offsets=offsets)
 
 

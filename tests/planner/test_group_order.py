@@ -277,7 +277,7 @@ def test_a_comb_of_many_levels_is_ordered_without_recursion(group_order: GroupOr
     tail_lens, decode_lens = random.integers(1, 50, num_levels + 1), random.integers(1, 100_000, num_levels + 1)
     prompt_lens = np.minimum(np.arange(num_levels + 1) + 1, num_levels) + tail_lens
     tree = order_groups(_comb(num_levels), prompt_lens, decode_lens, group_order)
-    _whole_pages(tree, prompt_lens[tree.order].astype(np.int32), 1).validate()
+    _whole_pages(tree, prompt_lens[tree.order].astype(np.int32), None, 1).validate()
     assert np.array_equal(_lcp_intervals(tree.lcp)[0], tree.depth)
     # From the deepest level up: the prompt that leaves goes before or after all that is below.
     tail, decode = int(tail_lens[-1]), int(decode_lens[-1])
