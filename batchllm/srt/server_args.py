@@ -56,8 +56,8 @@ class BatchServerArgs(ServerArgs):
         Optional[str],  # noqa: UP045 - as above
         Arg(
             help="Bound in ms on the time between two tokens of a live request: no step that carries one takes longer. "
-            "Batches have what time is left, an eighth of it at least. auto: five times the decode step measured at "
-            "start. (default: none)"
+            "Batches have what time is left, an eighth of it at least. auto: five times a decode step of eight rows, "
+            "measured at start. (default: none)"
         ),
         NS("batchllm"),
     ] = None
