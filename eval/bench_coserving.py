@@ -23,7 +23,7 @@ import server_process
 from live_load import Load, Outcome
 
 CASES = ("idle", "alone", "default", "mixed", "auto")
-_HEADER = ("TTFT p50", "TTFT p99", "between p50", "p99", "max", "rows/s", "steps over the bound")
+_HEADER = ("TTFT p50", "TTFT p99", "between p50", "p99", "max", "rows/s", "of alone", "net", "steps over the bound")
 
 
 def main() -> None:
@@ -88,18 +88,29 @@ async def _run(case: str, args: argparse.Namespace, seed: int) -> Outcome:
 def _table(outcomes: list[Outcome], args: argparse.Namespace) -> str:
     """Medians over the rounds."""
     rows = []
+    alone = statistics.median([o.rows_per_s for o in outcomes if o.case == "alone" and o.rows_per_s] or [0.0])
+    busy = [sum(gap for _, gap in o.gaps) / (args.streams * args.every_s) for o in outcomes if o.case == "idle"]
     for case in args.cases.split(","):
         records = [o.record() for o in outcomes if o.case == case]
         cells = []
         for name in ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "tbt_max_ms", "rows_per_s"):
             values = [record[name] for record in records if record.get(name) is not None]
             cells.append(f"{statistics.median(values):.1f}" if values else "")
+        rates = [record["rows_per_s"] for record in records if record["rows_per_s"]]
+        kept = statistics.median(rates) / alone if rates and alone else 0.0
+        cells.append(f"{kept:.2f}" if kept else "")
+        cells.append(f"{kept / (1.0 - statistics.median(busy)):.2f}" if kept and busy and case != "alone" else "")
         late = [r["num_late_steps"] / r["num_live_steps"] for r in records if r["num_live_steps"]]
         cells.append(f"{100 * statistics.median(late):.2f} %" if late else "")
         bounds = [r["bound_ms"] for r in records if r["bound_ms"]]
         name = f"{case} ({statistics.median(bounds):.0f} ms)" if bounds else case
         rows.append([name, *cells])
-    return "Times in ms; medians over the rounds.\n\n" + compare.table(["case", *_HEADER], rows)
+    text = "Times in ms; medians over the rounds. Of alone: rows/s beside those without live requests."
+    if busy:
+        text += (
+            f" Net: of the time that live requests leave, which take {statistics.median(busy):.3f} of an idle server's."
+        )
+    return f"{text}\n\n" + compare.table(["case", *_HEADER], rows)
 
 
 if __name__ == "__main__":
