@@ -183,7 +183,7 @@ def test_chats_are_answered_in_a_batch_as_live(server: Server) -> None:
 
 def test_live_requests_are_answered_while_a_batch_runs(server: Server) -> None:
     """One that needs more than pins and rows leave free, too; and the batch goes on."""
-    batch = create(server, rows(4, 100, max_tokens=24, ignore_eos=True))
+    batch = create(server, rows(4, 100, max_tokens=96, ignore_eos=True))
     wait_for_answers(server, batch.id, 1)
     for prompt_len in (10, 2500):
         answer = server.client.completions.create(model="m", prompt=[900] * prompt_len, max_tokens=4)
