@@ -56,7 +56,7 @@ class BatchServerArgs(ServerArgs):
         Optional[str],  # noqa: UP045 - as above
         Arg(
             help="Bound in ms on the time between two tokens of a live request: no step that carries one takes longer. "
-            "Batches have what time is left, an eighth of it at least. auto: five times a decode step of eight rows, "
+            "Batches have what time is left, an eighth of it at least. auto: five times a decode step of sixteen rows, "
             "measured at start. (default: none)"
         ),
         NS("batchllm"),

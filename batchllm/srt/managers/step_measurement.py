@@ -25,7 +25,7 @@ from batchllm.srt.server_args import AUTO_TBT
 AUTO_FACTOR = 5
 """``--max-tbt-ms auto`` is so many decode steps: Sarathi-Serve's strict bound (arXiv 2403.02310, section 5.1)."""
 _NUM_DECODE_STEPS = 16
-_NUM_ROWS, _ROW_LEN = 8, 128  # of the decode steps that are counted: some people at once
+_NUM_ROWS, _ROW_LEN = 16, 128  # of the decode steps that are counted: some people at once
 _SHARES = (1, 4, 1)  # of the longest prompt; the first is not counted, since it loads what the others use
 
 
