@@ -13,7 +13,6 @@ from batchllm import BatchEngine
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
 
-pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-4
@@ -92,7 +91,6 @@ def _evaluate(model: Any, folder: Path, **options: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """The harness's model of ``transformers``."""
-    pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=default_model_path(), dtype="float32", device="cpu", batch_size=4, max_length=256)
