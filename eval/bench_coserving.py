@@ -20,7 +20,7 @@ import statistics
 
 import compare
 import server_process
-from live_load import Load, Outcome
+from live_load import Load, Outcome, add_arguments
 
 CASES = ("idle", "alone", "default", "mixed", "auto")
 _HEADER = ("TTFT p50", "TTFT p99", "between p50", "p99", "max", "rows/s", "of alone", "net", "steps over the bound")
@@ -39,24 +39,16 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, rows=3000)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=3000)
-    parser.add_argument("--group-size", type=int, default=50)
-    parser.add_argument("--shared-len", type=int, default=400)
-    parser.add_argument("--private-len", type=int, default=30)
-    parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--streams", type=int, default=30)
-    parser.add_argument("--stream-len", type=int, default=16)
     parser.add_argument("--live-prompt-len", type=int, nargs="+", default=[60])
     parser.add_argument("--settle-s", type=float, default=10.0, help="of the batch, before anything is measured")
     parser.add_argument("--every-s", type=float, default=1.0, help="seconds between live requests")
     parser.add_argument("--poisson", action="store_true", help="exponential distances with that mean")
-    parser.add_argument("--pool", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model")
-    parser.add_argument("--out")
     return parser.parse_args()
 
 

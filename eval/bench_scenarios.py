@@ -24,7 +24,7 @@ from typing import Any
 
 import compare
 import server_process
-from live_load import Load, Outcome, milliseconds
+from live_load import Load, Outcome, add_arguments, milliseconds
 
 SCENARIOS = ("interactive", "requests", "capped", "gated", "priority", "default", "auto")
 _PERCENTILES = (50, 95, 99)
@@ -42,13 +42,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, rows=1000)
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
-    parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--group-size", type=int, default=50)
-    parser.add_argument("--shared-len", type=int, default=400)
-    parser.add_argument("--private-len", type=int, default=30)
-    parser.add_argument("--output-len", type=int, default=48)
-    parser.add_argument("--stream-len", type=int, default=16)
     parser.add_argument("--live-prompt-len", type=int, default=60)
     parser.add_argument("--burst-rate", type=float, default=3.0, help="live requests a second")
     parser.add_argument("--lull-rate", type=float, default=0.3)
@@ -56,9 +51,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--cap", type=int, default=64)
     parser.add_argument("--gate", type=int, default=16)
-    parser.add_argument("--pool", type=int, default=32768)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out")
     return parser.parse_args()
 
 

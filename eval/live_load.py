@@ -41,6 +41,19 @@ class Outcome:
         return record | {"num_live_steps": self.num_live_steps, "num_late_steps": self.num_late_steps}
 
 
+def add_arguments(parser: argparse.ArgumentParser, *, rows: int) -> None:
+    """What `Load` reads of the batch and of each stream, and where results go; ``rows`` is how many by default."""
+    parser.add_argument("--rows", type=int, default=rows)
+    parser.add_argument("--group-size", type=int, default=50)
+    parser.add_argument("--shared-len", type=int, default=400)
+    parser.add_argument("--private-len", type=int, default=30)
+    parser.add_argument("--output-len", type=int, default=48)
+    parser.add_argument("--stream-len", type=int, default=16)
+    parser.add_argument("--pool", type=int, default=32768)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out")
+
+
 class Load:
     """Sends what ``args`` describe to a server; every prompt is of token ids drawn at random."""
 

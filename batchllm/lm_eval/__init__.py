@@ -12,7 +12,7 @@ from __future__ import annotations
 
 try:
     from batchllm.lm_eval.model import BatchLM
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as error:  # `__main__`, which is imported after this, says what to install
     if error.name is None or not error.name.startswith("lm_eval"):
         raise
 else:

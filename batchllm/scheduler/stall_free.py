@@ -82,10 +82,11 @@ class StallFree:
         return self._num_steps_without_planned >= PATIENCE_STEPS
 
     def limit_s(self, work: Work) -> float:
-        """Seconds that 99 % of such steps may take."""
+        """Seconds up to which a step may be predicted, with the margin."""
         if work.live.num_decode_rows:
             return self.bound_s
-        return NO_LIVE_STRETCH * self.bound_s * self.model.margin  # nobody is promised anything: on the average
+        # Nobody's next token waits for it, so it may take as long on the average.
+        return NO_LIVE_STRETCH * self.bound_s * self.model.margin
 
     def observe(self, load: StepLoad, seconds: float, *, has_live_row: bool) -> None:
         """A step has taken so long.

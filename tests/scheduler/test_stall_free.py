@@ -172,10 +172,11 @@ def test_a_flood_of_live_prompts_leaves_about_an_eighth_of_the_time_to_the_plan(
         num_rows = machine.stall_free.planned_rows(work, tokens, 0)
         load = work.live.with_prefill(tokens, 0) if tokens else work.live
         more = num_rows + 1  # a row is not divided
-        beside = machine.model.upper(load.with_rows(more, 301 * more)) - machine.model.upper(load)
+        kv_tokens = int(work.planned_kv_lens[:more].sum())  # they grow by a token in each step that carries them
+        beside = machine.model.upper(load.with_rows(more, kv_tokens)) - machine.model.upper(load)
         shares.append(beside / machine.bound_s)
         machine.step()
-    assert min(shares) > 0.75 * PLANNED_SHARE  # live rows that were admitted grow by a token a step
+    assert min(shares) > 0.8 * PLANNED_SHARE  # live rows that were admitted grow by a token a step
 
 
 def test_a_step_in_which_no_live_row_decodes_may_take_more_than_the_bound() -> None:

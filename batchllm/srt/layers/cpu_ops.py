@@ -79,9 +79,9 @@ def _add_gated(
 
 
 _PACKED = "_batchllm_packed"
-_BUFFERS: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-"""For inputs of matrix products, by row length and type. A new tensor each time costs as much as the product: its
-memory comes from the kernel, a page at a time."""
+_BUFFERS: dict[torch.dtype, torch.Tensor] = {}
+"""For the input of a matrix product, by type. A new tensor each time costs as much as the product: its memory comes
+from the kernel, a page at a time."""
 
 
 def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -109,12 +109,13 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     num_rows = _padded_rows(len(x))
     if num_rows == len(x):
         return x
-    key = (x.shape[1], x.dtype)
-    buffer = _BUFFERS.get(key)
-    if buffer is None or len(buffer) < num_rows:
-        buffer = _BUFFERS[key] = x.new_zeros(num_rows, x.shape[1])
-    buffer[: len(x)] = x
-    return buffer[:num_rows]
+    num_elements = num_rows * x.shape[1]
+    buffer = _BUFFERS.get(x.dtype)
+    if buffer is None or len(buffer) < num_elements:
+        buffer = _BUFFERS[x.dtype] = x.new_zeros(num_elements)
+    padded = buffer[:num_elements].view(num_rows, x.shape[1])
+    padded[: len(x)] = x
+    return padded
 
 
 def _padded_rows(num_rows: int) -> int:
