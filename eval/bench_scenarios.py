@@ -67,7 +67,6 @@ async def _run(scenario: str, args: argparse.Namespace) -> dict[str, Any]:
     with server_process.running("ours" if is_ours else "stock", model, *flags) as url:
         load = Load(url, args, random.Random(args.seed))
         await load.warm_up()
-        began = time.perf_counter()
         batch = asyncio.create_task(_serve_rows(scenario, load, args))
         outcomes = {"burst": Outcome("burst"), "lull": Outcome("lull")}
         live = {"priority": 1} if scenario == "priority" else {}
@@ -75,18 +74,19 @@ async def _run(scenario: str, args: argparse.Namespace) -> dict[str, Any]:
             for phase, rate in (("burst", args.burst_rate), ("lull", args.lull_rate)):
                 await load.stream_for(outcomes[phase], args.phase_s, rate, args.live_prompt_len, **live)
         await load.end_streams()
-        await batch
-        seconds = time.perf_counter() - began if scenario != "interactive" else None
-        return {"scenario": scenario, "batch_s": seconds and round(seconds, 1)} | {
-            f"{phase}_{name}_p{percent}_ms": milliseconds(times, percent)
+        batch_s = await batch
+        return {"scenario": scenario, "batch_s": batch_s if scenario != "interactive" else None} | {
+            f"{phase}_{name}_p{percent}_ms": milliseconds(times, percent) if times else None
             for phase, outcome in outcomes.items()
             for name, times in (("ttft", outcome.first), ("tbt", outcome.between))
             for percent in _PERCENTILES
         }
 
 
-async def _serve_rows(scenario: str, load: Load, args: argparse.Namespace) -> None:
+async def _serve_rows(scenario: str, load: Load, args: argparse.Namespace) -> float:
+    """Run the batch; returns the seconds until its last row was answered."""
     bodies = load.row_bodies()
+    began = time.perf_counter()
     if scenario in ("default", "auto"):
         await load.finish_batch(await load.start_batch(bodies))
     elif scenario == "gated":
@@ -94,6 +94,7 @@ async def _serve_rows(scenario: str, load: Load, args: argparse.Namespace) -> No
         await load.send_rows(bodies, sent_at_once, may_send=lambda: load.has_fewer_requests(args.gate))
     elif scenario != "interactive":
         await load.send_rows(bodies, asyncio.Semaphore(args.cap if scenario == "capped" else len(bodies)))
+    return round(time.perf_counter() - began, 1)
 
 
 def _table(records: list[dict[str, Any]]) -> str:
@@ -101,7 +102,8 @@ def _table(records: list[dict[str, Any]]) -> str:
     rows = []
     for record in records:
         for phase in ("burst", "lull"):
-            cells = [record[f"{phase}_{name}_p{p}_ms"] for name in ("ttft", "tbt") for p in _PERCENTILES]
+            values = [record[f"{phase}_{name}_p{p}_ms"] for name in ("ttft", "tbt") for p in _PERCENTILES]
+            cells = ["" if value is None else value for value in values]
             rows.append([record["scenario"], phase, *cells, record["batch_s"] or "" if phase == "burst" else ""])
     return "Times in ms, by the phase in which a request arrived.\n\n" + compare.table([*header, "batch done, s"], rows)
 
