@@ -97,10 +97,8 @@ def _continue(encoded: list[Encoded | RowError], tokenizer: PromptTokenizer | No
 
 def _with_continuation(prompt: Encoded, ids: array[int]) -> Encoded:
     """The prompt with what follows it; scored from the first token that the prompt alone does not have there."""
-    start, prompt_len = 0, len(prompt.ids)
-    if ids[:prompt_len] == prompt.ids:
-        start = prompt_len
-    else:
+    start = prompt_len = len(prompt.ids)
+    if ids[:prompt_len] != prompt.ids:
         start = next((i for i, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b), len(ids))
     request = msgspec.structs.replace(prompt.request, score_from=start)
     return Encoded(request, ids, (len(ids),), 0 if start == prompt_len else prompt_len)

@@ -473,14 +473,14 @@ def test_a_batch_that_is_cancelled_or_left_leaves_the_engine_as_it_was(engine: B
 
 def test_ctrl_c_ends_the_batch_that_it_interrupts_and_the_engine_goes_on(engine: BatchEngine) -> None:
     """At moments spread over a batch: while it is prepared, while it runs, between answers."""
-    prompts = [[9] * 300 + [20 + i] for i in range(200)]
-    long = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+    prompts = [[9] * 300 + [20 + i % 200, 20 + i // 200] for i in range(2000)]  # takes far longer than until the last signal
+    long = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for delay_s in (0.001, 0.05, 0.2, 0.4, 0.6):
             timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT))
-            timer.start()
             with pytest.raises(KeyboardInterrupt):
+                timer.start()  # in here: it may strike before the next line
                 engine.batch_generate(input_ids=prompts, sampling_params=long)
             timer.join()
     finally:
