@@ -472,8 +472,8 @@ def test_a_batch_that_is_cancelled_or_left_leaves_the_engine_as_it_was(engine: B
 
 
 def test_ctrl_c_ends_the_batch_that_it_interrupts_and_the_engine_goes_on(engine: BatchEngine) -> None:
-    """At moments spread over a batch: while it is prepared, while it runs, between answers."""
-    prompts = [[9] * 300 + [20 + i % 200, 20 + i // 200] for i in range(2000)]  # takes far longer than until the last signal
+    """At moments spread over a batch that ends long after: while it is prepared, while it runs, between answers."""
+    prompts = [[9] * 300 + [20 + i % 200, 20 + i // 200] for i in range(2000)]
     long = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
