@@ -90,7 +90,7 @@ class Load:
         args = self._args
         self._began = time.perf_counter()
         for _ in range(args.streams):
-            self._start_stream(outcome, self._draw.choice(args.live_prompt_len))
+            self.start_stream(outcome, self._draw.choice(args.live_prompt_len))
             await asyncio.sleep(self._draw.expovariate(1 / args.every_s) if args.poisson else args.every_s)
         await self.end_streams()
 
@@ -110,9 +110,10 @@ class Load:
         while (left := end - time.perf_counter()) > 0.0:
             await asyncio.sleep(min(self._draw.expovariate(rate), left))
             if time.perf_counter() < end:
-                self._start_stream(outcome, prompt_len, **fields)
+                self.start_stream(outcome, prompt_len, **fields)
 
-    def _start_stream(self, outcome: Outcome, prompt_len: int, **fields: object) -> None:
+    def start_stream(self, outcome: Outcome, prompt_len: int, **fields: object) -> None:
+        """One live request, as `stream_for` sends them."""
         self._streams.append(asyncio.create_task(self._stream(outcome, prompt_len, **fields)))
 
     async def end_streams(self) -> None:

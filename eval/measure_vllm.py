@@ -19,21 +19,30 @@ _BLOCK_SIZE = 32  # the smallest this engine takes
 _MAX_MODEL_LEN = 2048  # longer than any request of the benchmarks; it refuses longer ones
 
 
-def ensure_environment() -> None:
-    """Starts this process anew, once: what stands in the environment here is read before Python code runs."""
-    openmp = Path(sys.prefix, "lib", "libiomp5.so")
-    environment = dict(os.environ) | {
+def environment(prefix: Path) -> dict[str, str]:
+    """Variables of a process of its own: quiet, bound to no core.
+
+    Args:
+        prefix: Of the virtual environment.
+    """
+    variables = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the pool is set in blocks
     }
+    openmp = prefix / "lib" / "libiomp5.so"
     if openmp.exists():  # faster than GNU's, which torch loads otherwise
-        environment["LD_PRELOAD"] = str(openmp)
-    if environment != dict(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        variables["LD_PRELOAD"] = str(openmp)
+    return variables
+
+
+def ensure_environment() -> None:
+    """Starts this process anew, once: what stands in the environment here is read before Python code runs."""
+    wanted = dict(os.environ) | environment(Path(sys.prefix)) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if wanted != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
 def start(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:

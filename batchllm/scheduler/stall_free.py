@@ -24,7 +24,7 @@ PLANNED_SHARE = 1 / 8
 """Part of each step that live prompts leave to planned work, while there is some."""
 PATIENCE_STEPS = 64
 """Planned work that no step has carried for so long is carried by the next, whatever that takes."""
-NO_LIVE_STRETCH = 2.5
+NO_LIVE_STRETCH = 2.0
 """A step in which no live row decodes may take so many times the bound: a request that arrives waits for its end."""
 
 
