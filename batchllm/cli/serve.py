@@ -87,7 +87,7 @@ def _start(service: BatchService, runtime: ServerRuntime, has_metrics: bool) -> 
         latency=runtime.latency,
         kv_limit_tokens=runtime.info.kv_limit_tokens,
     )
-    service.start(runtime.when_up, jobs.make_job, metrics, numbers)
+    service.start(runtime.when_up, jobs.make_job, metrics, numbers, runtime.give_planned)
 
 
 def _add_batch_flags(group: argparse._ArgumentGroup) -> None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from batchllm.scheduler.step_time import StepLoad, StepTimeModel
 
 PLANNED_SHARE = 1 / 8
-"""Part of each step that live prompts leave to planned work, while there is some."""
+"""Part of each step that live prompts leave to planned work, while there is some and no batch is late."""
 PATIENCE_STEPS = 64
 """Planned work that no step has carried for so long is carried by the next, whatever that takes."""
 NO_LIVE_STRETCH = 2.0
@@ -69,11 +69,15 @@ class StallFree:
     Args:
         bound_s: Most seconds of a step in which a live row decodes.
         model: Predicts them.
+
+    Attributes:
+        planned_share: Part of each step that live prompts leave to planned work, while there is some.
     """
 
     def __init__(self, bound_s: float, model: StepTimeModel) -> None:
         self.bound_s = bound_s
         self.model = model
+        self.planned_share = PLANNED_SHARE
         self._num_steps_without_planned = 0
 
     @property
@@ -109,7 +113,7 @@ class StallFree:
             return 0
         limit = self.limit_s(work)
         if work.has_planned:
-            limit *= 1.0 - PLANNED_SHARE
+            limit *= 1.0 - self.planned_share
         num_tokens = self.model.prefill_that_fits(work.live, work.live_cached_len, limit)
         if not work.live.num_decode_rows:
             num_tokens = max(num_tokens, work.page_size)
@@ -159,7 +163,7 @@ class StallFree:
         load = work.live.with_prefill(num_live_tokens, work.live_cached_len) if num_live_tokens else work.live
         limit = self.limit_s(work)
         if work.live_waits:  # the first token of a short prompt does not wait for a long step
-            limit = min(limit, max(self.bound_s, self.model.upper(load) / (1.0 - PLANNED_SHARE)))
+            limit = min(limit, max(self.bound_s, self.model.upper(load) / (1.0 - self.planned_share)))
         return load, limit
 
     def note(self, *, has_planned: bool, carries_planned: bool) -> None:

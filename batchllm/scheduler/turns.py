@@ -14,11 +14,20 @@ _PATIENCE_STEPS = 64
 
 
 class Turns:
-    """Live requests go first; whenever they have had three times the tokens of planned ones, those go first."""
+    """Live requests go first; whenever they have had three times the tokens of planned ones, those go first.
+
+    Attributes:
+        live_share: Prompt tokens of live requests for each planned one; less than three times while a batch is late.
+    """
 
     def __init__(self) -> None:
-        self._num_live_ahead = 0
+        self.live_share: float = _LIVE_SHARE
+        self._num_live_ahead = 0.0
         self._num_steps_in_vain = 0
+
+    def give_planned(self, share: float) -> None:
+        """Let planned requests have this part of the prompt tokens at least, a quarter anyhow."""
+        self.live_share = min(_LIVE_SHARE, 1.0 / share - 1.0)
 
     @property
     def is_planned(self) -> bool:
@@ -27,7 +36,7 @@ class Turns:
 
     def reset(self) -> None:
         """One of the two does not wait any more: live requests go first."""
-        self._num_live_ahead = self._num_steps_in_vain = 0
+        self._num_live_ahead, self._num_steps_in_vain = 0.0, 0
 
     def add(self, num_live_tokens: int, num_planned_tokens: int) -> None:
         """A step has taken so many prompt tokens of each while both waited; of neither, the turn was wasted."""
@@ -35,8 +44,8 @@ class Turns:
             self.wait()
             return
         # What planned requests got long ago does not count against them: they are ahead by their last step at most.
-        floor = -_LIVE_SHARE * num_planned_tokens if num_planned_tokens else self._num_live_ahead
-        self._num_live_ahead = max(self._num_live_ahead + num_live_tokens - _LIVE_SHARE * num_planned_tokens, floor)
+        floor = -self.live_share * num_planned_tokens if num_planned_tokens else self._num_live_ahead
+        self._num_live_ahead = max(self._num_live_ahead + num_live_tokens - self.live_share * num_planned_tokens, floor)
         self._num_steps_in_vain = 0
 
     def wait(self) -> None:

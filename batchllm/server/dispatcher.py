@@ -13,13 +13,14 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from batchllm.offline.stop import StopSignal
 from batchllm.server.batch_run import CRASH, SHUTDOWN, BatchContext, BatchRun
 from batchllm.server.batch_store import BATCH_ID, BatchRecord
+from batchllm.server.deadlines import LEAST, Advance, Deadlines
 from batchllm.server.file_store import set_aside
 from batchllm.server.objects import BatchStatus
 from batchllm.server.steady_clock import unix_now
@@ -53,10 +54,17 @@ class _Stage:
 
 
 class Dispatcher:
-    """Begins stages of batches, in threads of their own, until stopped."""
+    """Begins stages of batches, in threads of their own, until stopped.
 
-    def __init__(self, context: BatchContext) -> None:
+    Args:
+        context: What all batches are run with.
+        give_planned: Lets batches have this part of what they and live requests compete for.
+    """
+
+    def __init__(self, context: BatchContext, give_planned: Callable[[float], None]) -> None:
         self._context = context
+        self._give_planned = give_planned
+        self._deadlines = Deadlines()
         self._stages: dict[str, _Stage] = {}
         self._not_before: dict[str, float] = {}
         self._swept_at = -_SWEEP_EVERY_S
@@ -117,7 +125,25 @@ class Dispatcher:
         if now - self._swept_at >= _SWEEP_EVERY_S:
             self._swept_at = now
             self._context.files.delete_expired()
+        self._keep_deadlines(batches, now)
         self._tell(batches)
+
+    def _keep_deadlines(self, batches: list[BatchRecord], now_s: float) -> None:
+        before = self._deadlines.share
+        advances = [
+            Advance(
+                batch.id,
+                batch.num_done,
+                batch.num_rows - batch.num_done,
+                window_s=batch.expires_at - batch.created_at,
+                seconds_left=batch.expires_at - unix_now(),
+            )
+            for batch in batches
+            if batch.status == "in_progress" and batch.id in self._stages
+        ]
+        share = self._deadlines.update(now_s, advances)
+        if share != before or share > LEAST:  # again and again: the engine may have been started anew
+            self._give_planned(share)
 
     def _has_room(self, batch: BatchRecord) -> bool:
         """A batch that may have ended the server is begun beside no other such: the next end then tells them apart."""

@@ -92,6 +92,7 @@ class BatchService:
         make_job: JobMaker = single_job,
         metrics: BatchMetrics | None = None,
         numbers: LiveNumbers | None = None,
+        give_planned: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Open the routes, and go on with batches that have not ended. Returns at once.
 
@@ -101,6 +102,7 @@ class BatchService:
             make_job: Makes the jobs of runners.
             metrics: Told what happens.
             numbers: How the engine is doing, for the page.
+            give_planned: Lets batches have this part of what they and live requests compete for.
         """
         assert self._dispatcher is None, "started twice"
         self._metrics = metrics
@@ -115,7 +117,7 @@ class BatchService:
             metrics=metrics,
         )
         self._content.activity, self._content.numbers = context.activity, numbers
-        self._dispatcher = Dispatcher(context)
+        self._dispatcher = Dispatcher(context, give_planned)
         self._dispatcher.start()
 
     def stop(self, *, is_crash: bool = False) -> None:

@@ -22,6 +22,18 @@ def test_planned_requests_get_a_quarter_of_the_tokens() -> None:
     assert taken == {False: 300 * 100, True: 100 * 100}
 
 
+@given(st.floats(1 / 8, 0.9))
+def test_planned_requests_get_the_share_that_is_asked_for(share: float) -> None:
+    """A quarter at least."""
+    turns, taken = Turns(), {False: 0, True: 0}
+    turns.give_planned(share)
+    for _ in range(4000):
+        is_planned = turns.is_planned
+        taken[is_planned] += 100
+        turns.add(0 if is_planned else 100, 100 if is_planned else 0)
+    assert abs(taken[True] / 400_000 - max(share, 0.25)) < 0.01
+
+
 def test_what_planned_requests_got_beside_live_ones_does_not_add_up() -> None:
     """A job that has long found room beside live requests is behind again as soon as they take it all."""
     turns = Turns()

@@ -10,7 +10,8 @@ import pytest
 from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
 from batchllm import BatchEngine
-from batchllm.offline.job import NOTHING
+from batchllm.offline.job import NOTHING, Job
+from batchllm.srt.managers.io_struct import PlannedShareReqInput
 from tests.srt.live import GREEDY, answers_of, job_of, live_answer, live_request, run, tell_manager
 
 pytestmark = pytest.mark.engine
@@ -175,6 +176,39 @@ def test_a_stream_of_live_requests_does_not_stop_a_job(engine: BatchEngine) -> N
     run(engine, both())
     assert done.result() == dict(enumerate(expected))
     assert num_live_left > 0
+
+
+def test_a_job_that_is_late_has_more_of_the_turns(engine: BatchEngine) -> None:
+    """Beside more live requests than the pool holds: so many of these are answered before it is done."""
+    prompts = _groups(17, num_groups=6, group_size=10, shared_len=150, private_len=20)
+    expected = _expected(engine, prompts)
+    num_answered = {}
+    for share in (1 / 8, 3 / 4):
+        run(engine, tell_manager(engine, "send", PlannedShareReqInput(share=share)))
+        num_answered[share] = _flood(engine, job_of(engine, prompts), expected, seed=int(1e6 * share))
+    run(engine, tell_manager(engine, "send", PlannedShareReqInput(share=1 / 8)))
+    assert num_answered[3 / 4] < 0.6 * num_answered[1 / 8]
+
+
+def _flood(engine: BatchEngine, job: Job, expected: list[list[int]], seed: int) -> int:
+    """Runs a job while a dozen live requests wait at any time; returns how many of these were answered meanwhile."""
+    num_answered = 0
+
+    async def stream(number: int, done: asyncio.Future[dict[int, list[int]]]) -> None:
+        nonlocal num_answered
+        for i in range(600):
+            await live_answer(engine, _ids(seed + 1000 * number + i, 200))
+            if done.done():
+                return
+            num_answered += 1
+
+    async def both() -> dict[int, list[int]]:
+        done = asyncio.ensure_future(answers_of(job))
+        await asyncio.gather(*(stream(number, done) for number in range(12)))
+        return await done
+
+    assert run(engine, both()) == dict(enumerate(expected))
+    return num_answered
 
 
 def test_a_live_request_that_may_run_long_does_not_stop_a_job(engine: BatchEngine) -> None:

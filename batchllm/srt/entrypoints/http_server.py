@@ -31,6 +31,7 @@ from batchllm.srt.entrypoints.engine_keeper import EngineKeeper, WhileDown
 from batchllm.srt.entrypoints.processes import EngineProcesses
 from batchllm.srt.entrypoints.serving_chat import ServingCompletion
 from batchllm.srt.managers.detokenizer_manager import run_detokenizer_process
+from batchllm.srt.managers.io_struct import PlannedShareReqInput
 from batchllm.srt.managers.scheduler_process import run_server_scheduler_process
 from batchllm.srt.managers.tokenizer_manager import ManagedRuntime, init_tokenizer_manager
 from batchllm.trace.latency import LiveLatency
@@ -93,6 +94,10 @@ class ServerRuntime(ManagedRuntime):
     def withdraw(self, job_id: int) -> None:
         """From any thread."""
         self.loop.call_soon_threadsafe(super().withdraw, job_id)
+
+    def give_planned(self, share: float) -> None:
+        """Let planned requests have this part of what they and live ones compete for, at least. From any thread."""
+        self.loop.call_soon_threadsafe(self._manager.send, PlannedShareReqInput(share=share))
 
     def shutdown(self) -> None:
         """A job ends, the server does not."""

@@ -18,7 +18,7 @@ from sglang.srt.managers.schedule_batch import retract_all
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from batchllm.scheduler.decision import Decision
-from batchllm.scheduler.stall_free import StallFree, Work
+from batchllm.scheduler.stall_free import PLANNED_SHARE, StallFree, Work
 from batchllm.scheduler.step_time import StepLoad
 from batchllm.srt.managers.live_view import free_kv_tokens, step_budget
 from batchllm.srt.managers.rows_aside import RowsAside, may_sit_out
@@ -75,6 +75,10 @@ class Coserving:
     def bound_s(self) -> float:
         """Seconds that a step with a live row may take."""
         return self._stall_free.bound_s
+
+    def give_planned(self, share: float) -> None:
+        """Let live prompts leave this part of each step to planned work, at least what they leave anyhow."""
+        self._stall_free.planned_share = max(share, PLANNED_SHARE)
 
     def show_all_rows(self) -> None:
         """Let SGLang's own accounts of KV and of load see what holds KV without being in the step."""

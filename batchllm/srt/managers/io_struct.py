@@ -75,6 +75,16 @@ class PlannedCloseReqInput(BaseReq):
     job_id: int
 
 
+class PlannedShareReqInput(BaseReq):
+    """Driver to scheduler: what planned requests are to have beside live ones.
+
+    Attributes:
+        share: Part of what the two compete for, above 0 and below 1; at least what they have anyhow.
+    """
+
+    share: float
+
+
 class PlannedBatchOutput(BaseReq):
     """Scheduler to detokenizer to driver: requests that have finished, column by column.
 

@@ -42,6 +42,12 @@ class PrefillPass:
         self._turns = Turns()
         self.ending_reqs: list[Any] = []
 
+    def give_planned(self, share: float) -> None:
+        """Let planned requests have this part of what they and live ones compete for, at least."""
+        self._turns.give_planned(share)
+        if self._scheduler.coserving is not None:
+            self._scheduler.coserving.give_planned(share)
+
     def run(self, running_batch: Any) -> NextBatchPlan:
         """The prompts that the coming step computes, and the rows that decode in it or after it."""
         coserving = self._scheduler.coserving

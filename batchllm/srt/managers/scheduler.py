@@ -35,6 +35,7 @@ from batchllm.srt.managers.io_struct import (
     PlannedAbortReqInput,
     PlannedCloseReqInput,
     PlannedRunReqInput,
+    PlannedShareReqInput,
 )
 from batchllm.srt.managers.live_queue import LiveQueue
 from batchllm.srt.managers.live_view import free_kv_tokens
@@ -133,6 +134,7 @@ class BatchScheduler(Scheduler):
                 (PlannedRunReqInput, lambda message: self.intake.take_run(message)),
                 (PlannedAbortReqInput, lambda message: self.intake.abort_job(message)),
                 (PlannedCloseReqInput, lambda message: self.intake.close_job(message)),
+                (PlannedShareReqInput, lambda message: self.prefill.give_planned(message.share)),
             ]
         )
 
