@@ -48,7 +48,9 @@ def test_a_batch_of_a_day_that_stands_still_for_a_minute_takes_no_more() -> None
     deadlines = Deadlines()
     for second in range(0, 3000, 5):
         num_done = min(second, 1500) if second < 1560 else second - 60
-        assert deadlines.update(second, [Advance("a", num_done, 50_000 - num_done, 86_400.0, 86_400.0 - second)]) == LEAST
+        assert (
+            deadlines.update(second, [Advance("a", num_done, 50_000 - num_done, 86_400.0, 86_400.0 - second)]) == LEAST
+        )
 
 
 def test_the_share_falls_again_when_the_late_batch_has_ended() -> None:
