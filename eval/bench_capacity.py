@@ -29,7 +29,7 @@ from typing import Any
 
 import compare
 import server_process
-from live_load import Load, Outcome, milliseconds
+from live_load import Load, Outcome, milliseconds, model_folder
 
 TRACES = {"chat": ((1730, 5696), (415, 834)), "summaries": ((7059, 12985), (208, 371))}
 """Median and ninetieth percentile of the prompt's tokens, and of the answer's."""
@@ -67,21 +67,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bisections", type=int, default=3)
     parser.add_argument("--pool", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", help="a folder (default: the embedded model)")
+    parser.add_argument("--model", default="DEFAULT", help="a folder, or a shape of batchllm.default_model")
     parser.add_argument("--out")
     return parser.parse_args()
 
 
 @contextmanager
 def _server(system: str, args: argparse.Namespace, *flags: str) -> Iterator[str]:
-    from batchllm import default_model
-
-    model = args.model or str(default_model.cached_model_path(default_model.DEFAULT))
     engine = system if system in ("ours", "vllm") else "stock"
     flags = (*flags, *(("--enable-mixed-chunk",) if system == "mixed" else ()))
     if engine != "vllm":
         flags = ("--random-seed", "0", *flags)
-    with server_process.running(engine, model, "--max-total-tokens", str(args.pool), *flags) as url:
+    with server_process.running(engine, model_folder(args.model), "--max-total-tokens", str(args.pool), *flags) as url:
         yield url
 
 

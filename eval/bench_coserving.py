@@ -17,10 +17,11 @@ import asyncio
 import json
 import random
 import statistics
+import time
 
 import compare
 import server_process
-from live_load import Load, Outcome, add_arguments
+from live_load import Load, Outcome, add_arguments, model_folder
 
 CASES = ("idle", "alone", "default", "mixed", "auto")
 _HEADER = ("TTFT p50", "TTFT p99", "between p50", "p99", "max", "rows/s", "of alone", "net", "steps over the bound")
@@ -29,6 +30,9 @@ _HEADER = ("TTFT p50", "TTFT p99", "between p50", "p99", "max", "rows/s", "of al
 def main() -> None:
     args = _arguments()
     outcomes = []
+    if args.of_capacity is not None:
+        args.poisson, args.every_s = True, 1.0 / (args.of_capacity * asyncio.run(_capacity(args)))
+        print(f"a live request every {args.every_s:.2f} s", flush=True)
     for round_ in range(args.rounds):
         for case in args.cases.split(","):
             outcome = asyncio.run(_run(case, args, seed=args.seed + round_))
@@ -47,15 +51,25 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--settle-s", type=float, default=10.0, help="of the batch, before anything is measured")
     parser.add_argument("--every-s", type=float, default=1.0, help="seconds between live requests")
     parser.add_argument("--poisson", action="store_true", help="exponential distances with that mean")
+    parser.add_argument("--of-capacity", type=float, help="that part of what an idle server can answer, as Poisson")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--model")
     return parser.parse_args()
 
 
-async def _run(case: str, args: argparse.Namespace, seed: int) -> Outcome:
-    from batchllm import default_model
+async def _capacity(args: argparse.Namespace) -> float:
+    """Live requests a second that our server answers when all of them come at once."""
+    flags = ["--max-total-tokens", str(args.pool), "--random-seed", "0"]
+    with server_process.running("ours", model_folder(args.model), *flags, threads=args.threads) as url:
+        load, outcome = Load(url, args, random.Random(args.seed)), Outcome("")
+        await load.warm_up()
+        began = time.perf_counter()
+        for _ in range(args.streams):
+            load.start_stream(outcome, random.Random(args.seed).choice(args.live_prompt_len))
+        await load.end_streams()
+        return float(args.streams / (time.perf_counter() - began))
 
-    model = args.model or str(default_model.cached_model_path(default_model.DEFAULT))
+
+async def _run(case: str, args: argparse.Namespace, seed: int) -> Outcome:
     flags = ["--max-total-tokens", str(args.pool), "--random-seed", "0", "--enable-metrics"]
     if case == "mixed":
         flags.append("--enable-mixed-chunk")
@@ -63,7 +77,7 @@ async def _run(case: str, args: argparse.Namespace, seed: int) -> Outcome:
         flags += ["--max-tbt-ms", case]
     outcome = Outcome(case)
     engine = "stock" if case == "stock" else "ours"
-    with server_process.running(engine, model, *flags, threads=args.threads) as url:
+    with server_process.running(engine, model_folder(args.model), *flags, threads=args.threads) as url:
         load = Load(url, args, random.Random(seed))
         await load.warm_up()
         if case == "stock":
@@ -98,6 +112,8 @@ def _table(outcomes: list[Outcome], args: argparse.Namespace) -> str:
         name = f"{case} ({statistics.median(bounds):.0f} ms)" if bounds else case
         rows.append([name, *cells])
     text = "Times in ms; medians over the rounds. Of alone: rows/s beside those without live requests."
+    if args.of_capacity is not None:
+        text += f" A live request every {args.every_s:.2f} s on the average."
     if busy:
         text += (
             f" Net: of the time that live requests leave, which take {statistics.median(busy):.3f} of an idle server's."

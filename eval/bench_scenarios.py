@@ -24,7 +24,7 @@ from typing import Any
 
 import compare
 import server_process
-from live_load import Load, Outcome, add_arguments, milliseconds
+from live_load import Load, Outcome, add_arguments, milliseconds, model_folder
 
 SCENARIOS = ("interactive", "requests", "capped", "gated", "priority", "default", "auto")
 _PERCENTILES = (50, 95, 99)
@@ -55,16 +55,13 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _run(scenario: str, args: argparse.Namespace) -> dict[str, Any]:
-    from batchllm import default_model
-
-    model = str(default_model.cached_model_path(default_model.DEFAULT))
     flags = ["--max-total-tokens", str(args.pool), "--random-seed", "0", "--enable-metrics"]
     is_ours = scenario in ("default", "auto")
     if scenario == "auto":
         flags += ["--max-tbt-ms", "auto"]
     elif scenario == "priority":
         flags += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "1"]
-    with server_process.running("ours" if is_ours else "stock", model, *flags) as url:
+    with server_process.running("ours" if is_ours else "stock", model_folder(args.model), *flags) as url:
         load = Load(url, args, random.Random(args.seed))
         await load.warm_up()
         batch = asyncio.create_task(_serve_rows(scenario, load, args))

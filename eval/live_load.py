@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: int) -> None:
     parser.add_argument("--stream-len", type=int, default=16)
     parser.add_argument("--pool", type=int, default=32768)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="DEFAULT", help="a folder, or a shape of batchllm.default_model (SHAPE_28M)")
     parser.add_argument("--out")
 
 
@@ -243,6 +244,14 @@ class Load:
             outcome.num_live_steps = int(values["batchllm_scheduler_live_steps_total"])
             outcome.num_late_steps = int(values["batchllm_scheduler_live_steps_over_bound_total"])
             outcome.bound_ms = round(1e3 * values["batchllm_scheduler_live_bound_seconds"], 2)
+
+
+def model_folder(model: str) -> str:
+    """Of a shape of `batchllm.default_model`, by its name there, or of a model that is a folder already."""
+    from batchllm import default_model
+
+    shape = getattr(default_model, model, None)
+    return model if shape is None else str(default_model.cached_model_path(shape))
 
 
 def milliseconds(seconds: list[float], percent: int) -> float:
