@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
 _PREFIXES = ("sem.", "sglang", "batchllm")
+_SETTLE_S = 10.0
 
 
 def ownerless() -> set[str]:
@@ -19,3 +21,11 @@ def ownerless() -> set[str]:
             continue  # it has ended, or is not ours
         names = {name for name in names if f"{_FOLDER / name}" not in text}
     return names
+
+
+def left_behind(before: set[str]) -> set[str]:
+    """What is there and was not, and stays: engines of other tests come and go, and for a moment own nothing."""
+    deadline = time.monotonic() + _SETTLE_S
+    while (left := ownerless() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left

@@ -358,7 +358,7 @@ def test_sigterm_ends_batches_at_once_and_lets_live_requests_finish(server: Serv
         pieces.append(piece)
         if len(pieces) in (100, 300):
             num_answered.append(num_recorded(server, batch.id))
-    assert len(pieces) >= 400
+    assert pieces[-1].choices[0].finish_reason == "length"  # a piece may have two tokens
     assert num_answered[0] == num_answered[1] < 2000, "the batch went on beside the stream"
     assert server.process.wait(60) == 0
     server.process = None

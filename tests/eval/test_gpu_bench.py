@@ -20,7 +20,7 @@ from batchllm.perf_model import ModelShape
 from eval.gpu_bench import kernel_trace, report, setting
 from eval.gpu_bench.engines import Deadline, EngineFailedError, EngineProcess, OutOfTimeError
 from eval.gpu_bench.parts import Bench, _turns
-from tests.shared_memory import ownerless
+from tests.shared_memory import left_behind, ownerless
 
 _ROOT = Path(__file__).parents[2]
 
@@ -212,8 +212,10 @@ def test_nothing_is_started_that_cannot_end_in_time() -> None:
 
 
 def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
-    engine = EngineProcess("ours", {"model_path": str(tmp_path / "none")}, tmp_path / "log", Deadline(120))
-    with pytest.raises(EngineFailedError, match=r"(?s)ours ended, see .*log.*none"), engine:
+    (tmp_path / "sglang.py").write_text("raise ImportError('this SGLang does not fit the driver')")
+    environment = {"PYTHONPATH": f"{tmp_path}:{_ROOT}"}
+    engine = EngineProcess("ours", {}, tmp_path / "log", Deadline(120), environment)
+    with pytest.raises(EngineFailedError, match=r"(?s)ours ended, see .*log.*does not fit the driver"), engine:
         pass
 
 
@@ -253,4 +255,4 @@ def test_a_dry_run_measures_ours_against_stock_and_leaves_nothing(tmp_path: Path
     assert {r["num_output_tokens"] for r in runs.values()} == {320}
     assert runs["ours"]["num_computed_prompt_tokens"] == runs["ours"]["num_optimal_prompt_tokens"] == 3200
     assert left == []
-    assert ownerless() <= before
+    assert not left_behind(before)

@@ -17,7 +17,7 @@ from tests.cli.jobs import read_lines, recorded_rows, status_of
 from tests.faults.matrix import HOLDERS, JOB, phases_of
 from tests.faulty_job import AT, IDS, NUM_ROWS, FaultyJob
 from tests.mounted_disk import run_with_mounts
-from tests.shared_memory import ownerless
+from tests.shared_memory import left_behind, ownerless
 
 MOMENTS: dict[str, dict[str, Any]] = {
     "idle": {"moment": "start"},
@@ -48,7 +48,7 @@ def check_nothing_left(job: FaultyJob, shared_memory: set[str]) -> None:
     assert not os.listdir(job.base / "tmp")
     assert set(os.listdir(job.base)) <= {"in.jsonl", "out.jsonl", "out.jsonl.job", "log.txt", "tmp", "disk"}
     assert not [name for name in os.listdir(job.base / "out.jsonl.job") if "stdin" in name]
-    assert ownerless() <= shared_memory
+    assert not left_behind(shared_memory)
 
 
 @pytest.mark.parametrize(("fault", "phase"), [(cell.fault, cell.phase) for cell in HOLDERS[_DRIVER]], ids=str)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from tests.faults.matrix import HOLDERS, REAL, Cell
-from tests.shared_memory import ownerless
+from tests.shared_memory import left_behind, ownerless
 
 pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 
@@ -183,4 +183,4 @@ def test_in_the_end_every_row_is_there_once_and_nothing_else(job: RealJob) -> No
     assert len(job.look()) == NUM_ROWS
     assert not any(process.is_running() for process in job.seen)
     assert [name for name in os.listdir(job.temporary) if "torch" not in name] == []
-    assert ownerless() <= shared_memory
+    assert not left_behind(shared_memory)

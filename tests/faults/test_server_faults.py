@@ -37,7 +37,7 @@ from tests.server.conftest import Serve, serve
 from tests.server.instant_server import Api
 from tests.server.server_process import ServerProcesses
 from tests.server.small_disk import SmallDisk
-from tests.shared_memory import ownerless
+from tests.shared_memory import left_behind, ownerless
 
 __all__ = ["serve"]
 NUM_ROWS = 300
@@ -97,7 +97,7 @@ def test_a_server_that_ends_goes_on_with_what_it_had(processes: ServerProcesses,
     assert asked == {str(row): 1 for row in all_rows - recorded}
     assert (recorded == all_rows) == (phase != "prefill")
     check_nothing_left(processes.base / "storage", server.client)
-    assert ownerless() <= shared_memory
+    assert not left_behind(shared_memory)
 
 
 def test_an_upload_for_which_there_is_no_memory_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

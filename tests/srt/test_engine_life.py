@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shared_memory import ownerless
+from tests.shared_memory import left_behind, ownerless
 
 pytestmark = pytest.mark.engine
 
@@ -67,4 +67,4 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["died: the batch that ran", "died: the next one", "left: []"]
     assert list(temporary.glob("batchllm-*")) == [alive]
-    assert ownerless() <= shared_memory
+    assert not left_behind(shared_memory)
