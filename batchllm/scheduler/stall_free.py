@@ -24,8 +24,12 @@ PLANNED_SHARE = 1 / 8
 """Part of each step that live prompts leave to planned work, while there is some and no batch is late."""
 PATIENCE_STEPS = 64
 """Planned work that no step has carried for so long is carried by the next, whatever that takes."""
-NO_LIVE_STRETCH = 2.0
+NO_LIVE_STRETCH = 1.8
 """A step in which no live row decodes may take so many times the bound: a request that arrives waits for its end."""
+
+PROMPT_STEP = 1 / 2
+"""Part of the bound that a step takes which carries live prompts: a first token waits for all of it. Prompts that need
+more have it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +166,8 @@ class StallFree:
         """What live requests make of a step, and the seconds that it may take with planned work."""
         load = work.live.with_prefill(num_live_tokens, work.live_cached_len) if num_live_tokens else work.live
         limit = self.limit_s(work)
-        if work.live_waits:  # the first token of a short prompt does not wait for a long step
-            limit = min(limit, max(self.bound_s, self.model.upper(load) / (1.0 - self.planned_share)))
+        if work.live_waits:
+            limit = min(limit, max(PROMPT_STEP * self.bound_s, self.model.upper(load) + self.planned_share * limit))
         return load, limit
 
     def note(self, *, has_planned: bool, carries_planned: bool) -> None:
