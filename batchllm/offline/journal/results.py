@@ -83,6 +83,11 @@ class Journal:
                 f"({num_dropped} pages); {self.num_rows} rows are safe, all others run again"
             )
 
+    def num_tokens(self) -> tuple[int, int]:
+        """Prompt and output tokens of all rows that are safe."""
+        with self._reading():
+            return tuple(self._one("SELECT num_prompt_tokens, num_output_tokens FROM total"))
+
     @staticmethod
     def exists(folder: Path) -> bool:
         """A job has been begun in this folder."""
