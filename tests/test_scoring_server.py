@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from batchllm.default_model import default_model_path
-from tests.live_server import KEY, Server, answers, create, wait
+from tests.live_server import KEY, Server, in_a_batch
 from tests.reranker import TEMPLATE, make_reranker
 from tests.srt.harness_tasks import responses, tasks
 
@@ -59,15 +59,6 @@ def ask(server: Server, url: str, body: dict[str, Any]) -> Any:
 def num_computed(server: Server, kind: str = "live") -> float:
     """Prompt tokens that the scheduler has computed."""
     return server.metric("batchllm_scheduler_prompt_tokens_total", kind=kind, source="computed")
-
-
-def in_a_batch(server: Server, url: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The response to each of these bodies in one batch."""
-    lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
-    batch = wait(server, create(server, lines, endpoint=url).id)
-    assert batch.status == "completed", batch
-    found = answers(server, batch.output_file_id) | answers(server, batch.error_file_id)
-    return [found[str(i)]["response"] for i in range(len(bodies))]
 
 
 def token_ids(rng: random.Random, num_tokens: int) -> list[int]:

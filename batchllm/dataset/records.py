@@ -31,7 +31,7 @@ import msgspec
 from batchllm.errors import RowError
 from batchllm.request import Request
 
-RowKind = Literal["plain", "completions", "chat", "score", "rerank"]
+RowKind = Literal["plain", "completions", "chat", "score", "rerank", "responses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class RowHead(NamedTuple):
         chat: What a chat asks for beside its messages, and its history of tool calls; None where that is nothing.
         schema: JSON schema, as text, that its answers are to be checked against; None where they are not.
         echoes_logprobs: The prompts that are repeated have log probabilities.
-        answer: What else the form of the answer depends on, where it is that of a ranking (`ranking.ranking_body`).
+        answer: What else the form of the answer depends on, where it is one of a score, a ranking or a response.
     """
 
     position: int

@@ -34,6 +34,7 @@ from batchllm.dataset.logprobs import (
 )
 from batchllm.dataset.ranking import ranking_body
 from batchllm.dataset.records import BadRow, RowHead, reject
+from batchllm.dataset.response_rows import response_body
 from batchllm.dataset.schema_answers import schema_error
 from batchllm.errors import RowError
 from batchllm.request import Completion
@@ -46,7 +47,7 @@ def find_abort(head: RowHead, completions: Sequence[Completion]) -> BadRow | Non
     for completion in completions:
         if completion.finish_reason == "abort":
             message = completion.error or "the runtime aborted the request and gave no reason"
-            if head.answer is not None:
+            if head.kind in ("score", "rerank"):
                 message = f"{'items' if head.kind == 'score' else 'documents'}[{completion.sample}]: {message}"
             if completion.error_code is not None:
                 return reject(head, RowError(message, code=completion.error_code))
@@ -80,8 +81,11 @@ def render_success(
         return _plain_line(head, samples)
     chat = head.kind == "chat"
     digest = _digest(job_seed, head.given_id)
-    if head.answer is not None:
+    if head.kind in ("score", "rerank"):
         return _openai_line(head.given_id, digest, 200, ranking_body(head, samples))
+    if head.kind == "responses":
+        body = response_body(head, samples[0], digest=digest, model=model, created=created)
+        return _openai_line(head.given_id, digest, 200, body)
     choices = [_openai_choice(head, sample, decode, digest) for sample in samples]
     if head.echo is not None:
         prompts = [prompt if isinstance(prompt, str) else decode_prompt(prompt) for prompt in head.echo]
@@ -95,7 +99,7 @@ def render_success(
                     choice["text"],
                     with_top=head.num_alternatives > 0,
                 )
-    body: dict[str, Any] = {
+    body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,

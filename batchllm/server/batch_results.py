@@ -86,7 +86,8 @@ class _CountedResults:
             yield line
             body = orjson.loads(line)["response"]["body"]
             # A ranking is a list, and SGLang's answers to scores do not say it.
-            details = body["usage"]["prompt_tokens_details"] if isinstance(body, dict) else None
+            usage = body["usage"] if isinstance(body, dict) else {}
+            details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
             num_cached += details["cached_tokens"] if details else 0
         num_input, num_output = self._journal.num_tokens()
         self.usage = {"input": num_input, "cached": num_cached, "output": num_output}

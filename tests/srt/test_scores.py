@@ -177,17 +177,22 @@ def test_labels_behind_prompts_are_as_likely_as_the_model_says_beside_rows_that_
 
 def test_what_cannot_be_scored_fails_by_itself_with_a_reason(engine: BatchEngine) -> None:
     completions = engine.batch_generate(
-        input_ids=[[11, 12, 13]] * 6,
-        score_from=[3, 0, 1, None, 1, 2],
-        continuations=[None, None, [14], [], None, None],
-        sampling_params=[{}, {"n": 2}, {}, {}, {"max_new_tokens": 0}, {}],
+        input_ids=[[11, 12, 13]] * 9,
+        score_from=[3, 0, 1, None, 0, None, None, 1, 2],
+        continuations=[None, None, [14], [], *[None] * 5],
+        sampling_params=[
+            *({}, {"n": 2}, {}, {}, {"lora_path": "x"}, {"label_token_ids": [1], "max_new_tokens": 2}),
+            *({"label_token_ids": [4096]}, {"max_new_tokens": 0}, {}),
+        ],
     )
     errors = [completion.error or "" for completion in completions if completion.finish_reason == "abort"]
     assert "score.from is 3, and the prompt has 3 tokens" in errors[0]
     assert "set n to 1" in errors[1]
     assert "give one of them" in errors[2]
     assert "continuation is empty" in errors[3]
-    assert [completion.prompt_score is not None for completion in completions] == [False] * 4 + [True] * 2
+    assert "the adapter 'x'" in errors[4]
+    assert "label_token_ids" in errors[5] and "label_token_ids has 4096" in errors[6]
+    assert [completion.prompt_score is not None for completion in completions] == [False] * 7 + [True] * 2
     (unscored, single) = engine.batch_generate(
         input_ids=[[11, 12], [11]], score_from=[None, 0], sampling_params={"max_new_tokens": 0}
     )
