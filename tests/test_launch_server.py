@@ -225,7 +225,7 @@ def test_a_model_that_does_not_rank_refuses_to_and_scores_all_the_same(server: S
     score = {"query": "q", "items": ["a"], "label_token_ids": [5]}
     (scored,) = in_a_batch(server, "/v1/score", [score])
     ((live,),) = post(server, score, "/v1/score").json()["scores"]
-    assert scored["body"]["scores"] == [[pytest.approx(live, abs=1e-6)]]
+    assert scored["body"]["scores"] == [[pytest.approx(live, abs=1e-5)]]
 
 
 def test_live_requests_are_answered_while_a_batch_runs(server: Server) -> None:

@@ -188,7 +188,7 @@ class Journal:
         rows, self._rows = self._rows, []
         events, self._events = self._events, []
         num_failed = sum(row[1] for row in rows)
-        num_prompt_tokens, num_output_tokens = (sum(row[column] for row in rows) for column in (3, 4))
+        num_prompt_tokens, num_output_tokens = sum(row[3] for row in rows), sum(row[4] for row in rows)
         with self._transaction(len(rows)):
             self._db.executemany(result_table.INSERT, rows)
             self._db.executemany("INSERT INTO event VALUES (?, ?, ?)", events)
