@@ -55,6 +55,8 @@ class SamplingParams:
     """Also return this many most likely alternatives per token."""
     prompt_logprobs: int | None = None
     """Return the log probability of tokens of the prompt (`Request.score_from`), with this many alternatives."""
+    label_token_ids: tuple[int, ...] = ()
+    """Return how likely each of these tokens is right behind the prompt; then nothing is generated."""
     json_schema: str | None = None
     """JSON schema, as JSON text, that the output must satisfy."""
     regex: str | None = None
@@ -112,13 +114,42 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     settings: tuple[tuple[str, Any], ...] = ()
 
 
+class Ranking(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Documents that a reranker compares with a query, by a prompt for each of them.
+
+    Attributes:
+        instruct: What makes a document a good one, in words; None for what the reranker takes itself.
+    """
+
+    query: str
+    documents: list[str]
+    instruct: str | None = None
+
+
+class RankingPrompts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The prompts of a `Ranking`.
+
+    Attributes:
+        ids: Token ids, one prompt behind the other.
+        lengths: Tokens of each prompt.
+        labels: The tokens for yes and no.
+    """
+
+    ids: array[int]
+    lengths: tuple[int, ...]
+    labels: tuple[int, int]
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One prompt to answer, or several. Exactly one of ``prompt``, ``input_ids``, ``prompts``, ``messages`` is set.
+    """One prompt to answer, or several. Exactly one of ``prompt``, ``input_ids``, ``prompts``, ``messages`` and
+    ``ranking`` is set.
 
     Attributes:
         row_id: The caller's identifier, unique in the job.
         index: Position in the input, from 0.
         prompts: At least two prompts, texts or token ids, each answered ``sampling.n`` times.
+        prompts_name: What the row calls them.
+        ranking: What a reranker's prompts are made of; their label tokens are the reranker's.
         chat: What a chat asks for beside ``messages``; None where that is nothing.
         model: What the row calls the model; the name of a loaded adapter asks for that adapter.
         namespace: Prompts of different namespaces never share KV ("" is the default one).
@@ -138,6 +169,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt: str | None = None
     input_ids: Sequence[int] | None = None
     prompts: Sequence[str | Sequence[int]] | None = None
+    prompts_name: str = "prompt"
+    ranking: Ranking | None = None
     messages: Sequence[dict[str, Any]] | None = None
     chat: ChatOptions | None = None
     model: str | None = None
@@ -189,6 +222,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         error_code: Code of that, where the request is at fault and would fail again, e.g. ``invalid_grammar``.
         note: What was asked for and could not be kept, in words: a grammar that ended before ``min_new_tokens``.
         prompt_score: Scores of the prompt, where they were asked for.
+        label_logprobs: Log probability of each of ``SamplingParams.label_token_ids``; None where there are none.
     """
 
     index: int
@@ -205,6 +239,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     error_code: str | None = None
     note: str | None = None
     prompt_score: PromptScore | None = None
+    label_logprobs: Sequence[float] | None = None
 
     @property
     def completion_tokens(self) -> int:

@@ -28,6 +28,7 @@ _GROUPS = {
     "tests/test_cli.py": "command",
     "tests/test_launch_server.py": "server",
     "tests/test_adapter_server.py": "leftovers",
+    "tests/test_scoring_server.py": "leftovers",
     "tests/eval/test_gpu_bench.py": "leftovers",
     "tests/lang": "programs",
     "tests/server/test_page_browser.py": "browser",

@@ -141,6 +141,15 @@ def answers(server: Server, file_id: str | None) -> dict[str, dict[str, Any]]:
     return by_id
 
 
+def in_a_batch(server: Server, url: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The response to each of these bodies in one batch."""
+    lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
+    batch = wait(server, create(server, lines, endpoint=url).id)
+    assert batch.status == "completed", batch
+    found = answers(server, batch.output_file_id) | answers(server, batch.error_file_id)
+    return [found[str(i)]["response"] for i in range(len(bodies))]
+
+
 def text_of(record: dict[str, Any]) -> str:
     return str(record["response"]["body"]["choices"][0]["text"])
 

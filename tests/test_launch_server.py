@@ -18,10 +18,22 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from openai.types.responses import Response
 
 from batchllm import default_model
 from tests.hostile_rows import completion_rows, is_unicode
-from tests.live_server import KEY, Server, answers, create, long_stream, rows, text_of, wait, wait_for_answers
+from tests.live_server import (
+    KEY,
+    Server,
+    answers,
+    create,
+    in_a_batch,
+    long_stream,
+    rows,
+    text_of,
+    wait,
+    wait_for_answers,
+)
 from tests.sizes import sized
 
 pytestmark = pytest.mark.engine
@@ -179,6 +191,41 @@ def test_chats_are_answered_in_a_batch_as_live(server: Server) -> None:
         assert of_batch["usage"]["prompt_tokens"] == of_live["usage"]["prompt_tokens"], body
         num_answered += 1
     assert 20 <= num_answered < 30
+
+
+def test_a_response_in_a_batch_is_the_chats_and_the_live_ones(server: Server) -> None:
+    """Instructions, developers' messages and parts are where SGLang puts them; SGLang generates two tokens less."""
+    bodies: list[dict[str, Any]] = [
+        {"input": "Where is the cat?", "instructions": "Be brief."},
+        {
+            "input": [
+                {"role": "developer", "content": [{"type": "input_text", "text": "No dogs."}]},
+                {"role": "user", "content": [{"type": "input_text", "text": "Where is it?"}]},
+                {"role": "assistant", "content": "There."},
+                {"type": "message", "role": "user", "content": "Where?"},
+            ],
+        },
+    ]
+    bodies = [body | {"model": "m", "temperature": 0, "max_output_tokens": 6} for body in bodies]
+    *planned, refused = in_a_batch(server, "/v1/responses", [*bodies, bodies[0] | {"tools": [{"type": "web_search"}]}])
+    assert (refused["status_code"], refused["body"]["error"]["param"]) == (400, "tools")
+    for body, answered in zip(bodies, planned, strict=True):
+        of_batch = Response.model_validate(answered["body"])
+        live = server.client.responses.create(**body | {"max_output_tokens": 8})
+        assert of_batch.output_text == live.output_text != ""
+        assert of_batch.usage is not None and of_batch.usage.output_tokens == 6
+        assert (of_batch.status, of_batch.instructions) == ("incomplete", body.get("instructions"))
+
+
+def test_a_model_that_does_not_rank_refuses_to_and_scores_all_the_same(server: Server) -> None:
+    ranking = {"query": "q", "documents": ["a", "b"]}
+    (refused,) = in_a_batch(server, "/v1/rerank", [ranking])
+    assert (refused["status_code"], refused["body"]["error"]["code"]) == (400, "no_reranker")
+    assert post(server, ranking, "/v1/rerank").status_code == 400
+    score = {"query": "q", "items": ["a"], "label_token_ids": [5]}
+    (scored,) = in_a_batch(server, "/v1/score", [score])
+    ((live,),) = post(server, score, "/v1/score").json()["scores"]
+    assert scored["body"]["scores"] == [[pytest.approx(live, abs=1e-5)]]
 
 
 def test_live_requests_are_answered_while_a_batch_runs(server: Server) -> None:

@@ -26,7 +26,7 @@ from batchllm.offline.job_rows import UNLIMITED, JobRows
 from batchllm.offline.row_spool import RowSpool
 from batchllm.offline.runtime import Chat
 from batchllm.offline.token_store import TokenStore
-from batchllm.request import ChatPrompt, SamplingParams
+from batchllm.request import ChatPrompt, Ranking, RankingPrompts, SamplingParams
 from batchllm.srt.platforms import host_imports
 from batchllm.tokenizer import Tokenizer
 
@@ -166,6 +166,10 @@ class _PromptTokenizer:
     def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]:
         prompts: list[ChatPrompt | RowError] = self._chat_tokenizer.encode_chats(chats)
         return prompts
+
+    def encode_rankings(self, rankings: Sequence[Ranking]) -> list[RankingPrompts | RowError]:
+        found: list[RankingPrompts | RowError] = self._chat_tokenizer.encode_rankings(rankings)
+        return found
 
 
 class Prompts:

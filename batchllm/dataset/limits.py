@@ -89,10 +89,15 @@ def check_sampling_ids(sampling: SamplingParams, vocab_size: int) -> None:
     Raises:
         RowError: ``token_id_out_of_range``, naming the first one.
     """
-    if not sampling.stop_token_ids and not sampling.logit_bias:
+    if not sampling.stop_token_ids and not sampling.logit_bias and not sampling.label_token_ids:
         return
     biased = [token_id for token_id, _ in sampling.logit_bias]
-    for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
+    given = {
+        "stop_token_ids": sampling.stop_token_ids,
+        "logit_bias": biased,
+        "label_token_ids": sampling.label_token_ids,
+    }
+    for name, ids in given.items():
         wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
         if wrong is not None:
             raise RowError(

@@ -1,9 +1,10 @@
-"""OpenAI batch rows: ``{"custom_id", "method": "POST", "url", "body"}`` for chat and completions.
+"""OpenAI batch rows, ``{"custom_id", "method": "POST", "url", "body"}``, of the urls in `KIND_OF_URL`.
 
-Knows what is around a body, and its prompt; what else a body asks for is in `openai_body`. Not files or lines. What a
-row leaves out takes the job's defaults, which are OpenAI's own unless the user changes them (temperature 1, top_p 1,
-n 1), with these exceptions: ``max_tokens`` is 16 for completions, as OpenAI documents, and the job's
-``default_max_new_tokens`` for chats; chats are sampled as the model recommends, as on SGLang's server.
+Knows what is around a body, and its prompt; what else a body asks for is in `openai_body`, bodies of scores and
+rankings are in `ranking`, those of responses in `response_rows`. Not files or lines. What a row leaves out takes the
+job's defaults, which are OpenAI's own unless the user changes them (temperature 1, top_p 1, n 1), but for these:
+``max_tokens`` is 16 for completions, as OpenAI documents, and the job's ``default_max_new_tokens`` for chats; chats are
+sampled as the model recommends, as on SGLang's server.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 from batchllm.dataset import field_checks as checks
 from batchllm.dataset.openai_body import PROMPT_FIELD, BodySettings, settings_part
 from batchllm.dataset.prompts import check_completion_prompt, check_messages
+from batchllm.dataset.ranking import parse_ranking
 from batchllm.dataset.records import Row, RowKind
+from batchllm.dataset.response_rows import as_chat
 from batchllm.dataset.sampling import expected_len, with_adapter
 from batchllm.errors import RowError
 from batchllm.request import Request
@@ -23,7 +26,14 @@ from batchllm.request import Request
 KIND_OF_URL: Mapping[object, RowKind] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
+    "/v1/score": "score",
+    "/v1/rerank": "rerank",
+    "/v1/responses": "responses",
 }
+_NO_KIND = {
+    "/v1/embeddings": ": models that embed do not run here; give these rows to SGLang's server with --is-embedding",
+}
+"""Known urls that no row can have, and what to do."""
 ROW_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 ReadBody = Callable[[dict[str, Any]], BodySettings]
 """Reads the part of a body beside its prompt (`settings_part`)."""
@@ -41,6 +51,12 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
         RowError: Anything in the row is wrong.
     """
     kind, body = check_envelope(record)
+    if kind in ("score", "rerank"):
+        return parse_ranking(body, kind, given_id=given_id, index=index, line=line)
+    answer = None
+    if kind == "responses":
+        body, answer = as_chat(body)
+    of_body: RowKind = "completions" if kind == "completions" else "chat"
     model = body.get("model")
     adapter = None if model is None else _adapter_of(model)
     user = body.get("user")
@@ -49,12 +65,14 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     metadata = body.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise checks.wrong_type("metadata", "an object", metadata)
-    settings = read_body(settings_part(body, kind))
-    name = PROMPT_FIELD[kind]
+    settings = read_body(settings_part(body, of_body))
+    if kind == "responses" and settings.sampling.n > 1:
+        raise RowError("n must be 1: a response has one answer", code="conflicting_parameters", param="n")
+    name = PROMPT_FIELD[of_body]
     if body.get(name) is None:
         raise RowError(f"the body has no {name}", code="missing_prompt", param=name)
     sampling = settings.sampling if adapter is None else with_adapter(settings.sampling, adapter)
-    prompt = check_completion_prompt(body[name]) if kind == "completions" else None
+    prompt = check_completion_prompt(body[name]) if of_body == "completions" else None
     request = Request(
         row_id=str(given_id),
         index=index,
@@ -62,7 +80,7 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
         prompt=prompt if isinstance(prompt, str) else None,
         input_ids=prompt if isinstance(prompt, array) else None,
         prompts=prompt if isinstance(prompt, list) else None,
-        messages=check_messages(body[name]) if kind == "chat" else None,
+        messages=check_messages(body[name]) if of_body == "chat" else None,
         chat=settings.chat,
         model=model,
         namespace=settings.namespace,
@@ -78,6 +96,7 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
         model=model,
         echoes=settings.echo,
         echoes_logprobs=settings.echoes_logprobs,
+        answer=answer,
     )
 
 
@@ -121,8 +140,9 @@ def check_envelope(record: dict[str, Any]) -> tuple[RowKind, dict[str, Any]]:
     url = record.get("url")
     kind = KIND_OF_URL.get(url) if isinstance(url, str) else None
     if kind is None:
+        why = _NO_KIND.get(url, "") if isinstance(url, str) else ""
         raise RowError(
-            f"url must be {' or '.join(map(str, KIND_OF_URL))}, not {checks.show(url)}",
+            f"url must be {', '.join(map(str, KIND_OF_URL))}, not {checks.show(url)}{why}",
             code="invalid_url",
             param="url",
         )

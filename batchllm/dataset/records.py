@@ -16,7 +16,7 @@ Codes of a `BadRow`; they are part of the output format and never change meaning
                   parameter_out_of_range, conflicting_parameters, invalid_json_schema,
                   unsupported_schema, invalid_regex, invalid_response_format
     its text      lone_surrogate
-    its scores    empty_continuation, score_past_end, nothing_to_score
+    its scores    empty_continuation, score_past_end, nothing_to_score, missing_labels, no_reranker
     the engine    prompt_too_long, token_id_out_of_range, tokenizer_needed, never_fits_kv_pool, never_fits_kv_limit,
                   invalid_grammar, aborted
 """
@@ -31,7 +31,7 @@ import msgspec
 from batchllm.errors import RowError
 from batchllm.request import Request
 
-RowKind = Literal["plain", "completions", "chat"]
+RowKind = Literal["plain", "completions", "chat", "score", "rerank", "responses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class RowHead(NamedTuple):
         chat: What a chat asks for beside its messages, and its history of tool calls; None where that is nothing.
         schema: JSON schema, as text, that its answers are to be checked against; None where they are not.
         echoes_logprobs: The prompts that are repeated have log probabilities.
+        answer: What else the form of the answer depends on, where it is one of a score, a ranking or a response.
     """
 
     position: int
@@ -77,6 +78,7 @@ class RowHead(NamedTuple):
     chat: dict[str, Any] | None = None
     schema: str | None = None
     echoes_logprobs: bool = False
+    answer: dict[str, Any] | None = None
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -91,6 +93,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         echoes: The answer repeats the prompt.
         echoes_logprobs: With log probabilities.
         checks_schema: The answer is to be checked against the schema that it is sampled by.
+        answer: As in `RowHead`.
     """
 
     request: Request
@@ -102,6 +105,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     echoes: bool = False
     echoes_logprobs: bool = False
     checks_schema: bool = False
+    answer: dict[str, Any] | None = None
 
     @property
     def index(self) -> int:
@@ -113,7 +117,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         """What its answer needs of it."""
         request = self.request
         sampling = request.sampling
-        num_prompts = 1 if request.prompts is None else len(request.prompts)
+        prompts = request.prompts if request.ranking is None else request.ranking.documents
+        num_prompts = 1 if prompts is None else len(prompts)
         return RowHead(
             request.index,
             self.line,
@@ -130,6 +135,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             None if request.chat is None or not request.chat.fields else self._chat(),
             sampling.json_schema if self.checks_schema else None,
             self.echoes_logprobs,
+            self.answer,
         )
 
     def _echo(self) -> list[Any]:

@@ -8,7 +8,8 @@ Knows the OpenAI batch formats and the plain one; not files, and not how answers
             Failed: {"id", "error": {"code", "message", "line", "param"}}.
             Both end with "carried", the input's columns that were to be carried, where there are any.
     OpenAI  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null};
-            the body is a chat.completion, a text_completion, or {"error": ...} with status >= 400.
+            the body is a chat.completion, a text_completion, what SGLang answers to a score or a ranking, or
+            {"error": ...} with status >= 400.
 
 With n > 1 the usage counts the prompt once and the samples' tokens together; ``cached_tokens`` is
 that of the sample which found least in the cache, so it is never more than was really saved.
@@ -31,7 +32,9 @@ from batchllm.dataset.logprobs import (
     plain_score,
     vllm_prompt_logprobs,
 )
+from batchllm.dataset.ranking import ranking_body
 from batchllm.dataset.records import BadRow, RowHead, reject
+from batchllm.dataset.response_rows import response_body
 from batchllm.dataset.schema_answers import schema_error
 from batchllm.errors import RowError
 from batchllm.request import Completion
@@ -44,6 +47,8 @@ def find_abort(head: RowHead, completions: Sequence[Completion]) -> BadRow | Non
     for completion in completions:
         if completion.finish_reason == "abort":
             message = completion.error or "the runtime aborted the request and gave no reason"
+            if head.kind in ("score", "rerank"):
+                message = f"{'items' if head.kind == 'score' else 'documents'}[{completion.sample}]: {message}"
             if completion.error_code is not None:
                 return reject(head, RowError(message, code=completion.error_code))
             return reject(head, RowError(message, code="aborted"), status_code=500)
@@ -76,6 +81,11 @@ def render_success(
         return _plain_line(head, samples)
     chat = head.kind == "chat"
     digest = _digest(job_seed, head.given_id)
+    if head.kind in ("score", "rerank"):
+        return _openai_line(head.given_id, digest, 200, ranking_body(head, samples))
+    if head.kind == "responses":
+        body = response_body(head, samples[0], digest=digest, model=model, created=created)
+        return _openai_line(head.given_id, digest, 200, body)
     choices = [_openai_choice(head, sample, decode, digest) for sample in samples]
     if head.echo is not None:
         prompts = [prompt if isinstance(prompt, str) else decode_prompt(prompt) for prompt in head.echo]
@@ -89,7 +99,7 @@ def render_success(
                     choice["text"],
                     with_top=head.num_alternatives > 0,
                 )
-    body: dict[str, Any] = {
+    body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
@@ -151,6 +161,8 @@ def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
         answer["logprobs"] = plain_logprobs(sample.logprobs)
     if sample.prompt_score is not None:
         answer["score"] = plain_score(sample.prompt_score)
+    if sample.label_logprobs is not None:
+        answer["label_logprobs"] = list(sample.label_logprobs)
     return answer | _schema_error(head, sample)
 
 
@@ -231,7 +243,7 @@ def count_tokens(head: RowHead, samples: Sequence[Completion]) -> tuple[int, int
     )
 
 
-def _openai_line(given_id: str | int | None, digest: str, status_code: int, body: dict[str, Any]) -> dict[str, Any]:
+def _openai_line(given_id: str | int | None, digest: str, status_code: int, body: Any) -> dict[str, Any]:
     return {
         "id": f"batch_req_{digest}",
         "custom_id": given_id,

@@ -154,7 +154,7 @@ class _Reader:
                 given_id=given_id,
                 index=index,
                 line=line,
-                read_body=self._read_chat if kind == "chat" else self._read_completion,
+                read_body=self._read_completion if kind == "completions" else self._read_chat,
             )
         except RowError as error:
             return BadRow(

@@ -74,6 +74,7 @@ SGLANG_FIELDS: Mapping[str, SamplingField] = {
     "logprobs": SamplingField("logprobs", checks.boolean),
     "top_logprobs": SamplingField("top_logprobs", NUM_ALTERNATIVES),
     "prompt_logprobs": SamplingField("prompt_logprobs", NUM_ALTERNATIVES),
+    "label_token_ids": SamplingField("label_token_ids", checks.stop_ids),
 }
 
 

@@ -110,6 +110,34 @@ def scored(sampling: SamplingParams, top: int, *, sets_limit: bool) -> SamplingP
     )
 
 
+@functools.lru_cache(maxsize=256)
+def only_labels(labels: tuple[int, ...], lora_path: str | None = None) -> SamplingParams:
+    """Sampling of a prompt behind which only these tokens are scored."""
+    return SamplingParams(
+        max_new_tokens=0, temperature=0.0, ignore_eos=True, label_token_ids=labels, lora_path=lora_path
+    )
+
+
+def labelled(sampling: SamplingParams, *, sets_limit: bool) -> SamplingParams:
+    """Sampling of a row that names label tokens.
+
+    Args:
+        sampling: As the row has it.
+        sets_limit: The row itself says how much to generate; else it generates nothing.
+
+    Raises:
+        RowError: It asks for more than the labels.
+    """
+    if (sets_limit and sampling.max_new_tokens) or sampling.n > 1 or sampling.prompt_logprobs is not None:
+        raise RowError(
+            "label_token_ids: how likely they are is all that such a row can ask; leave out max_new_tokens, n and "
+            "scores of the prompt, or ask for these in a row of its own",
+            code="conflicting_parameters",
+            param="label_token_ids",
+        )
+    return only_labels(sampling.label_token_ids, sampling.lora_path)
+
+
 def checked(sampling: SamplingParams, *, name: str = "max_new_tokens") -> SamplingParams:
     """Sampling that may run. What only scores is sampled greedily, since nothing is drawn.
 
@@ -119,6 +147,8 @@ def checked(sampling: SamplingParams, *, name: str = "max_new_tokens") -> Sampli
     Raises:
         RowError: It generates nothing and scores nothing, or is scored several times over.
     """
+    if sampling.label_token_ids:
+        return labelled(sampling, sets_limit=True)
     if sampling.prompt_logprobs is None:
         if sampling.max_new_tokens == 0:
             _AT_LEAST_ONE(name, 0)

@@ -22,7 +22,7 @@ from batchllm.host import messages, template
 from batchllm.offline.compile_ahead import compile_ahead
 from batchllm.offline.event_loop import LoopThread
 from batchllm.offline.runtime import Answer, Chat, FinishedRequests, RunRequests, RuntimeInfo
-from batchllm.request import ChatPrompt, Completion
+from batchllm.request import ChatPrompt, Completion, Ranking, RankingPrompts
 
 SCHEDULER_PROCESS = "batchllm.srt.managers.scheduler_process:run_scheduler_process"
 """Target of the scheduler's process."""
@@ -326,6 +326,10 @@ class HostedTokenizer:
         """Each chat as a prompt, or why there is none."""
         prompts: list[ChatPrompt | RowError] = self._runtime.call("tokenizer", "encode_chats", list(chats))
         return prompts
+
+    def encode_rankings(self, rankings: Sequence[Ranking]) -> list[RankingPrompts | RowError]:
+        found: list[RankingPrompts | RowError] = self._runtime.call("tokenizer", "encode_rankings", list(rankings))
+        return found
 
     def parse_answers(self, answers: Sequence[Answer]) -> list[Completion]:
         """Answers to chats, as messages with reasoning and tool calls."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,7 +12,7 @@ import msgspec
 from batchllm.dataset.sampling import with_chat_settings
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.runtime import PromptTokenizer
-from batchllm.request import ChatPrompt, Request
+from batchllm.request import ChatPrompt, RankingPrompts, Request
 
 
 class Encoded(NamedTuple):
@@ -48,6 +49,7 @@ def encode_requests(
     texts: list[str] = []
     text_of: list[int] = []
     chats: list[int] = []
+    rankings: list[int] = []
     for i, request in enumerate(requests):
         if request.prompt is not None:
             texts.append(request.prompt)
@@ -58,6 +60,9 @@ def encode_requests(
             encoded.append(_NO_TOKENS)
         elif request.prompts is not None:
             encoded.append(_encode_several(request, tokenizer))
+        elif request.ranking is not None:
+            rankings.append(i)
+            encoded.append(_NO_TOKENS)
         else:
             ids = _as_array(request.input_ids or ())
             encoded.append(Encoded(request, ids, (len(ids),)))
@@ -68,11 +73,28 @@ def encode_requests(
         prompts = _need(tokenizer).encode_chats([(requests[i].messages or (), requests[i].chat) for i in chats])
         for i, prompt in zip(chats, prompts, strict=True):
             encoded[i] = prompt if isinstance(prompt, RowError) else _with_prompt(requests[i], prompt, chat_sampling)
+    if rankings:
+        found = _need(tokenizer).encode_rankings([r for i in rankings if (r := requests[i].ranking) is not None])
+        for i, ranked in zip(rankings, found, strict=True):
+            encoded[i] = ranked if isinstance(ranked, RowError) else _with_labels(requests[i], ranked)
     _continue(encoded, tokenizer)
     for i, result in enumerate(encoded):
         if not isinstance(result, RowError) and 0 in result.lengths:
-            encoded[i] = _NO_TOKENS
+            encoded[i] = of_prompt(_NO_TOKENS, result, result.lengths.index(0))
     return encoded
+
+
+def of_prompt(error: RowError, encoded: Encoded, number: int) -> RowError:
+    """An error of one of a row's prompts, which says of which where the row gives several, or calls them otherwise."""
+    name = encoded.request.prompts_name
+    if len(encoded.lengths) == 1 and name == "prompt":
+        return error
+    return RowError(f"{name}[{number}]: {error.message}", code=error.code, param=f"{name}[{number}]")
+
+
+def _with_labels(request: Request, ranked: RankingPrompts) -> Encoded:
+    sampling = replace(request.sampling, label_token_ids=ranked.labels)
+    return Encoded(msgspec.structs.replace(request, sampling=sampling), ranked.ids, ranked.lengths)
 
 
 def _continue(encoded: list[Encoded | RowError], tokenizer: PromptTokenizer | None) -> None:

@@ -32,7 +32,7 @@ from batchllm.dataset.limits import (
 from batchllm.dataset.sampling import with_adapter
 from batchllm.errors import RowError
 from batchllm.offline.column import Column
-from batchllm.offline.encode import Encoded, encode_requests
+from batchllm.offline.encode import Encoded, encode_requests, of_prompt
 from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
 from batchllm.offline.namespaces import Namespace
 from batchllm.offline.row_scores import RowScores, cut_targets
@@ -206,12 +206,15 @@ class JobRows:
                 if isinstance(prompt, RowError):
                     raise prompt
                 if not is_known and prompt.request.prompt is None:
-                    check_token_ids(prompt.ids, self._info.vocab_size)
+                    self._refuse_ids(prompt)
                 prompt, targets = cut_targets(prompt)
                 request = self._with_adapter(prompt.request)
                 longest = max(prompt.lengths)
                 self._check(request, longest)
-                limit = self._output_limit(request, longest)
+                try:
+                    limit = self._output_limit(request, longest)
+                except RowError as error:
+                    raise of_prompt(error, prompt, prompt.lengths.index(longest)) from error
             except RowError as error:
                 errors.append(error)
                 continue
@@ -224,6 +227,15 @@ class JobRows:
                 self._compare(request, prompt.ids, targets)
         self.store.extend(np.frombuffer(b"".join(kept), np.int32), np.array(lengths, np.int64))
         return errors
+
+    def _refuse_ids(self, prompt: Encoded) -> None:
+        start = 0
+        for number, length in enumerate(prompt.lengths):
+            try:
+                check_token_ids(prompt.ids[start : start + length], self._info.vocab_size)
+            except RowError as error:
+                raise of_prompt(error, prompt, number) from error
+            start += length
 
     def _are_in_vocabulary(self, encoded: Sequence[Encoded | RowError]) -> list[bool]:
         """Whether all token ids of each row are the model's; found for all rows together."""
@@ -292,6 +304,12 @@ class JobRows:
         """The adapter that ``model`` names answers."""
         if not self._info.adapters or request.model not in self._info.adapters:
             return request
+        if request.sampling.label_token_ids:
+            raise RowError(
+                f"model: {request.model} is an adapter, and SGLang scores with the base model; name that",
+                code="unsupported_parameter",
+                param="model",
+            )
         return msgspec.structs.replace(request, sampling=with_adapter(request.sampling, request.model))
 
     def _output_limit(self, request: Request, prompt_len: int) -> int:

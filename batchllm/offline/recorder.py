@@ -255,7 +255,7 @@ class _Decode:
 def _parse(heads: Sequence[RowHead], answers: Sequence[list[Completion]], tokenizer: BulkTokenizer | None) -> None:
     """Look the answers to chats through for reasoning and tool calls."""
     assert tokenizer is not None
-    chats = [(head, own) for head, own in zip(heads, answers, strict=True) if head.kind == "chat"]
+    chats = [(head, own) for head, own in zip(heads, answers, strict=True) if head.kind in ("chat", "responses")]
     parsed = iter(tokenizer.parse_answers([(head.chat or {}, completion) for head, own in chats for completion in own]))
     for _, completions in chats:
         completions[:] = [next(parsed) for _ in completions]

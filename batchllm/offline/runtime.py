@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from batchllm.errors import RowError
 from batchllm.planner.run import PlannedRun
-from batchllm.request import ChatOptions, ChatPrompt, Completion, SamplingParams
+from batchllm.request import ChatOptions, ChatPrompt, Completion, Ranking, RankingPrompts, SamplingParams
 from batchllm.scheduler.admission import max_total_len
 from batchllm.scheduler.counters import JobCounters
 from batchllm.trace.steps import StepArray
@@ -111,6 +111,8 @@ class PromptTokenizer(Protocol):
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]: ...
 
     def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]: ...
+
+    def encode_rankings(self, rankings: Sequence[Ranking]) -> list[RankingPrompts | RowError]: ...
 
 
 class BulkTokenizer(PromptTokenizer, Protocol):

@@ -81,11 +81,13 @@ class _CountedResults:
         return self._count(self._journal.results(order, failed=failed))
 
     def _count(self, lines: Iterator[bytes]) -> Iterator[bytes]:
-        num_input = num_cached = num_output = 0
+        num_cached = 0
         for line in lines:
             yield line
-            usage = orjson.loads(line)["response"]["body"]["usage"]
-            num_input += usage["prompt_tokens"]
-            num_cached += usage["prompt_tokens_details"]["cached_tokens"]
-            num_output += usage["completion_tokens"]
+            body = orjson.loads(line)["response"]["body"]
+            # A ranking is a list, and SGLang's answers to scores do not say it.
+            usage = body["usage"] if isinstance(body, dict) else {}
+            details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+            num_cached += details["cached_tokens"] if details else 0
+        num_input, num_output = self._journal.num_tokens()
         self.usage = {"input": num_input, "cached": num_cached, "output": num_output}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from batchllm.dataset.scoring import only_labels
 from batchllm.errors import RowError
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.job_rows import UNLIMITED, JobRows
@@ -152,3 +154,45 @@ def test_rows_are_alike_only_where_they_score_the_same_tokens() -> None:
     )
     identical.find(np.arange(len(rows)))
     assert identical.is_follower.tolist() == [False, False, False, True]
+
+
+def test_rows_are_alike_only_where_they_ask_the_same_log_probabilities() -> None:
+    """Of labels and of answers; the one that runs has what its doubles asked."""
+    greedy = SamplingParams(max_new_tokens=3, temperature=0.0)
+    asked = [replace(greedy, logprobs=True), replace(greedy, logprobs=True, top_logprobs=2)]
+    labels = [only_labels((5, 6)), only_labels((6, 5)), only_labels((5, 6))]
+    identical = IdenticalRows()
+    samplings = [greedy, *asked, asked[0], *labels]
+    requests = [_request(i, sampling, input_ids=[5, 6, 7]) for i, sampling in enumerate(samplings)]
+    rows, _ = _rows(*requests, identical=identical)
+    identical.find(np.arange(len(rows)))
+    assert identical.is_follower.tolist() == [False, False, False, True, False, False, True]
+
+
+def test_of_several_prompts_the_one_at_fault_is_named() -> None:
+    """As the row calls them; the other rows are taken in."""
+    labels = only_labels((5,))
+    long = array("i", [5] * 90)
+    rows = JobRows(replace(UNLIMITED, context_len=80, vocab_size=100), Letters(), TokenStore(None, 1 << 20))
+    errors = rows.add(
+        [
+            _request(0, labels, prompts=[array("i", [5]), long], prompts_name="items"),
+            _request(1, labels, prompts=[array("i", [5]), array("i", [6, 100])], prompts_name="items"),
+            _request(2, labels, input_ids=long, prompts_name="items"),
+            _request(3, labels, input_ids=long),
+            _request(4, labels, prompts=[array("i", [5]), array("i", [6])], prompts_name="items"),
+        ]
+    )
+    found = [error and (error.param, error.message.partition(":")[0]) for error in errors]
+    assert found[:3] == [("items[1]", "items[1]"), ("items[1]", "items[1]"), ("items[0]", "items[0]")]
+    assert errors[3] is not None and errors[3].param == "prompt"
+    assert (errors[4], rows.num_prompts.tolist()) == (None, [2])
+
+
+def test_an_adapter_scores_no_rows_of_the_servers_routes() -> None:
+    rows = JobRows(replace(UNLIMITED, adapters=("a",)), Letters(), TokenStore(None, 1 << 20))
+    refused, none = rows.add(
+        [_request(0, only_labels((5,)), prompt="x", model="a"), _request(1, only_labels((5,)), prompt="x")]
+    )
+    assert refused is not None and refused.param == "model"
+    assert none is None

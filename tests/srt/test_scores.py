@@ -153,19 +153,46 @@ def test_a_text_and_its_continuation_are_one_prompt(engine: BatchEngine) -> None
             assert f"from token {score.start} on" in completion.note
 
 
+def test_labels_behind_prompts_are_as_likely_as_the_model_says_beside_rows_that_draw(engine: BatchEngine) -> None:
+    """Nothing is generated behind them; the prompts share as those of other rows do, and equal ones too."""
+    rng = random.Random(7)
+    query, labels = _ids(rng, 120), [9, 1200, 7]
+    prompts = [query + _ids(rng, 6) for _ in range(5)]
+    prompts.append(prompts[0])
+    drawn = {"temperature": 2.0, "max_new_tokens": 4, "seed": 1, "frequency_penalty": 1.0}
+    completions = engine.batch_generate(
+        input_ids=prompts, sampling_params=[{"label_token_ids": labels}] * 4 + [drawn, {"label_token_ids": labels}]
+    )
+    report = engine.last_report
+    assert report is not None
+    assert report.num_computed_prompt_tokens == report.num_optimal_prompt_tokens == 120 + 5 * 6 + 1
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if completion.index == 4:
+            assert (completion.label_logprobs, len(completion.output_ids)) == (None, 4)
+            continue
+        values = [_expected([*prompt, label], len(prompt))[0][0] for label in labels]
+        assert completion.label_logprobs == pytest.approx(values, abs=TOLERANCE)
+        assert (list(completion.output_ids), completion.finish_reason) == ([], "length")
+
+
 def test_what_cannot_be_scored_fails_by_itself_with_a_reason(engine: BatchEngine) -> None:
     completions = engine.batch_generate(
-        input_ids=[[11, 12, 13]] * 6,
-        score_from=[3, 0, 1, None, 1, 2],
-        continuations=[None, None, [14], [], None, None],
-        sampling_params=[{}, {"n": 2}, {}, {}, {"max_new_tokens": 0}, {}],
+        input_ids=[[11, 12, 13]] * 9,
+        score_from=[3, 0, 1, None, 0, None, None, 1, 2],
+        continuations=[None, None, [14], [], *[None] * 5],
+        sampling_params=[
+            *({}, {"n": 2}, {}, {}, {"lora_path": "x"}, {"label_token_ids": [1], "max_new_tokens": 2}),
+            *({"label_token_ids": [4096]}, {"max_new_tokens": 0}, {}),
+        ],
     )
     errors = [completion.error or "" for completion in completions if completion.finish_reason == "abort"]
     assert "score.from is 3, and the prompt has 3 tokens" in errors[0]
     assert "set n to 1" in errors[1]
     assert "give one of them" in errors[2]
     assert "continuation is empty" in errors[3]
-    assert [completion.prompt_score is not None for completion in completions] == [False] * 4 + [True] * 2
+    assert "the adapter 'x'" in errors[4]
+    assert "label_token_ids" in errors[5] and "label_token_ids has 4096" in errors[6]
+    assert [completion.prompt_score is not None for completion in completions] == [False] * 7 + [True] * 2
     (unscored, single) = engine.batch_generate(
         input_ids=[[11, 12], [11]], score_from=[None, 0], sampling_params={"max_new_tokens": 0}
     )

@@ -83,6 +83,11 @@ class Journal:
                 f"({num_dropped} pages); {self.num_rows} rows are safe, all others run again"
             )
 
+    def num_tokens(self) -> tuple[int, int]:
+        """Prompt and output tokens of all rows that are safe."""
+        with self._reading():
+            return tuple(self._one("SELECT num_prompt_tokens, num_output_tokens FROM total"))
+
     @staticmethod
     def exists(folder: Path) -> bool:
         """A job has been begun in this folder."""
@@ -183,8 +188,7 @@ class Journal:
         rows, self._rows = self._rows, []
         events, self._events = self._events, []
         num_failed = sum(row[1] for row in rows)
-        num_prompt_tokens = sum(row[3] for row in rows)
-        num_output_tokens = sum(row[4] for row in rows)
+        num_prompt_tokens, num_output_tokens = sum(row[3] for row in rows), sum(row[4] for row in rows)
         with self._transaction(len(rows)):
             self._db.executemany(result_table.INSERT, rows)
             self._db.executemany("INSERT INTO event VALUES (?, ?, ?)", events)

@@ -32,7 +32,7 @@ from batchllm.trace.svg_path import BOX_HEIGHT, BOX_WIDTH
 _NUM_BATCHES = 20
 _NUM_FILES = 50
 _HEAD_LEN = 1 << 18
-_ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank", "/v1/responses")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

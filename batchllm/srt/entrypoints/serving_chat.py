@@ -1,8 +1,8 @@
 """SGLang's serving of OpenAI's routes; that of chats is behind the live route and behind batches. Runs in the engine's
 or the server's process. (Upstream: ``srt/entrypoints/openai/serving_chat.py``, ``serving_completions.py``.)
 
-It differs from SGLang's in two ways: it refuses a chat of which a message's text is not in the prompt, and a model of
-the name of a loaded adapter, as ``/v1/models`` lists it, is that adapter.
+It differs from SGLang's in three ways: it refuses a chat of which a message's text is not in the prompt, a model of
+the name of a loaded adapter, as ``/v1/models`` lists it, is that adapter, and ``echo`` with ``logprobs: 0`` scores.
 """
 
 from __future__ import annotations
@@ -99,7 +99,18 @@ class _NamedAdapters(OpenAIServingBase):
 
 
 class ServingCompletion(_NamedAdapters, OpenAIServingCompletion):
-    """SGLang's serving of completions."""
+    """SGLang's serving of completions; ``logprobs: 0`` gives a repeated prompt log probabilities too, as in a batch."""
+
+    def _convert_to_internal_request(self, request: Any, raw_request: Any = None) -> Any:
+        adapted, request = super()._convert_to_internal_request(request, raw_request)
+        if request.echo and request.logprobs is not None:
+            adapted.logprob_start_len = 0
+        return adapted, request
+
+    def _build_completion_response(self, request: Any, ret: Any, created: int) -> Any:
+        for answer in ret if request.echo and request.logprobs == 0 else ():
+            answer["meta_info"].setdefault("input_top_logprobs", None)  # SGLang looks for it all the same
+        return super()._build_completion_response(request, ret, created)
 
 
 class ServingChat(_NamedAdapters, OpenAIServingChat):

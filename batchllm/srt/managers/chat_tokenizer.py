@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from sglang.srt.parser.template_manager import TemplateManager
 
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.runtime import Answer, Chat
-from batchllm.request import GRAMMARS, ChatOptions, ChatPrompt, Completion
+from batchllm.request import GRAMMARS, ChatOptions, ChatPrompt, Completion, Ranking, RankingPrompts
 from batchllm.srt.entrypoints.serving_chat import BulkServingChat, RenderedText
+from batchllm.srt.managers.reranker import Reranker
 from batchllm.tokenizer import Tokenizer
 
 Messages = Sequence[dict[str, Any]]
@@ -71,6 +73,7 @@ class ChatTokenizer(Tokenizer):
     def __init__(self, manager: Any, template_manager: Any) -> None:
         super().__init__(manager.tokenizer)
         self.serving = BulkServingChat(manager, template_manager)
+        self._model_path = str(getattr(manager.model_config, "model_path", ""))
         self._ways: dict[bytes, _PlainWay] = {}  # by the other fields of a body
         self._lock = threading.RLock()  # several jobs may encode at once, and `serving` notes one call after the other
 
@@ -140,6 +143,27 @@ class ChatTokenizer(Tokenizer):
         if isinstance(ids, RenderedText):
             return _Rendered(ids.text, ids.adds_special_tokens, settings, array("i", ids.tail))
         return ChatPrompt(ids=array("i", ids), settings=settings)
+
+    @cached_property
+    def _reranker(self) -> Reranker:
+        return Reranker(self.hf, self._model_path)
+
+    def encode_rankings(self, rankings: Sequence[Ranking]) -> list[RankingPrompts | RowError]:
+        """Each ranking as the prompts of a reranker, or why there are none."""
+        found = [self._reranker.prompts(ranking) for ranking in rankings]
+        encoded = iter(self.encode([text for texts in found if not isinstance(texts, RowError) for text in texts]))
+        prompts: list[RankingPrompts | RowError] = []
+        for texts in found:
+            if isinstance(texts, RowError):
+                prompts.append(texts)
+                continue
+            ids = [next(encoded) for _ in texts]
+            prompts.append(
+                RankingPrompts(
+                    ids=array("i", b"".join(ids)), lengths=tuple(map(len, ids)), labels=self._reranker.labels
+                )
+            )
+        return prompts
 
     def parse_answers(self, answers: Sequence[Answer]) -> list[Completion]:
         """Answers to chats, each with its text as the message that SGLang's server would give.

@@ -6,10 +6,12 @@ They travel by pickle, SGLang's default for this wire.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import BaseReq
 
+from batchllm.request import Completion, PromptScore, SamplingParams, TokenLogprob
 from batchllm.scheduler.counters import JobCounters
 
 INVALID_GRAMMAR = "invalid_grammar"
@@ -41,6 +43,7 @@ class PlannedRunReqInput(BaseReq):
             beside each token that is.
         targets: Of each request the token behind its prompt that is scored with it, -1 for none; None where none has
             one.
+        label_ids: Of each of ``sampling`` the tokens whose log probabilities behind the prompt are wanted.
     """
 
     job_id: int
@@ -55,6 +58,7 @@ class PlannedRunReqInput(BaseReq):
     extra_keys: list[str | None] | None = None
     num_prompt_logprobs: list[int] | None = None
     targets: list[int] | None = None
+    label_ids: list[list[int]] | None = None
 
 
 class PlannedAbortReqInput(BaseReq):
@@ -100,6 +104,7 @@ class PlannedBatchOutput(BaseReq):
         logprobs: None, or per request ``(logprob, top_logprobs, top_ids)`` of every generated token.
         prompt_scores: None, or per request the first token with a score, in front of which stands its last unscored
             one, then token ids, log probabilities, and alternatives of those tokens, ``(top_logprobs, top_ids)``.
+        label_logprobs: None, or per request the log probabilities of its label tokens.
         counters: The job's counters after these.
         steps: `batchllm.trace.STEP_DTYPE` of the steps since the last message, ``start_s`` on the monotonic clock.
         texts: Filled in by the detokenizer.
@@ -117,6 +122,80 @@ class PlannedBatchOutput(BaseReq):
     no_stop_trim: list[bool]
     logprobs: list[Any]
     prompt_scores: list[Any]
+    label_logprobs: list[list[float] | None]
     counters: JobCounters
     steps: Any
     texts: list[str] | None = None
+
+
+def sampling_kwargs(params: SamplingParams) -> dict[str, Any]:
+    """Keyword arguments of SGLang's ``SamplingParams``."""
+    return {
+        "max_new_tokens": params.max_new_tokens,
+        "min_new_tokens": params.min_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "frequency_penalty": params.frequency_penalty,
+        "presence_penalty": params.presence_penalty,
+        "repetition_penalty": params.repetition_penalty,
+        "stop": list(params.stop) or None,
+        "stop_token_ids": set(params.stop_token_ids) or None,
+        "ignore_eos": params.ignore_eos,
+        "json_schema": params.json_schema,
+        "regex": params.regex,
+        "ebnf": params.ebnf,
+        "structural_tag": params.structural_tag,
+        "logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias} or None,
+        "stop_regex": list(params.stop_regex) or None,
+        "no_stop_trim": params.no_stop_trim,
+        "skip_special_tokens": params.skip_special_tokens,
+        "spaces_between_special_tokens": params.spaces_between_special_tokens,
+    }
+
+
+def completions_of(output: PlannedBatchOutput) -> list[Completion]:
+    """What a message says of each request that has finished; ``index`` and ``sample`` are still 0."""
+    texts = output.texts if output.texts is not None else [""] * len(output.positions)
+    completions = []
+    for i, reason in enumerate(output.finish_reasons):
+        completions.append(
+            Completion(
+                index=0,
+                text=texts[i],
+                output_ids=output.output_ids[i],
+                finish_reason=reason["type"],
+                prompt_tokens=output.prompt_tokens[i],
+                cached_tokens=output.cached_tokens[i],
+                matched_stop=reason.get("matched"),
+                logprobs=_token_logprobs(output.logprobs[i], output.output_ids[i]),
+                error=reason.get("message"),
+                error_code=reason["err_type"] if reason.get("err_type") in ROW_FAULTS else None,
+                note=reason.get("note"),
+                prompt_score=_prompt_score(output.prompt_scores[i]),
+                label_logprobs=output.label_logprobs[i],
+            )
+        )
+    return completions
+
+
+def _prompt_score(scores: Any) -> PromptScore | None:
+    if scores is None:
+        return None
+    start, token_ids, logprobs, (top_logprobs, top_ids) = scores
+    top = [tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top_logprobs, strict=True)]
+    return PromptScore(start=start, token_ids=token_ids, logprobs=logprobs, top=top)
+
+
+def _token_logprobs(logprobs: Any, output_ids: Sequence[int]) -> tuple[TokenLogprob, ...] | None:
+    if logprobs is None:
+        return None
+    return tuple(
+        TokenLogprob(
+            token_id=token_id,
+            logprob=logprob,
+            top=tuple(zip(top_ids, top_logprobs, strict=True)),
+        )
+        for token_id, (logprob, top_logprobs, top_ids) in zip(output_ids, logprobs, strict=True)
+    )

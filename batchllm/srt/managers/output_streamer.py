@@ -19,7 +19,7 @@ from batchllm.scheduler.counters import JobCounters
 from batchllm.srt.constrained.grammars import explain_abort
 from batchllm.srt.managers.io_struct import PlannedBatchOutput
 from batchllm.srt.managers.schedule_batch import PlannedReq
-from batchllm.srt.managers.scoring import prompt_scores
+from batchllm.srt.managers.scoring import label_logprobs, prompt_scores
 
 NUM_CONTEXT_TOKENS = 5
 """Prompt tokens that the detokenizer sees before the output, so that the text continues the prompt.
@@ -77,6 +77,7 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     no_stop_trim=[req.sampling_params.no_stop_trim for req in job_reqs],
                     logprobs=[_logprobs(req) for req in job_reqs],
                     prompt_scores=[prompt_scores(req) for req in job_reqs],
+                    label_logprobs=[label_logprobs(req) for req in job_reqs],
                     counters=counters,
                     steps=self.take_steps(),
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR, Req
@@ -31,6 +32,7 @@ class PlannedReq(Req):
         num_lost_for_live: Tokens whose KV it has lost to live requests, and that were not computed again yet.
         scoring: Which tokens of the prompt are scored; None for none.
         num_logprobs: Alternatives beside each generated token, -1 where these have no log probabilities.
+        label_ids: Tokens whose log probabilities behind the prompt are wanted.
     """
 
     piece_tokens: int | None = None
@@ -55,16 +57,18 @@ class PlannedReq(Req):
         extra_key: str | None,
         lora_id: str | None,
         scoring: Scoring | None = None,
+        label_ids: Sequence[int] = (),
     ) -> None:
+        wanted = list(label_ids) or (None if scoring is None or scoring.target == NO_TARGET else [scoring.target])
         num_alternatives = num_logprobs if scoring is None else max(num_logprobs, scoring.num_alternatives)
         super().__init__(
             rid=f"batchllm:{job_id}:{position}",  # SGLang aborts by the beginning of an id
             origin_input_text="",
             origin_input_ids=input_ids,
             sampling_params=sampling_params,
-            return_logprob=num_alternatives >= 0,
+            return_logprob=num_alternatives >= 0 or bool(label_ids),
             top_logprobs_num=max(num_alternatives, 0),
-            token_ids_logprob=None if scoring is None or scoring.target == NO_TARGET else [scoring.target],
+            token_ids_logprob=wanted,
             require_reasoning=require_reasoning,
             eos_token_ids=eos_token_ids,
             vocab_size=vocab_size,
@@ -72,11 +76,12 @@ class PlannedReq(Req):
             lora_id=lora_id,
         )
         # Log probabilities of the output only, unless tokens of the prompt are scored: those are not shared.
-        self.logprob_start_len = len(input_ids) if num_alternatives >= 0 else -1
+        self.logprob_start_len = len(input_ids) if self.return_logprob else -1
         if scoring is not None:
             self.logprob_start_len = scoring.start
         self.scoring = scoring
         self.num_logprobs = num_logprobs
+        self.label_ids = label_ids
         self.job_id = job_id
         self.position = position
         self.plan_order = (job_id, position)

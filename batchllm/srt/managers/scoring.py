@@ -32,6 +32,15 @@ class Scoring:
         return self.share_len - 1
 
 
+def label_logprobs(req: Any) -> list[float] | None:
+    """Log probabilities of the label tokens of a `PlannedReq`; None where it has none, or was aborted."""
+    if not req.label_ids or isinstance(req.finished_reason, FINISH_ABORT):
+        return None
+    found = req.logprob
+    values = dict(zip(found.output_token_ids_logprobs_idx[0], found.output_token_ids_logprobs_val[0], strict=True))
+    return [float(values[token_id]) for token_id in req.label_ids]
+
+
 def prompt_scores(req: Any) -> tuple[int, list[int], list[float | None], tuple[list[Any], list[Any]]] | None:
     """As `PlannedBatchOutput.prompt_scores` has it of a `PlannedReq`; None where nothing was scored."""
     scoring: Scoring | None = req.scoring

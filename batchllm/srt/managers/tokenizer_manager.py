@@ -26,16 +26,17 @@ from sglang.utils import TypeBasedDispatcher
 
 from batchllm.errors import EngineDiedError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
-from batchllm.request import Completion, PromptScore, SamplingParams, TokenLogprob
 from batchllm.srt.entrypoints.serving_chat import ServingChat
 from batchllm.srt.managers.chat_tokenizer import ChatTokenizer
 from batchllm.srt.managers.io_struct import (
-    ROW_FAULTS,
     PlannedAbortReqInput,
     PlannedBatchOutput,
     PlannedCloseReqInput,
     PlannedRunReqInput,
+    completions_of,
+    sampling_kwargs,
 )
+from batchllm.srt.managers.known_scores import KnownScores
 from batchllm.srt.managers.live_latency import observe
 from batchllm.srt.server_args import kv_limit_tokens
 from batchllm.trace.latency import LiveLatency
@@ -58,6 +59,7 @@ class BatchTokenizerManager(TokenizerManager):
         super().init_running_status()
         self._death: EngineDiedError | None = None
         self.live_latency = LiveLatency()
+        self.known_scores = KnownScores()
         self.num_planned_answers = 0
         """Requests of all jobs answered so far."""
         self.has_given_weights = False
@@ -118,6 +120,14 @@ class BatchTokenizerManager(TokenizerManager):
             return await super()._unload_lora_adapter_locked(obj)
         finally:
             self._leaving_adapters.remove(obj.lora_name)
+
+    def _dispatch_to_scheduler(self, obj: Any) -> None:
+        self.known_scores.ask(obj, self.rid_to_state)
+        super()._dispatch_to_scheduler(obj)
+
+    async def flush_cache(self, timeout_s: float | None = None) -> Any:
+        self.known_scores.clear()
+        return await super().flush_cache(timeout_s)
 
     def send(self, message: Any) -> None:
         """To the scheduler."""
@@ -182,7 +192,11 @@ class BatchTokenizerManager(TokenizerManager):
         return kept
 
     async def update_weights_from_disk(self, obj: Any, request: Any = None) -> Any:
-        return (*why, 0) if (why := self._why_no_weights()) else await super().update_weights_from_disk(obj, request)
+        if why := self._why_no_weights():
+            return (*why, 0)
+        result = await super().update_weights_from_disk(obj, request)
+        self.known_scores.clear()
+        return result
 
     async def update_weights_from_tensor(self, obj: Any, request: Any = None) -> Any:
         return self._why_no_weights() or self._note_weights(await super().update_weights_from_tensor(obj, request))
@@ -202,6 +216,7 @@ class BatchTokenizerManager(TokenizerManager):
     def _note_weights(self, result: Any) -> Any:
         """Remember that an engine has weights which no file has."""
         self.has_given_weights = self.has_given_weights or bool(result[0])
+        self.known_scores.clear()
         return result
 
     def revive(self) -> None:
@@ -210,6 +225,7 @@ class BatchTokenizerManager(TokenizerManager):
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
         observe(self.live_latency, recv_obj, self.rid_to_state)
+        self.known_scores.answer(recv_obj, self.rid_to_state)
         await super()._handle_batch_output(recv_obj)
 
     def _handle_planned_output(self, output: PlannedBatchOutput) -> None:
@@ -292,7 +308,7 @@ class ManagedRuntime:
             PlannedRunReqInput(
                 job_id=job_id,
                 run=requests.run,
-                sampling=[_sampling_kwargs(params) for params in requests.sampling],
+                sampling=[sampling_kwargs(params) for params in requests.sampling],
                 sampling_index=index,
                 seeds=np.asarray(requests.seeds, np.int64),
                 num_logprobs=np.asarray(num_logprobs, np.int32)[index],
@@ -302,6 +318,7 @@ class ManagedRuntime:
                 extra_keys=requests.namespaces and [name or None for name in requests.namespaces],
                 num_prompt_logprobs=[-1 if p.prompt_logprobs is None else p.prompt_logprobs for p in requests.sampling],
                 targets=requests.targets,
+                label_ids=[list(params.label_token_ids) for params in requests.sampling],
             )
         )
 
@@ -309,7 +326,7 @@ class ManagedRuntime:
         output = await self._manager.receive_outputs(job_id)
         return FinishedRequests(
             positions=output.positions,
-            completions=_completions(output),
+            completions=completions_of(output),
             counters=output.counters,
             steps=output.steps,
         )
@@ -322,74 +339,3 @@ class ManagedRuntime:
         if not is_complete:
             self._manager.send(PlannedAbortReqInput(job_id=job_id))
         self._manager.send(PlannedCloseReqInput(job_id=job_id))
-
-
-def _sampling_kwargs(params: SamplingParams) -> dict[str, Any]:
-    """Keyword arguments of SGLang's ``SamplingParams``."""
-    return {
-        "max_new_tokens": params.max_new_tokens,
-        "min_new_tokens": params.min_new_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "frequency_penalty": params.frequency_penalty,
-        "presence_penalty": params.presence_penalty,
-        "repetition_penalty": params.repetition_penalty,
-        "stop": list(params.stop) or None,
-        "stop_token_ids": set(params.stop_token_ids) or None,
-        "ignore_eos": params.ignore_eos,
-        "json_schema": params.json_schema,
-        "regex": params.regex,
-        "ebnf": params.ebnf,
-        "structural_tag": params.structural_tag,
-        "logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias} or None,
-        "stop_regex": list(params.stop_regex) or None,
-        "no_stop_trim": params.no_stop_trim,
-        "skip_special_tokens": params.skip_special_tokens,
-        "spaces_between_special_tokens": params.spaces_between_special_tokens,
-    }
-
-
-def _completions(output: PlannedBatchOutput) -> list[Completion]:
-    texts = output.texts if output.texts is not None else [""] * len(output.positions)
-    completions = []
-    for i, reason in enumerate(output.finish_reasons):
-        completions.append(
-            Completion(
-                index=0,
-                text=texts[i],
-                output_ids=output.output_ids[i],
-                finish_reason=reason["type"],
-                prompt_tokens=output.prompt_tokens[i],
-                cached_tokens=output.cached_tokens[i],
-                matched_stop=reason.get("matched"),
-                logprobs=_token_logprobs(output.logprobs[i], output.output_ids[i]),
-                error=reason.get("message"),
-                error_code=reason["err_type"] if reason.get("err_type") in ROW_FAULTS else None,
-                note=reason.get("note"),
-                prompt_score=_prompt_score(output.prompt_scores[i]),
-            )
-        )
-    return completions
-
-
-def _prompt_score(scores: Any) -> PromptScore | None:
-    if scores is None:
-        return None
-    start, token_ids, logprobs, (top_logprobs, top_ids) = scores
-    top = [tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top_logprobs, strict=True)]
-    return PromptScore(start=start, token_ids=token_ids, logprobs=logprobs, top=top)
-
-
-def _token_logprobs(logprobs: Any, output_ids: Sequence[int]) -> tuple[TokenLogprob, ...] | None:
-    if logprobs is None:
-        return None
-    return tuple(
-        TokenLogprob(
-            token_id=token_id,
-            logprob=logprob,
-            top=tuple(zip(top_ids, top_logprobs, strict=True)),
-        )
-        for token_id, (logprob, top_logprobs, top_ids) in zip(output_ids, logprobs, strict=True)
-    )
