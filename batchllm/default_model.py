@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from batchllm.cache_folder import cache_folder
 from batchllm.errors import ConfigError
 
 Float32Array = npt.NDArray[np.float32]
@@ -159,7 +160,7 @@ def cached_model_path(shape: RandomModelShape, seed: int = 0) -> str:
     Raises:
         ConfigError: The cache folder cannot be written.
     """
-    models = _cache_home() / "batchllm" / "models"
+    models = cache_folder("models")
     target = models / f"{shape.name}-{_version(shape, seed)}"
     if _is_complete(target):
         return str(target)
@@ -197,12 +198,6 @@ def build_model(path: str | os.PathLike[str], shape: RandomModelShape = DEFAULT,
     hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != _MARKER}
     # INVARIANT: written last, so a folder with a marker was finished.
     (folder / _MARKER).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-
-
-def _cache_home() -> Path:
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rule: a relative path there is to be ignored.
-    return Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
 
 
 @functools.cache

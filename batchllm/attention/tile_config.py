@@ -8,7 +8,6 @@ nothing is timed here (`eval/tile_tuner.py` does).
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
+from batchllm.cache_folder import cache_folder
 from batchllm.errors import ConfigError
 
 # Raised with every change of the kernels that may change which sizes are best.
@@ -87,8 +87,7 @@ def load_config(
 def cache_path(device: torch.device) -> Path:
     """One file per device name, e.g. ``~/.cache/batchllm/attention/nvidia-h200.json``."""
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "batchllm" / "attention" / f"{name}.json"
+    return cache_folder("attention") / f"{name}.json"
 
 
 def config_key(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from batchllm.cache_folder import cache_folder
 from batchllm.srt.platforms.cpu_environment import set_environment_defaults
 
 _MADV_DONTNEED = 4  # sys/mman.h
@@ -55,6 +56,12 @@ def prepare_environment() -> None:
     # Whether there is a GPU is answered without CUDA, which cannot be used in a fork of a process that has used it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+    # Folders that are made at import, by default among temporary files, where they would stay behind.
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torchinductor"), ("CUTE_DSL_CACHE_DIR", "cute-dsl")):
+        with contextlib.suppress(OSError):  # a home that cannot be written
+            folder = cache_folder(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault(variable, str(folder))
     if not may_have_accelerator():
         set_environment_defaults()
 
