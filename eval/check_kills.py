@@ -124,7 +124,7 @@ def main() -> None:
         folder = Path(name)
         result = _torture(Job(folder / "killed", args.rows), args.kills, random.Random(args.seed))
         result |= _compare(folder, args.rows)
-        result["left in /dev/shm"] = len(set(os.listdir("/dev/shm")) - shared_memory)
+        result["left in /dev/shm"] = ", ".join(sorted(set(os.listdir("/dev/shm")) - shared_memory)) or 0
         result["processes left"] = len(_engine_processes() - processes)
     rows = [[key, value] for key, value in result.items()]
     compare.write(args.out, "Kills", compare.table(["", ""], rows), [result])
