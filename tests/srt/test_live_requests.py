@@ -416,3 +416,17 @@ def test_a_live_request_for_log_probabilities_of_no_tokens_ends_alone(
     with pytest.raises(ValueError, match="vocabulary"):
         run(engine, live_request(engine, input_ids=[5, 6, 7], sampling_params=GREEDY, return_logprob=True, **fields))
     assert run(engine, live_answer(engine, [5, 6, 7]))["output_ids"]
+
+
+@pytest.mark.parametrize("num", [2**31, 1025, 0, -1, True, 1.5, "2", None])
+def test_a_live_request_has_as_many_answers_as_there_can_be(engine: BatchEngine, num: object) -> None:
+    """SGLang makes a request for each of them, until there is no memory left."""
+    with pytest.raises(ValueError, match="n must be an integer from 1 to 1024"):
+        run(engine, live_request(engine, input_ids=[5, 6, 7], sampling_params=GREEDY | {"n": num}))
+    answers = run(engine, live_request(engine, input_ids=[5, 6, 7], sampling_params=GREEDY | {"n": 3}))
+    assert len(answers) == 3
+
+
+def test_a_live_request_for_fewer_than_no_alternatives_is_refused(engine: BatchEngine) -> None:
+    with pytest.raises(ValueError, match="must be 0 or more, not -1"):
+        run(engine, live_request(engine, input_ids=[5, 6, 7], return_logprob=True, top_logprobs_num=-1))

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_upstream
 from sglang.srt.lora.lora_registry import LoRARef
-from sglang.srt.managers.io_struct import AbortReq, UnloadLoRAAdapterReqInput
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, UnloadLoRAAdapterReqInput
 from sglang.srt.managers.tokenizer_manager import SignalHandler, TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
+from batchllm.dataset.field_checks import show
 from batchllm.errors import EngineDiedError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.srt.entrypoints.serving_chat import ServingChat
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 _GIVEN_AS_TENSORS = "__tensor__"
 """What SGLang calls the folder of such an adapter (``TokenizerControlMixin.load_lora_adapter_from_tensors``)."""
+
+_MAX_ANSWERS = 1024
+"""To one prompt of a live request."""
 
 
 class BatchTokenizerManager(TokenizerManager):
@@ -120,6 +124,16 @@ class BatchTokenizerManager(TokenizerManager):
             return await super()._unload_lora_adapter_locked(obj)
         finally:
             self._leaving_adapters.remove(obj.lora_name)
+
+    def generate_request(self, obj: Any, request: Any = None) -> Any:
+        """SGLang's answers to a live request.
+
+        Raises:
+            ValueError: It asks for more answers than there can be, or for fewer than one thing.
+        """
+        if isinstance(obj, GenerateReqInput):
+            _check_numbers(obj)
+        return super().generate_request(obj, request)
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         self.known_scores.ask(obj, self.rid_to_state)
@@ -247,6 +261,19 @@ class _FailJobs(SignalHandler):
 def init_tokenizer_manager(server_args: Any, port_args: Any) -> Any:
     """What SGLang's engine and server call to make the tokenizer manager."""
     return init_upstream(server_args, port_args, BatchTokenizerManager)
+
+
+def _check_numbers(obj: Any) -> None:
+    """Refuse what SGLang would take, and end or fail by: it makes a request for each of the answers."""
+    params = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params or {}]
+    for own in params:
+        num = own.get("n", 1) if isinstance(own, dict) else 1
+        if not isinstance(num, int) or isinstance(num, bool) or not 1 <= num <= _MAX_ANSWERS:
+            raise ValueError(f"n must be an integer from 1 to {_MAX_ANSWERS}, not {show(num)}")
+    nums = obj.top_logprobs_num if isinstance(obj.top_logprobs_num, list) else [obj.top_logprobs_num]
+    for num in nums:
+        if isinstance(num, int) and num < 0:
+            raise ValueError(f"the number of log probabilities must be 0 or more, not {num}")
 
 
 class ManagedRuntime:
