@@ -7,6 +7,7 @@ INVARIANT: what a file is depends on the random numbers alone; what is claimed o
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -21,6 +22,12 @@ import pyarrow.parquet as pq
 import zstandard
 
 _BOM = b"\xef\xbb\xbf"
+_ENCODINGS = (
+    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),  # before those that begin them
+    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+    *((b"{\0", "utf-16-le"), (b"\0{", "utf-16-be"), (b"[\0", "utf-16-le"), (b"\0[", "utf-16-be")),
+)
+"""How text begins that is not UTF-8."""
 _MAGICS = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1")
 _CHAT = {"method": "POST", "url": "/v1/chat/completions"}
 _TEXT = {"method": "POST", "url": "/v1/completions"}
@@ -87,7 +94,12 @@ def _make_jsonl(folder: Path, form: str, kind: str, plain: bytes, rng: random.Ra
     path.write_bytes(data)
     if is_damaged or (form == "jsonl" and data.startswith(_MAGICS)):
         return Made(path=path, format=form, kind=kind, row_lines=None, must_run=False)
-    lines = plain.removeprefix(_BOM).split(b"\n")
+    encoding = next((name for begin, name in _ENCODINGS if plain.startswith(begin)), "utf-8")
+    try:
+        text = plain if encoding == "utf-8" else plain.decode(encoding).encode()
+    except UnicodeDecodeError:
+        return Made(path=path, format=form, kind=kind, row_lines=None, must_run=False)
+    lines = text.removeprefix(_BOM).split(b"\n")
     rows = [number for number, line in enumerate(lines, start=1) if line.strip()]
     return Made(path=path, format=form, kind=kind, row_lines=rows, must_run=bool(rows))
 

@@ -27,6 +27,8 @@ MAX_LINE_LEN = 256 << 20
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(rb"\s*\[\s*([{\]]|$)")
 """How an array of objects begins on its first line. A line that is an array of other things is a bad row."""
+_LONGEST_ROW = 1 << 20
+"""Bytes of the longest first line that is looked at as a row, where it may be an array."""
 _BLOCK_LEN = 1 << 20
 _DECODER = json.JSONDecoder()
 
@@ -34,10 +36,16 @@ _DECODER = json.JSONDecoder()
 def parse_lines(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BrokenRecord]]:
     """The record of every non-blank line, with its number; of an array, of every item.
 
+    A first line that is an array as a whole is the array if nothing follows, and a bad row if lines do.
+
     Raises:
         OSError: While iterating, where the stream cannot be read, or the array is not JSON.
     """
+    held = b""  # a first line of which that is not known yet
     for line, raw in enumerate(iter(partial(stream.readline, MAX_LINE_LEN + 1), b""), start=1):
+        if held and not raw.isspace():
+            yield 1, _record_of(held)
+            held = b""
         if len(raw) > MAX_LINE_LEN and not raw.endswith(b"\n"):
             while raw and not raw.endswith(b"\n"):
                 raw = stream.readline(1 << 20)
@@ -47,14 +55,30 @@ def parse_lines(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | Broken
         if data.isspace() or not data:
             continue
         if line == 1 and _ARRAY.match(data):
+            if _is_whole_array(data):
+                held = data
+                continue
             yield from _parse_array(data, stream)
             return
-        record: dict[str, Any] | BrokenRecord
-        try:
-            record = _parse_object(data)
-        except RowError as error:
-            record = BrokenRecord(error, looks_openai=b'"custom_id"' in data)
-        yield line, record
+        yield line, _record_of(data)
+    if held:
+        yield from _parse_array(held, stream)
+
+
+def _is_whole_array(line: bytes) -> bool:
+    if len(line) > _LONGEST_ROW or not line.rstrip().endswith(b"]"):
+        return False
+    try:
+        return isinstance(orjson.loads(line), list)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _record_of(line: bytes) -> dict[str, Any] | BrokenRecord:
+    try:
+        return _parse_object(line)
+    except RowError as error:
+        return BrokenRecord(error, looks_openai=b'"custom_id"' in line)
 
 
 def _parse_array(head: bytes, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BrokenRecord]]:

@@ -213,9 +213,17 @@ def test_an_item_that_is_no_row_fails_alone(tmp_path: Path) -> None:
         list(read_rows(empty, defaults=SamplingParams()))
 
 
-def test_lines_that_are_arrays_of_other_things_are_bad_rows(tmp_path: Path) -> None:
-    rows = list(read_rows(write(tmp_path / "in", b'[1, 2]\n{"id": "a", "prompt": "x"}\n'), defaults=SamplingParams()))
-    assert [type(row) for row in rows] == [BadRow, Row]
+@pytest.mark.parametrize("line", [b"[1, 2]", b"[]", b' [{"id": "b", "prompt": "x"}] ', b"[{}]\n\n"])
+def test_a_first_line_that_is_an_array_is_a_bad_row_if_rows_follow(tmp_path: Path, line: bytes) -> None:
+    data = line + b'\n{"id": "a", "prompt": "x"}\n'
+    rows = list(read_rows(write(tmp_path / "in", data), defaults=SamplingParams()))
+    assert [(type(row), row.line) for row in rows] == [(BadRow, 1), (Row, data.count(b"\n"))]
+
+
+def test_an_array_on_one_line_is_its_rows_if_nothing_follows(tmp_path: Path) -> None:
+    data = b'[{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}]\n \n\n'
+    rows = list(read_rows(write(tmp_path / "in", data), defaults=SamplingParams()))
+    assert [(type(row), row.line) for row in rows] == [(Row, 1), (Row, 2)]
 
 
 # ---- local files
