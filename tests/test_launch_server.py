@@ -242,7 +242,7 @@ def test_live_requests_are_answered_while_a_batch_runs(server: Server) -> None:
 
 def test_a_small_batch_does_not_wait_for_the_end_of_a_large_one(server: Server) -> None:
     """They are planned together and share the engine fairly; both answer all."""
-    large = create(server, rows(8, 120, max_tokens=16, ignore_eos=True))
+    large = create(server, rows(8, 120, max_tokens=96, ignore_eos=True))
     wait_for_answers(server, large.id, 1)
     small = wait(server, create(server, rows(2, 10)).id)
     assert small.request_counts.completed == 20

@@ -102,7 +102,7 @@ class PlannedScheduler:
         self._columns.kv_len[positions] += 1
         count.decode(self._columns.kv_len[positions])
         if self._shares_reads and len(decoding) == len(going_on):
-            count.num_saved_reads = self._num_spared_reads
+            count.num_saved_reads = self._spared_reads(going_on)
         self._decoding += ended
         launched = [*decoding, *ended]
         if count.num_sampled or count.num_prefill_tokens or not self._in_flight:  # else results are all there is to do
@@ -235,6 +235,17 @@ class PlannedScheduler:
             if num_readers:
                 self._num_spared_reads += self._ledger.num_tokens(prefix_id)
         request.pinned_ids += prefix_ids
+
+    def _spared_reads(self, going_on: list[PlannedRequest]) -> int:
+        """Reads spared in a step: rows whose last token is in flight read nothing in it."""
+        num_spared, num_readers = self._num_spared_reads, dict[int, int]()
+        ending = set(self._decoding).difference(going_on) if len(going_on) < len(self._decoding) else ()
+        for request in ending:
+            for prefix_id in request.pinned_ids:
+                num_readers[prefix_id] = num_readers.get(prefix_id, self._num_readers[prefix_id]) - 1
+                if num_readers[prefix_id]:
+                    num_spared -= self._ledger.num_tokens(prefix_id)
+        return num_spared
 
     # Leaving
 
