@@ -16,7 +16,7 @@ import msgspec
 from batchllm.dataset.field_checks import as_list, task_name, token_ids, whole_texts
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import expected_len, parse_sampling
-from batchllm.dataset.scoring import checked, labelled, read_score
+from batchllm.dataset.scoring import checked, read_score
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.host.runtime import HostedRuntime
@@ -356,8 +356,7 @@ def _scored(
     """How a prompt is sampled, its first token to score, and what follows it."""
     sets_limit = isinstance(params, SamplingParams) or "max_new_tokens" in params
     if first is None and continuation is None:
-        params = labelled(sampling, sets_limit=sets_limit) if sampling.label_token_ids else checked(sampling)
-        return params, 0, None
+        return checked(sampling, sets_limit=sets_limit), 0, None
     return read_score(None if first is None else {"from": first}, continuation, sampling, sets_limit=sets_limit)
 
 

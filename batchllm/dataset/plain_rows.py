@@ -13,7 +13,7 @@ from batchllm.dataset.field_checks import adapter_name, closest, show, task_name
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.records import Row
 from batchllm.dataset.sampling import SGLANG_FIELDS, expected_len, with_adapter
-from batchllm.dataset.scoring import checked, labelled, read_score
+from batchllm.dataset.scoring import checked, read_score
 from batchllm.errors import RowError
 from batchllm.request import Request, SamplingParams
 
@@ -54,10 +54,8 @@ def parse_plain(
     score_from, continuation = 0, None
     if get("score") is not None or get("continuation") is not None:
         params, score_from, continuation = read_score(get("score"), get("continuation"), params, sets_limit=given)
-    if params.label_token_ids:
-        params = labelled(params, sets_limit=given)
-    elif not params.max_new_tokens or params.prompt_logprobs is not None:
-        params = checked(params)
+    elif params.label_token_ids or not params.max_new_tokens or params.prompt_logprobs is not None:
+        params = checked(params, sets_limit=given)
     request = Request(
         row_id=str(given_id),
         index=index,

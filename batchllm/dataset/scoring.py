@@ -118,16 +118,8 @@ def only_labels(labels: tuple[int, ...], lora_path: str | None = None) -> Sampli
     )
 
 
-def labelled(sampling: SamplingParams, *, sets_limit: bool) -> SamplingParams:
-    """Sampling of a row that names label tokens.
-
-    Args:
-        sampling: As the row has it.
-        sets_limit: The row itself says how much to generate; else it generates nothing.
-
-    Raises:
-        RowError: It asks for more than the labels.
-    """
+def _labelled(sampling: SamplingParams, *, sets_limit: bool) -> SamplingParams:
+    """Sampling of a row that names label tokens; it may ask for nothing else."""
     if (sets_limit and sampling.max_new_tokens) or sampling.n > 1 or sampling.prompt_logprobs is not None:
         raise RowError(
             "label_token_ids: how likely they are is all that such a row can ask; leave out max_new_tokens, n and "
@@ -138,17 +130,19 @@ def labelled(sampling: SamplingParams, *, sets_limit: bool) -> SamplingParams:
     return only_labels(sampling.label_token_ids, sampling.lora_path)
 
 
-def checked(sampling: SamplingParams, *, name: str = "max_new_tokens") -> SamplingParams:
+def checked(sampling: SamplingParams, *, name: str = "max_new_tokens", sets_limit: bool = True) -> SamplingParams:
     """Sampling that may run. What only scores is sampled greedily, since nothing is drawn.
 
     Args:
         name: What the row calls the limit of its output.
+        sets_limit: The row itself says how much to generate; else one that names label tokens generates nothing.
 
     Raises:
-        RowError: It generates nothing and scores nothing, or is scored several times over.
+        RowError: It generates nothing and scores nothing, is scored several times over, or names label tokens and asks
+            for more.
     """
     if sampling.label_token_ids:
-        return labelled(sampling, sets_limit=True)
+        return _labelled(sampling, sets_limit=sets_limit)
     if sampling.prompt_logprobs is None:
         if sampling.max_new_tokens == 0:
             _AT_LEAST_ONE(name, 0)

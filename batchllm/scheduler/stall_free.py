@@ -28,8 +28,8 @@ NO_LIVE_STRETCH = 1.8
 """A step in which no live row decodes may take so many times the bound: a request that arrives waits for its end."""
 
 PROMPT_STEP = 1 / 2
-"""Part of the bound that a step takes which carries live prompts: a first token waits for all of it. Prompts that need
-more have it."""
+"""A step that carries live prompts takes this part of the bound, or more if they need it: a first token waits for the
+whole step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,7 +129,7 @@ class BatchTokenizerManager(TokenizerManager):
         """SGLang's answers to a live request.
 
         Raises:
-            ValueError: It asks for more answers than there can be, or for fewer than one thing.
+            ValueError: It asks for no answer, for more than `_MAX_ANSWERS`, or for fewer than no alternatives.
         """
         if isinstance(obj, GenerateReqInput):
             _check_numbers(obj)
@@ -264,7 +264,7 @@ def init_tokenizer_manager(server_args: Any, port_args: Any) -> Any:
 
 
 def _check_numbers(obj: Any) -> None:
-    """Refuse what SGLang would take, and end or fail by: it makes a request for each of the answers."""
+    """Refuse numbers that SGLang does not check. It makes a request for each answer, until there is no memory left."""
     params = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params or {}]
     for own in params:
         num = own.get("n", 1) if isinstance(own, dict) else 1

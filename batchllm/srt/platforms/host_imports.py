@@ -58,10 +58,12 @@ def prepare_environment() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
     # Folders that are made at import, by default among temporary files, where they would stay behind.
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torchinductor"), ("CUTE_DSL_CACHE_DIR", "cute-dsl")):
-        with contextlib.suppress(OSError):  # a home that cannot be written
+        if variable in os.environ:
+            continue
+        with contextlib.suppress(OSError):  # where the home cannot be written, the default is as good
             folder = cache_folder(name)
             folder.mkdir(parents=True, exist_ok=True)
-            os.environ.setdefault(variable, str(folder))
+            os.environ[variable] = str(folder)
     if not may_have_accelerator():
         set_environment_defaults()
 
