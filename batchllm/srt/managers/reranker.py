@@ -54,6 +54,7 @@ class Reranker:
                 for pair in ((ranking.query, document) for document in ranking.documents)
             ]
         except Exception as error:  # templates raise many kinds; whatever it is, it is about this query
+            message = str(error) or type(error).__name__
             return RowError(
-                f"the chat template of the model refuses this query: {error}", code="chat_template", param="query"
+                f"the chat template of the model refuses this query: {message}", code="chat_template", param="query"
             )
