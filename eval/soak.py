@@ -1,8 +1,9 @@
 """Memory of a server over time, while batches join, leave, are cancelled, and are deleted.
 
 A batch is always open. Every event is one of: a batch of 20 to 200 rows over a few of 40 shared documents begins, one
-is cancelled, one that has ended is deleted with its files, ten plain requests are answered. The proportional set size
-of each of the server's processes is read every few seconds.
+is cancelled, one that has ended is deleted with its files, ten plain requests are answered. At most 50 batches that have
+ended are kept. The resident set size of each of the server's processes is read every few seconds; pages that they share
+are counted in each.
 
     python eval/soak.py --minutes 20 --out eval/results/soak.md
 """
@@ -25,6 +26,7 @@ import server_process
 _POOL = ("--max-total-tokens", "8192", "--chunked-prefill-size", "1024", "--random-seed", "0")
 _MIB = 1 << 20
 _NUM_OPEN = 6
+_MOST_ENDED = 50
 _ENDED = ("completed", "failed", "expired", "cancelled")
 
 
@@ -74,6 +76,8 @@ class _Soak:
                 self._ended.append(batch_id)
         if len(self._open) < _NUM_OPEN:
             self._begin()
+        while len(self._ended) > _MOST_ENDED:
+            self._delete(self._ended.pop(0))
         kind = self._draw.choice(["cancel", "delete", "delete", "plain"])
         if kind == "cancel" and len(self._open) > 1:
             batch_id = self._draw.choice(self._open)
@@ -114,14 +118,14 @@ class _Soak:
         self.counts["batches deleted"] += 1
 
     def _memory(self) -> dict[str, int]:
-        """Proportional set size of each process, in MiB."""
+        """Resident set size of each process, in MiB."""
         processes = {"server": self._server}
         for child in self._server.children(recursive=True):
             name = " ".join(child.cmdline())
             for part in ("scheduler", "detokenizer"):
                 if part in name:
                     processes[part] = child
-        return {name: process.memory_full_info().pss // _MIB for name, process in processes.items()}
+        return {name: process.memory_info().rss // _MIB for name, process in processes.items()}
 
     def render(self, minutes: float, seed: int) -> str:
         """The curve as a table, and how much the last quarter is above the second."""
@@ -133,7 +137,7 @@ class _Soak:
             + ", ".join(f"{count:,} {what}" for what, count in sorted(self.counts.items()))
             + ".",
             "",
-            "Proportional set size, MiB:",
+            "Resident set size, MiB:",
             "",
             "| minute | " + " | ".join(names) + " |",
             "|" + "---|" * (len(names) + 1),
