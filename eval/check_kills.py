@@ -1,7 +1,8 @@
 """A job that is killed again and again: SIGKILL of the driver or a process of its engine, at random moments.
 
-The bounds: in the end every row is answered exactly once, with the bytes of an undisturbed run; no row that was
-acknowledged is computed again; nothing is left behind.
+The bounds: in the end every row is answered exactly once; no row that was acknowledged is computed again; nothing is left
+behind. Answers are those of an undisturbed run, but where two tokens are all but equally likely: what is left after a
+kill of the driver is planned anew, and float32 sums of other cuts are rounded otherwise.
 
     python eval/check_kills.py --kills 100 --out eval/results/kills.md
 """
@@ -195,15 +196,46 @@ def _compare(folder: Path, num_rows: int) -> dict[str, Any]:
     assert alone.process is not None and alone.process.wait() == 0
     killed_lines, lines = (_answers(path / "out.jsonl") for path in (folder / "killed", folder / "alone"))
     assert [line["id"] for line in killed_lines] == [line["id"] for line in lines]
-    differing = sum(
-        (one["text"], one["output_ids"]) != (other["text"], other["output_ids"])
-        for one, other in zip(killed_lines, lines, strict=True)
-    )
-    return {"rows answered once": len(killed_lines), "answers that differ from an undisturbed run": differing}
+    parting = [
+        (input_line["input_ids"], one["output_ids"], other["output_ids"])
+        for input_line, one, other in zip(_lines(folder / "alone" / "in.jsonl"), killed_lines, lines, strict=True)
+        if (one["text"], one["output_ids"]) != (other["text"], other["output_ids"])
+    ]
+    found = {"rows answered once": len(killed_lines), "answers that differ from an undisturbed run": len(parting)}
+    if parting:
+        found["the largest gap between two tokens where such answers part"] = _largest_gap(folder, parting)
+    return found
+
+
+def _largest_gap(folder: Path, parting: list[tuple[list[int], list[int], list[int]]]) -> float:
+    """Between the log probabilities of the two tokens at which answers part, each scored behind what both share.
+
+    Answers that rounding has parted had two tokens that were all but equally likely there.
+
+    Args:
+        folder: For the files.
+        parting: Of each such row its prompt and its two answers.
+    """
+    scored = folder / "gaps.jsonl"
+    with scored.open("w") as file:
+        for prompt, one, other in parting:
+            assert len(one) == len(other), "rows of a fixed length have answers of one length"
+            at = next(i for i, (left, right) in enumerate(zip(one, other, strict=True)) if left != right)
+            for token in (one[at], other[at]):
+                row = {"input_ids": prompt + one[:at] + [token], "score": {"from": len(prompt) + at}}
+                file.write(json.dumps(row) + "\n")
+    out = folder / "gaps_out.jsonl"
+    subprocess.run([sys.executable, "-m", "batchllm", "run", "-i", str(scored), "-o", str(out)], check=True)
+    scores = [line["score"]["logprob"] for line in _lines(out)]
+    return max(abs(left - right) for left, right in zip(scores[::2], scores[1::2], strict=True))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = _lines(path)
     assert len({line["id"] for line in lines}) == len(lines)
     return lines
 
