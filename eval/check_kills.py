@@ -1,8 +1,8 @@
 """A job that is killed again and again: SIGKILL of the driver or a process of its engine, at random moments.
 
-The bounds: in the end every row is answered exactly once; no row that was acknowledged is computed again; nothing is left
-behind. Answers are those of an undisturbed run, but where two tokens are all but equally likely: what is left after a
-kill of the driver is planned anew, and float32 sums of other cuts are rounded otherwise.
+The bounds: in the end every row is answered exactly once; no row that was acknowledged is computed again; nothing is
+left behind. Answers are those of an undisturbed run, but where two tokens are all but equally likely: what is left
+after a kill of the driver is planned anew, and float32 sums of other cuts are rounded otherwise.
 
     python eval/check_kills.py --kills 100 --out eval/results/kills.md
 """

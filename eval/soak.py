@@ -1,9 +1,9 @@
 """Memory of a server over time, while batches join, leave, are cancelled, and are deleted.
 
 A batch is always open. Every event is one of: a batch of 20 to 200 rows over a few of 40 shared documents begins, one
-is cancelled, one that has ended is deleted with its files, ten plain requests are answered. At most 50 batches that have
-ended are kept. The resident set size of each of the server's processes is read every few seconds; pages that they share
-are counted in each.
+is cancelled, one that has ended is deleted with its files, ten plain requests are answered. At most 50 batches that
+have ended are kept. The resident set size of each of the server's processes is read every few seconds; pages that
+they share are counted in each.
 
     python eval/soak.py --minutes 20 --out eval/results/soak.md
 """
