@@ -14,7 +14,7 @@ import numpy as np
 from batchllm.attention.layout import PrefixPaths, plan_layout
 from batchllm.planner import GROUP_ORDERS, explain, plan_batch
 from batchllm.planner.fair_order import fair_order
-from batchllm.planner.run import RunCutter
+from batchllm.planner.planner import RunCutter
 from batchllm.planner.shards import TableSource, split_by_prefix
 from batchllm.tokens import TokenTable
 

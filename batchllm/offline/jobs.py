@@ -26,7 +26,7 @@ from batchllm.offline.runtime import RunRequests, Runtime
 from batchllm.offline.stats import JobStats
 from batchllm.offline.warm_up import largest_step, warm_up
 from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder, plan_batch
-from batchllm.planner.run import RunCutter
+from batchllm.planner.planner import RunCutter
 from batchllm.request import SamplingParams
 from batchllm.scheduler.feed_window import MAX_IN_FLIGHT, FeedWindow
 from batchllm.tokens import TokenTable

@@ -21,7 +21,7 @@ from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.offline.samples import Samples
 from batchllm.planner import GroupOrder, PrefixSummary, largest_prefixes, plan_batch
 from batchllm.planner.fair_order import fair_order
-from batchllm.planner.run import PlannedRun, RunCutter, copy_runs
+from batchllm.planner.planner import PlannedRun, RunCutter, copy_runs
 from batchllm.request import NO_TARGET, SamplingParams
 from batchllm.tokens import Int32Array, Int64Array, TokenTable
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from batchllm.errors import RowError
-from batchllm.planner.run import PlannedRun
+from batchllm.planner.planner import PlannedRun
 from batchllm.request import ChatOptions, ChatPrompt, Completion, Ranking, RankingPrompts, SamplingParams
 from batchllm.scheduler.admission import max_total_len
 from batchllm.scheduler.counters import JobCounters

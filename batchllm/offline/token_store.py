@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.errors import WorkloadError
-from batchllm.planner.run import copy_runs
+from batchllm.planner.planner import copy_runs
 from batchllm.planner.shards import TokenBlock
 from batchllm.tokens import Int32Array, Int64Array, TokenTable
 

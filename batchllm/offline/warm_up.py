@@ -13,7 +13,7 @@ import numpy as np
 from batchllm.errors import EngineDiedError, EngineError
 from batchllm.offline.runtime import RunRequests, Runtime, RuntimeInfo
 from batchllm.planner import BatchPlan, plan_batch
-from batchllm.planner.run import RunCutter
+from batchllm.planner.planner import RunCutter
 from batchllm.request import SamplingParams
 from batchllm.tokens import TokenTable
 

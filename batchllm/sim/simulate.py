@@ -13,7 +13,7 @@ import numpy as np
 from batchllm.errors import ConfigError
 from batchllm.perf_model import CostModel, StepWork
 from batchllm.planner import DEFAULT_GROUP_ORDER, BatchPlan, GroupOrder, plan_batch
-from batchllm.planner.run import max_over_ranges
+from batchllm.planner.planner import max_over_ranges
 from batchllm.sim.kv_pool import Outcome, StepRecorder
 from batchllm.sim.lru_tree import LruTree
 from batchllm.sim.one_level import OneLevelScheduler

@@ -12,7 +12,7 @@ from operator import attrgetter
 import numpy as np
 
 from batchllm.planner import BatchPlan
-from batchllm.planner.run import RunCutter
+from batchllm.planner.planner import RunCutter
 from batchllm.prefix_cache import PinLedger
 from batchllm.scheduler.feed_window import FeedWindow
 from batchllm.scheduler.output_length import OutputEstimate, OutputLengths

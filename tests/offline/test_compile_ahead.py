@@ -12,7 +12,7 @@ import batchllm
 _PLAN = """
 import numpy as np
 from batchllm.planner import explain, plan_batch
-from batchllm.planner.run import RunCutter
+from batchllm.planner.planner import RunCutter
 from batchllm.tokens import TokenTable
 
 rng = np.random.Generator(np.random.PCG64(3))

@@ -23,7 +23,7 @@ from batchllm.offline.jobs import Jobs
 from batchllm.offline.runtime import Chat, RunRequests, RuntimeInfo
 from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
-from batchllm.planner.run import PlannedRun
+from batchllm.planner.planner import PlannedRun
 from batchllm.request import ChatOptions, ChatPrompt, Completion, Request, SamplingParams
 from batchllm.scheduler.counters import JobCounters
 from batchllm.tokenizer import Tokenizer

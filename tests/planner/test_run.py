@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.planner import BatchPlan, plan_batch
-from batchllm.planner.run import PlannedRun, RunCutter
+from batchllm.planner.planner import PlannedRun, RunCutter
 from batchllm.tokens import TokenTable
 from tests.sizes import sized
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.planner import BatchPlan, plan_batch
-from batchllm.planner.run import PlannedRun, RunCutter
+from batchllm.planner.planner import PlannedRun, RunCutter
 from batchllm.prefix_cache import PinLedger, PrefixState
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler import Admission, Decision, PlannedPolicy, SchedulerView

@@ -16,7 +16,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from batchllm.prefix_cache.pin_ledger import PinLedger
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.srt.constrained.grammars import explain_abort, hold_stops, quiet_row_faults
-from batchllm.srt.managers.planned_run import RunReader
+from batchllm.srt.managers.planned_intake import RunReader
 from batchllm.srt.managers.schedule_batch import find_stop
 
 _VOCAB = ["a", "b", "</s>"]

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from batchllm.planner import plan_batch
-from batchllm.planner.run import RunCutter
+from batchllm.planner.planner import RunCutter
 from batchllm.prefix_cache.pin_ledger import PinLedger
 from batchllm.scheduler.output_length import MIN_FINISHED, OutputLengths
 from batchllm.srt.managers.io_struct import PlannedRunReqInput
-from batchllm.srt.managers.planned_run import RunReader
+from batchllm.srt.managers.planned_intake import RunReader
 from batchllm.tokens import TokenTable
 from tests.srt.test_live_prefixes import _Cache, _tokens
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult
 
+from batchllm.srt.managers.prefill_pass import PlannedPrefillAdder
 from batchllm.srt.managers.schedule_batch import PlannedReq
-from batchllm.srt.managers.schedule_policy import PlannedPrefillAdder
 
 
 class _Cache:

@@ -29,7 +29,7 @@ class PlannedRunReqInput(BaseReq):
 
     Attributes:
         job_id: Number of the job; later jobs have larger numbers.
-        run: A `batchllm.planner.run.PlannedRun`.
+        run: A `batchllm.planner.planner.PlannedRun`.
         sampling: Distinct sampling parameters of the run, as keyword arguments of SGLang's
             ``SamplingParams``.
         sampling_index: Which of ``sampling`` each request uses.

@@ -40,8 +40,7 @@ from batchllm.srt.managers.io_struct import (
 from batchllm.srt.managers.live_queue import LiveQueue
 from batchllm.srt.managers.live_view import free_kv_tokens
 from batchllm.srt.managers.output_streamer import BatchOutputStreamer
-from batchllm.srt.managers.planned_intake import PlannedIntake
-from batchllm.srt.managers.planned_run import RunReader
+from batchllm.srt.managers.planned_intake import PlannedIntake, RunReader
 from batchllm.srt.managers.prefill_pass import PrefillPass
 from batchllm.srt.managers.schedule_batch import PlannedReq, prepare_live
 from batchllm.srt.managers.scheduler_metrics import SchedulerMetrics

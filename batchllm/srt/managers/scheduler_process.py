@@ -14,7 +14,7 @@ from batchllm.srt import compat
 from batchllm.srt.entrypoints import child_process
 from batchllm.srt.layers import attention_backend, cpu_ops, sampler
 from batchllm.srt.lora import cpu_lora
-from batchllm.srt.managers.schedule_policy import PlannedPrefillAdder
+from batchllm.srt.managers.prefill_pass import PlannedPrefillAdder
 from batchllm.srt.managers.scheduler import BatchScheduler
 from batchllm.srt.mem_cache import radix_cache
 from batchllm.srt.model_loader import filled_parameters
