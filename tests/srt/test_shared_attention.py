@@ -292,4 +292,4 @@ def test_the_product_of_a_row_does_not_depend_on_those_beside_it(dtype: torch.dt
         assert output.is_contiguous()
         assert torch.equal(output, expected[:num_rows])
         shapes.add(cpu_ops._padded_rows(num_rows))
-    assert len(shapes) < 20
+    assert len(shapes) < 30

@@ -118,6 +118,12 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     return padded
 
 
+_ROW_BLOCKS = ((96, 6), (192, 12), (384, 24), (768, 48))
+"""Up to so many rows a product has a multiple of so many: an eighth too many at most."""
+_LARGE_ROW_BLOCK = 108
+"""Of larger ones: steps of 2,048 and 4,096 tokens, which are full chunks, are all but a multiple of it."""
+
+
 def _padded_rows(num_rows: int) -> int:
     """Rows that a matrix product is computed for.
 
@@ -125,11 +131,11 @@ def _padded_rows(num_rows: int) -> int:
     shapes. Steps have any number of rows: with all of them the code is compiled again and again, and memory grows for
     hours. Its kernels compute six rows at a time, and add up the last three or fewer of others in another order: with
     multiples of six a row's product does not depend on how many rows are beside it. (In layers of more than 512 float32
-    inputs those of more than 336 rows differ from those of fewer.)
+    inputs those of more than 336 rows differ from those of fewer on some processors.)
     """
-    if num_rows <= 6:
-        return 4 if num_rows <= 4 else 6
-    block = 12 if num_rows <= 48 else 24 if num_rows <= 192 else 48 if num_rows <= 480 else 96
+    if num_rows <= 4:
+        return 4
+    block = next((block for most, block in _ROW_BLOCKS if num_rows <= most), _LARGE_ROW_BLOCK)
     return -(-num_rows // block) * block
 
 
