@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchllm.cli.collector import collect_rarely
+from batchllm.cli.interrupts import pass_on_hangup
 from batchllm.cli.outcome import DEMO_MODEL, EXIT_OK, EXIT_STOPPED, say
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
@@ -26,6 +27,7 @@ _GRACE_S = 20.0
 
 def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Serve until a signal ends it; returns the exit status."""
+    pass_on_hangup()  # uvicorn, which takes the other signals, leaves it to the system
     # The engine's processes are forked from this one: SGLang comes first, before there are threads.
     host_imports.import_all()
     from batchllm.server import BatchService

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, or a word from another thread, as a request that the work under way can answer.
+"""Ctrl-C, SIGTERM and SIGHUP, or a word from another thread, as a request that the work under way can answer.
 
 Knows signals of this process; not what it works on.
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
@@ -67,7 +67,9 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        # Whoever ignores SIGHUP for us (nohup) wants us to outlive the terminal.
+        heeded = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

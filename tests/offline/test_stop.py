@@ -11,7 +11,7 @@ import pytest
 from batchllm.offline.stop import StopSignal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_where_signals_are_heeded_the_first_asks_the_second_insists_and_the_third_ends(number: signal.Signals) -> None:
     with StopSignal(grace_s=30.0) as stop, stop.heeded():
         assert not stop.is_set
@@ -45,3 +45,14 @@ def test_the_handlers_of_before_are_put_back() -> None:
     with StopSignal(grace_s=1.0):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_end_of_a_terminal_is_ignored_where_whoever_started_us_ignores_it() -> None:
+    """As nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(grace_s=1.0) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set
+    finally:
+        signal.signal(signal.SIGHUP, before)
