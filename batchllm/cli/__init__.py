@@ -150,4 +150,3 @@ def _run(arguments: Sequence[str], signals: interrupts.Interrupts | None) -> int
     except KeyboardInterrupt as interrupt:
         say("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
         return EXIT_STOPPED
-

@@ -76,6 +76,10 @@ class InputFlags:
     carry: str | None = None
     schema: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.model == "":  # a shell's variable that is not set: the embedded model would answer
+            raise ConfigError("-m: the name of the model is empty; give a folder or a hub name, or leave -m out")
+
     @classmethod
     def of(cls, args: argparse.Namespace) -> InputFlags:
         """Those of a command's flags."""

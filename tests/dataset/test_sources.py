@@ -353,7 +353,8 @@ def test_stdin_may_be_a_parquet_file(tmp_path: Path, stdin: Any) -> None:
 
 
 def test_a_finished_copy_is_used_again_only_if_asked_for(tmp_path: Path, stdin: Any) -> None:
-    write(tmp_path / "stdin", b'{"id":"old","prompt":"x"}\n')
+    stdin(b'{"id":"old","prompt":"x"}\n')
+    assert ids_of(open_input("-", spool_folder=tmp_path)) == ["old"]
     assert ids_of(open_input("-", spool_folder=tmp_path, reuse_spool=True)) == ["old"]
     stdin(b'{"id":"new","prompt":"x"}\n')
     assert ids_of(open_input("-", spool_folder=tmp_path)) == ["new"]
@@ -361,10 +362,23 @@ def test_a_finished_copy_is_used_again_only_if_asked_for(tmp_path: Path, stdin: 
 
 
 def test_an_unfinished_copy_is_not_taken_for_a_finished_one(tmp_path: Path, stdin: Any) -> None:
-    write(tmp_path / "stdin.unfinished", b'{"id":"half","prompt":"x"}\n')
+    stdin(b'{"id":"first","prompt":"x"}\n')
+    copied = open_input("-", spool_folder=tmp_path).spool_path
+    assert copied is not None
+    copied.rename(copied.with_name(copied.name + ".unfinished"))
     stdin(b'{"id":"whole","prompt":"x"}\n')
     assert ids_of(open_input("-", spool_folder=tmp_path, reuse_spool=True)) == ["whole"]
-    assert os.listdir(tmp_path) == ["stdin"]
+    assert os.listdir(tmp_path) == [copied.name]
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdin.unfinished", "input"])
+def test_a_copy_replaces_nothing_of_the_users_own(tmp_path: Path, stdin: Any, name: str) -> None:
+    """Whose folder of the job may hold other things."""
+    (tmp_path / name).mkdir()
+    precious = write(tmp_path / name / "thesis.txt", b"mine")
+    stdin(b'{"id":"a","prompt":"x"}\n')
+    assert ids_of(open_input("-", spool_folder=tmp_path)) == ["a"]
+    assert precious.read_bytes() == b"mine"
 
 
 def test_a_copy_that_fails_leaves_nothing_and_names_the_flag(tmp_path: Path, stdin: Any) -> None:
