@@ -9,6 +9,7 @@ in a module's own handlers, or leave half of it behind); one that comes when a c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -65,7 +66,5 @@ def pass_on_hangup() -> None:
 
 def tell() -> None:
     """Say that it was a signal, if that can be said."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # it is gone, or closed
         sys.stderr.write(WORDS)
-    except (OSError, AttributeError):  # it is gone, or closed
-        pass

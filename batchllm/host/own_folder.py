@@ -53,9 +53,9 @@ def remove_dead(parents: Iterable[str]) -> None:
             if named is None or psutil.pid_exists(int(named[1])):
                 continue
             with contextlib.suppress(OSError):  # another engine that starts does the same, or it is not ours to remove
-                if not folder.is_symlink() and folder.stat().st_uid == os.getuid():
-                    if (folder / MARK).read_text(errors="replace") == _sight():
-                        shutil.rmtree(folder)
+                is_own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+                if is_own and (folder / MARK).read_text(errors="replace") == _sight():
+                    shutil.rmtree(folder)
 
 
 def _sight() -> str:

@@ -1,4 +1,4 @@
-"""A command answers Ctrl-C, SIGTERM and SIGHUP from its first moment to its last, with its words and its exit status."""
+"""A command answers Ctrl-C, SIGTERM and SIGHUP from its first moment to its last, with its words and exit status."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from batchllm.host import own_folder
 from tests.shared_memory import left_behind, ownerless
 
 pytestmark = pytest.mark.engine
@@ -17,7 +18,7 @@ _SCRIPT = """
 import psutil
 from batchllm import BatchEngine
 from batchllm.errors import EngineDiedError
-from batchllm.host import own_folder, template
+from batchllm.host import template
 
 if __name__ == "__main__":
     imported = template.acquire(is_verbose=False)
