@@ -219,6 +219,46 @@ def test_flags_that_are_not_text_are_refused_like_any_other(source: Path, tmp_pa
         )
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-m", ""], "-m: the name of the model is empty"),
+        (["--model-path", ""], "-m: the name of the model is empty"),
+        (["--job-dir", ""], "--job-dir: is empty"),
+        (["--grace", "nan"], "--grace nan"),
+        (["--grace", "-1"], "--grace -1"),
+        (["--token-memory", "nan"], "--token-memory nan"),
+        (["--retry", "-1"], "--retry -1"),
+    ],
+)
+def test_a_flag_that_says_nothing_or_nonsense_is_named_and_leaves_nothing(
+    command: Command, source: Path, tmp_path: Path, flags: list[str], words: str
+) -> None:
+    """An empty one is what a shell makes of a variable that is not set: the embedded model would answer."""
+    done = command("run", "-i", source, "-o", tmp_path / "out.jsonl", *flags).check(2)
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--workload", ""], "kind '' is not known"),
+        (["--workload", "shared:prefix=10,prefix=20"], "prefix is there twice"),
+        (["--workload", "unshared:requests=2", "--kv-capacity", "1" + "0" * 30], "must be at most"),
+        (["--workload", "unshared:requests=2", "--chunk", "1" + "0" * 30], "must be at most"),
+        (["--workload", "unshared:requests=2", "-m", "", "-i", "x"], "not allowed with"),
+    ],
+)
+def test_a_simulation_of_nonsense_is_refused_in_words(command: Command, flags: list[str], words: str) -> None:
+    done = command("simulate", *flags)
+    assert words in done.check(2).stderr
+
+
+def test_a_plan_for_no_model_is_refused(command: Command, source: Path) -> None:
+    assert "the name of the model is empty" in command("plan", "-i", source, "-m", "").check(2).stderr
+
+
 def test_an_input_that_is_changed_while_it_is_read_ends_the_job(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path
 ) -> None:
