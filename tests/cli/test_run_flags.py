@@ -247,7 +247,6 @@ def test_a_flag_that_says_nothing_or_nonsense_is_named_and_leaves_nothing(
         (["--workload", "shared:prefix=10,prefix=20"], "prefix is there twice"),
         (["--workload", "unshared:requests=2", "--kv-capacity", "1" + "0" * 30], "must be at most"),
         (["--workload", "unshared:requests=2", "--chunk", "1" + "0" * 30], "must be at most"),
-        (["--workload", "unshared:requests=2", "-m", "", "-i", "x"], "not allowed with"),
     ],
 )
 def test_a_simulation_of_nonsense_is_refused_in_words(command: Command, flags: list[str], words: str) -> None:

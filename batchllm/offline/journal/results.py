@@ -378,8 +378,7 @@ class Journal:
 
     def _sort_in_folder(self) -> None:
         """SQLite sorts in files as large as the lines, and there is room where those are."""
-        quoted = str(self.folder.absolute()).replace("'", "''")
-        # A path that is no text cannot be told to SQLite; it sorts among the system's temporary files then.
+        quoted = str(self.folder.absolute()).replace("'", "''")  # SQLite takes no path that is no text
         if os.access(self.folder, os.W_OK) and quoted.isprintable():
             with self._reading():
                 self._db.execute(f"PRAGMA temp_store_directory = '{quoted}'")
