@@ -49,7 +49,7 @@ def show(value: object) -> str:
 def closest(name: object, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` where a known name is near, else the known names."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
+    near = difflib.get_close_matches(name if isinstance(name, str) else show(name), names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
 
 
@@ -390,4 +390,4 @@ def task_name(value: object) -> str:
     """
     if value is not None and not isinstance(value, str):
         raise RowError(f"task must be a string, not {show(value)}", code="invalid_task", param="task")
-    return value or ""
+    return exact(value or "")
