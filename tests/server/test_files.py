@@ -403,7 +403,7 @@ def test_files_that_come_at_once_do_not_exceed_the_storage_together(serve: Serve
         def num_written() -> int:
             return sum(path.stat().st_size for path in (api.storage / "incoming").iterdir())
 
-        until(lambda: num_written() > 500_000, "nothing is written")
+        until(lambda: num_written() > 400_000, "nothing is written")
         answer = _post(api, PURPOSE + _part("file", b"y" * 700_000, "g") + LAST)
         assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_full")
     until(lambda: not _leftovers(api), "something stays")
