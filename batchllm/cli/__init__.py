@@ -141,7 +141,7 @@ def _run(arguments: Sequence[str], signals: interrupts.Interrupts | None) -> int
         say("\n".join(getattr(error, "__notes__", ())))
         return EXIT_CANNOT_RUN
     except OSError as error:  # e.g. a name that the file system does not take
-        say("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        say("\n".join([_in_words(error), *getattr(error, "__notes__", ())]))
         return EXIT_CANNOT_RUN
     except MemoryError as error:
         words = "out of memory; run it where there is more, or with less of it for token ids (--token-memory)"
@@ -150,3 +150,13 @@ def _run(arguments: Sequence[str], signals: interrupts.Interrupts | None) -> int
     except KeyboardInterrupt as interrupt:
         say("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
         return EXIT_STOPPED
+
+
+def _in_words(error: OSError) -> str:
+    if error.filename is not None:
+        return str(error)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the folder that this was called in has been removed; call it in another one"
+    return f"standard output: {error.strerror}; give it another place" if error.strerror else str(error)

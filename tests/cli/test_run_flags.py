@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,17 @@ import zstandard
 from batchllm.cli import run
 from tests.cli.conftest import Command
 from tests.cli.instant_engine import ABORTED
-from tests.cli.jobs import SubmissionLog, batchllm, ids_of, lines_of, read_lines, rows_of, status_of, write_rows
+from tests.cli.jobs import (
+    SubmissionLog,
+    arguments_of,
+    batchllm,
+    ids_of,
+    lines_of,
+    read_lines,
+    rows_of,
+    status_of,
+    write_rows,
+)
 
 NUM_ROWS = 50
 IDS = [f"r{i}" for i in range(NUM_ROWS)]
@@ -252,6 +263,27 @@ def test_a_flag_that_says_nothing_or_nonsense_is_named_and_leaves_nothing(
 def test_a_simulation_of_nonsense_is_refused_in_words(command: Command, flags: list[str], words: str) -> None:
     done = command("simulate", *flags)
     assert words in done.check(2).stderr
+
+
+def test_a_folder_that_was_removed_under_the_shell_is_named(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"id": "a", "prompt": "a text"}])
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = shlex.join(arguments_of(["run", "-i", source, "-o", tmp_path / "out.jsonl"]))
+    done = subprocess.run(
+        ["bash", "-c", f"rmdir {gone} && exec {command}"], cwd=gone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("has been removed; call it in another one")
+
+
+def test_a_full_standard_output_is_named(source: Path) -> None:
+    command = shlex.join(arguments_of(["plan", "-i", source, "--json"]))
+    done = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "batchllm: standard output: No space left on device; give it another place",
+    )
 
 
 def test_a_plan_for_no_model_is_refused(command: Command, source: Path) -> None:
