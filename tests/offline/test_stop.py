@@ -32,6 +32,20 @@ def test_a_signal_ends_at_once_where_nobody_heeds_it() -> None:
         assert stop.is_set
 
 
+def test_of_signals_that_come_at_once_one_ends_the_work_and_the_others_let_it_clean_up() -> None:
+    num_raised = 0
+    with StopSignal(grace_s=30.0) as stop:
+        for _ in range(10):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                num_raised += 1
+        assert (num_raised, stop.is_overdue) == (1, True)
+        with stop.heeded():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert num_raised == 1
+
+
 def test_what_runs_is_overdue_when_the_grace_is_over() -> None:
     with StopSignal(grace_s=0.05) as stop, stop.heeded():
         assert not stop.is_overdue
