@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from batchllm.errors import BatchLLMError
-from batchllm.request import Completion, Request, SamplingParams, TokenLogprob
-
 if TYPE_CHECKING:
     from batchllm.engine import BatchEngine, batch_generate
+    from batchllm.errors import BatchLLMError
     from batchllm.planner import BatchPlan, plan_batch
+    from batchllm.request import Completion, Request, SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -32,8 +31,13 @@ __all__ = [
 _LAZY = {
     "BatchEngine": "batchllm.engine",
     "batch_generate": "batchllm.engine",
+    "BatchLLMError": "batchllm.errors",
     "BatchPlan": "batchllm.planner",
     "plan_batch": "batchllm.planner",
+    "Completion": "batchllm.request",
+    "Request": "batchllm.request",
+    "SamplingParams": "batchllm.request",
+    "TokenLogprob": "batchllm.request",
 }
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import msgspec
+import orjson
 
-from batchllm.dataset.field_checks import as_list, task_name, token_ids, whole_texts
+from batchllm.dataset.field_checks import json_bytes, show, task_name, token_ids
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.dataset.scoring import checked, read_score
@@ -76,7 +77,7 @@ class BatchEngine:
     ) -> None:
         self._trace_path = trace_path
         self.job_options: dict[str, Any] = {"group_order": group_order, "keep_steps": trace_path is not None}
-        self.runtime = HostedRuntime(model_path or default_model_path(), **server_args)
+        self.runtime = HostedRuntime(default_model_path() if model_path is None else model_path, **server_args)
         self.last_report: RunReport | None = None
 
     def batch_generate(
@@ -245,8 +246,10 @@ def _inputs_of(
     if len(given) != 1:
         raise ConfigError("give exactly one of prompts, input_ids and messages")
     ((field, values),) = given.items()
+    argument = "prompts" if field == "prompt" else field
     if isinstance(values, str):
-        raise ConfigError("prompts must be a list of texts, not one text")
+        raise ConfigError(f"{argument} must be a list, not one text")
+    _check_sized(argument, values)
     return _Inputs(
         field=field,
         values=values,
@@ -305,9 +308,17 @@ class _Batch:
         self._store.close()
 
 
+def _check_sized(name: str, values: Any) -> None:
+    try:
+        len(values)
+    except TypeError:
+        raise ConfigError(f"{name} must be a list, not {show(values)}") from None
+
+
 def _per_prompt(name: str, values: Sequence[T] | None, num_prompts: int, default: T) -> Sequence[T]:
     if values is None:
         return [default] * num_prompts
+    _check_sized(name, values)
     if isinstance(values, str) or len(values) != num_prompts:
         raise ConfigError(f"{name} must have an item for each of the {num_prompts} prompts")
     return values
@@ -318,6 +329,7 @@ def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) ->
         return [NO_SAMPLING] * num_prompts
     if isinstance(sampling, SamplingParams | Mapping):
         return [sampling] * num_prompts
+    _check_sized("sampling_params", sampling)
     if len(sampling) != num_prompts:
         raise ConfigError(f"{len(sampling)} sampling_params for {num_prompts} prompts")
     return sampling
@@ -360,20 +372,14 @@ def _scored(
     return read_score(None if first is None else {"from": first}, continuation, sampling, sets_limit=sets_limit)
 
 
-def _ids_of(name: str, value: Any) -> Any:
-    value = as_list(value)
-    return token_ids(name, value if isinstance(value, list) else list(value))
-
-
 def _messages_of(name: str, value: Any) -> Any:
-    messages = check_messages(value)
-    whole_texts(name, messages)  # what is read from JSON is whole anyway
-    return messages
+    # Another process reads them, which does not know classes of the user's own.
+    return check_messages(orjson.loads(json_bytes(name, value)))
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": check_text,
-    "input_ids": _ids_of,
+    "input_ids": token_ids,
     "messages": _messages_of,
 }
 

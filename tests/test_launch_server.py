@@ -289,6 +289,59 @@ def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server)
     assert num_computed <= 1.25 * optimum
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/abort_request", {"abort_all": True}, 200),
+        ("/pause_generation", {"mode": "abort"}, 200),
+        ("/release_memory_occupation", {}, 400),
+        ("/resume_memory_occupation", {}, 400),
+        ("/update_weights_from_disk", {"model_path": "/nowhere"}, 400),
+        ("/start_profile", {"output_dir": "/proc/nowhere", "num_steps": 2}, 200),
+        ("/flush_cache", None, 400),
+    ],
+)
+def test_nothing_that_is_asked_of_the_server_ends_a_batch_or_the_engine(
+    server: Server, path: str, body: Any, status: int
+) -> None:
+    """What cannot be done beside a batch is refused; what ends live requests spares its rows."""
+    assert server.process is not None
+    before = {child.pid for child in psutil.Process(server.process.pid).children()}
+    lines = rows(4, 60, max_tokens=48, ignore_eos=True)
+    batch = create(server, lines)
+    wait_for_answers(server, batch.id, 1)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=60)
+    if path == "/pause_generation":
+        httpx.post(f"{server.url}/continue_generation", json={}, headers=headers, timeout=60)
+    assert answer.status_code == status, answer.text
+    done = wait(server, batch.id)
+    assert done.request_counts is not None
+    assert (done.status, done.request_counts.completed) == ("completed", len(lines))
+    assert {child.pid for child in psutil.Process(server.process.pid).children()} == before
+
+
+def test_a_request_whose_id_begins_those_of_planned_ones_may_be_aborted(server: Server) -> None:
+    """SGLang aborts what begins with an id, as it does when a client goes away."""
+    batch = create(server, rows(4, 60, max_tokens=48, ignore_eos=True))
+    wait_for_answers(server, batch.id, 1)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {
+        "text": "a b c",
+        "rid": "b",
+        "stream": True,
+        "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
+    }
+    with httpx.stream("POST", f"{server.url}/generate", json=body, headers=headers, timeout=60) as stream:
+        assert stream.status_code == 200
+        next(stream.iter_bytes())
+        assert httpx.post(f"{server.url}/abort_request", json={"rid": "b"}, headers=headers).status_code == 200
+    counts = wait(server, batch.id).request_counts
+    assert counts is not None and (counts.completed, counts.failed) == (240, 0)
+    body = {"text": "a", "rid": "\0batchllm:0:0", "sampling_params": {"max_new_tokens": 1}}
+    assert httpx.post(f"{server.url}/generate", json=body, headers=headers, timeout=60).status_code == 400
+
+
 def test_no_row_ends_the_engine(server: Server) -> None:
     """Rows with values at and beyond the limits, each value once and more, in a batch and live: each row is answered or
     refused by itself, by the same processes."""

@@ -30,6 +30,7 @@ from batchllm.request import ChatPrompt, Ranking, RankingPrompts, SamplingParams
 from batchllm.srt.platforms import host_imports
 from batchllm.tokenizer import Tokenizer
 
+NO_MODEL = "-m: the name of the model is empty; give a folder or a hub name, or leave -m out"
 INPUT_FORMATS = ("jsonl", "parquet", "hf", "csv")
 
 
@@ -75,6 +76,10 @@ class InputFlags:
     sampling: str | None = None
     carry: str | None = None
     schema: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model == "":  # a shell's variable that is not set: the embedded model would answer
+            raise ConfigError(NO_MODEL)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> InputFlags:

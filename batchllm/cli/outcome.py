@@ -20,7 +20,7 @@ EXIT_STOPPED = 3
 
 EXIT_STATUSES = (
     "Exit status: 0 every row was answered, 1 some rows failed, 2 the job could not run or not to its end, "
-    "3 stopped by Ctrl-C or SIGTERM; after 2 and 3 the same command goes on where it ended."
+    "3 stopped by Ctrl-C, SIGTERM or SIGHUP; after 2 and 3 the same command goes on where it ended."
 )
 _NUM_SHOWN = 5
 

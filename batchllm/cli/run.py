@@ -18,7 +18,7 @@ import psutil
 
 from batchllm.cli.collector import rare_collections
 from batchllm.cli.engine_flags import adapter_identities, flag_value, flags_of_answers, with_config
-from batchllm.cli.inputs import rows_of
+from batchllm.cli.inputs import NO_MODEL, rows_of
 from batchllm.cli.outcome import (
     DEMO_MODEL,
     EXIT_CANNOT_RUN,
@@ -280,7 +280,9 @@ def _fingerprint(command: RunCommand, source: Input) -> Fingerprint:
 
 
 def _model_path(command: RunCommand, server_flags: list[str]) -> str:
-    given = command.model or flag_value(server_flags, "model-path")
+    given = command.model if command.model is not None else flag_value(server_flags, "model-path")
+    if given == "":
+        raise ConfigError(NO_MODEL)
     return given if given is not None else default_model_path()
 
 
@@ -313,7 +315,7 @@ def _options(command: RunCommand) -> RunOptions:
         ("--max-failures", command.max_failures),
         ("--grace", command.grace),
     ):
-        if value is not None and value < 0:
+        if value is not None and not value >= 0:
             raise ConfigError(f"{name} {value}: must be at least 0")
     return RunOptions(
         num_retries=command.retry,

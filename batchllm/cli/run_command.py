@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from batchllm.cli.inputs import InputFlags
+from batchllm.errors import ConfigError
 from batchllm.offline.outputs import ResultOrder
 from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GroupOrder
 
@@ -46,6 +47,11 @@ class RunCommand(InputFlags):
     progress_file: str | None = None
     metrics_port: int | None = None
     server_flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.job_dir == "":  # it would be the folder that one is in
+            raise ConfigError("--job-dir: is empty; give a folder, or leave it out")
 
     @classmethod
     def of_run(cls, args: argparse.Namespace, server_flags: list[str]) -> Self:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchllm.cli.collector import collect_rarely
+from batchllm.cli.interrupts import pass_on_hangup
 from batchllm.cli.outcome import DEMO_MODEL, EXIT_OK, EXIT_STOPPED, say
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
@@ -26,6 +28,7 @@ _GRACE_S = 20.0
 
 def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Serve until a signal ends it; returns the exit status."""
+    pass_on_hangup()  # uvicorn, which takes the other signals, leaves it to the system
     # The engine's processes are forked from this one: SGLang comes first, before there are threads.
     host_imports.import_all()
     from batchllm.server import BatchService
@@ -36,13 +39,13 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     _add_batch_flags(own_flags(parser))
     given = parse_server_flags(server_flags, parser)
     grace_s = given.pop("grace", _GRACE_S)
-    if grace_s < 0:
-        raise ConfigError(f"--grace {grace_s}: must be at least 0")
+    if not 0 <= grace_s < math.inf:
+        raise ConfigError(f"--grace {grace_s}: must be a number of seconds from 0")
     batch = {name: given.pop(name) for name in list(given) if name.startswith("batch_")}
     model_path = given.pop("model_path", None)
     if not given.pop("demo_model", False) and model_path is None:
         say(DEMO_MODEL.format(flag="--model-path"))
-    model_path = model_path or default_model_path()
+    model_path = default_model_path() if model_path is None else model_path
     log_level = given.setdefault("log_level", "info")
     logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     server_args = make_server_args(model_path, **given)
@@ -136,6 +139,8 @@ def _batch_options(given: dict[str, Any], port: int) -> BatchOptions:
     from batchllm.server import BatchOptions
 
     storage = given.pop("batch_storage", None)
+    if storage == "":
+        raise ConfigError("--batch-storage: is empty; give a folder, or leave it out")
     if storage is None:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         storage = Path(state, "batchllm", f"port-{port}")

@@ -25,7 +25,7 @@ def simulate_workload(args: argparse.Namespace, server_flags: list[str]) -> int:
         cost_model = Fit.load(args.calibration).cost_model
     else:
         cost_model = CostModel.with_defaults(parse_device(args.device), find_model(args.shape))
-    workload = parse_workload(args.workload) if args.workload else _workload_of(args)
+    workload = _workload_of(args) if args.workload is None else parse_workload(args.workload)
     results = [
         simulate(
             workload,

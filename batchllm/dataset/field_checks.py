@@ -40,13 +40,16 @@ _SHORT.maxother = 60
 
 def show(value: object) -> str:
     """A value for a message: bounded, however large the value is."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer with more digits than Python writes
+        return f"a {type(value).__name__} that is too large to be shown"
 
 
 def closest(name: object, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` where a known name is near, else the known names."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
+    near = difflib.get_close_matches(name if isinstance(name, str) else show(name), names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
 
 
@@ -83,7 +86,7 @@ def integer(low: int, high: int = MAX_INT32) -> Check:
             raise wrong_type(name, "an integer", value)
         if not low <= value <= high:
             raise out_of_range(name, f"an integer from {low} to {high}", value)
-        return value
+        return int(value)
 
     return check
 
@@ -135,7 +138,7 @@ def top_k(name: str, value: object) -> int:
         raise wrong_type(name, "an integer", value)
     if not -1 <= value <= MAX_INT32:
         raise out_of_range(name, "-1 (the whole vocabulary) or at least 1", value)
-    return value or -1
+    return int(value) or -1
 
 
 def stop_strings(name: str, value: object) -> tuple[str, ...] | None:
@@ -147,7 +150,7 @@ def stop_strings(name: str, value: object) -> tuple[str, ...] | None:
         raise wrong_type(name, "a string or a list of strings", value)
     if "" in listed:
         raise out_of_range(name, "made of non-empty strings", value)
-    return tuple(str(whole_characters(name, string)) for string in listed)
+    return tuple(whole_characters(name, string) for string in listed)
 
 
 def stop_ids(name: str, value: object) -> tuple[int, ...]:
@@ -185,7 +188,7 @@ def any_json_schema_text(name: str, value: object) -> str:
         if not isinstance(parsed, dict):
             raise _bad_schema(name, f"must hold a JSON object, not {show(parsed)}")
         json_bytes(name, parsed, code="invalid_json_schema")
-        return value
+        return exact(value)
     if not isinstance(value, dict):
         raise _bad_schema(name, f"must be a JSON object or its text, not {show(value)}")
     return json_bytes(name, value, code="invalid_json_schema").decode()
@@ -230,8 +233,16 @@ def regex_text(name: str, value: object) -> str:
     return whole_characters(name, value)
 
 
+def exact(text: str) -> str:
+    """The text without a class of the user's own, which no other process knows."""
+    return text if type(text) is str else str.__str__(text)
+
+
 def whole_characters(name: str, value: str) -> str:
     """Checks that a text can be written as UTF-8: half a surrogate pair is no character.
+
+    Returns:
+        The text as a plain str.
 
     Raises:
         RowError: ``lone_surrogate``, with its place.
@@ -244,7 +255,7 @@ def whole_characters(name: str, value: str) -> str:
             code="lone_surrogate",
             param=name,
         ) from None
-    return value
+    return exact(value)
 
 
 def anything(name: str, value: object) -> object:
@@ -285,7 +296,7 @@ def grammar_text(name: str, value: object) -> str:
     """Checks for a grammar as text that is not empty; whether it is one is for the grammar library."""
     if not isinstance(value, str) or not value:
         raise wrong_type(name, "a grammar as text", value)
-    return value
+    return whole_characters(name, value)
 
 
 def structural_tag_text(name: str, value: object) -> str:
@@ -303,12 +314,12 @@ def structural_tag_text(name: str, value: object) -> str:
 def logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
     """Checks for an object of token ids, as text, and finite numbers; returns pairs by ascending id."""
     if isinstance(value, tuple):  # as `SamplingParams` has it
-        value = dict(value)
+        value = dict(value) if all(isinstance(pair, tuple) and len(pair) == 2 for pair in value) else None
     if not isinstance(value, dict):
         raise wrong_type(name, "an object of token ids and numbers", value)
     pairs: dict[int, float] = {}
     for key, bias in value.items():
-        text = str(key)
+        text = key if isinstance(key, str) else show(key)
         if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_ID_DIGITS) or int(text) > MAX_INT32:
             raise out_of_range(f"{name} has a key that", f"a token id from 0 to {MAX_INT32}", key)
         number = _any_number(f"{name}[{text}]", bias)
@@ -341,6 +352,8 @@ def token_ids(name: str, value: object) -> array[int]:
         A flat int32 array: a ninth of a list's memory, and numpy reads it without a copy.
     """
     value = as_list(value)
+    if isinstance(value, (tuple, range, array)):
+        value = list(value)
     if not isinstance(value, list):
         raise _bad_ids(name, f"{name} must be a list of token ids, not {show(value)}")
     if not value:
@@ -357,7 +370,7 @@ def token_ids(name: str, value: object) -> array[int]:
         raise _bad_ids(name, f"{name}[{at}] must be a token id, not {show(item)}")
     if not 0 <= min(value) <= max(value) <= MAX_INT32:
         at, item = next((i, v) for i, v in enumerate(value) if not 0 <= v <= MAX_INT32)
-        raise _bad_ids(name, f"{name}[{at}] must be a token id from 0 to {MAX_INT32}, not {item}")
+        raise _bad_ids(name, f"{name}[{at}] must be a token id from 0 to {MAX_INT32}, not {show(item)}")
     return array("i", value)
 
 
@@ -377,4 +390,4 @@ def task_name(value: object) -> str:
     """
     if value is not None and not isinstance(value, str):
         raise RowError(f"task must be a string, not {show(value)}", code="invalid_task", param="task")
-    return value or ""
+    return exact(value or "")

@@ -73,7 +73,7 @@ def _check_message(name: str, message: object) -> None:
         raise _bad_message(name, f"must be an object with role and content, not {show(message)}")
     for key, value in message.items():
         if key not in MESSAGE_KEYS and key not in _PASSED_OVER and value not in _NOTHING:
-            raise _bad_message(name, f"has an unknown key {key!r}{closest(key, MESSAGE_KEYS)}")
+            raise _bad_message(name, f"has an unknown key {show(key)}{closest(key, MESSAGE_KEYS)}")
         if not isinstance(value, str):
             writable(f"{name}.{key}", value)
     role = message.get("role")

@@ -119,7 +119,7 @@ def read_settings(mapping: object, fields: Mapping[str, SamplingField]) -> dict[
             raise RowError(
                 f"unknown parameter {checks.show(name)}{checks.closest(name, fields)}",
                 code="unknown_parameter",
-                param=str(name),
+                param=checks.show(name) if not isinstance(name, str) else name,
             )
         checked = None if value is None else field.check(name, value)
         if checked is not None:

@@ -118,7 +118,8 @@ def open_input(
         return _tell_format(Path(given), given, flag, input_format, None)
     if spool_folder is None:
         raise ConfigError(f"{flag} {given}: can be read only once, and is needed more often; give a local file")
-    spool_path = spool_folder / ("stdin" if given == STDIN else f"copy-{xxh3_64_hexdigest(given.encode())}")
+    # A name that is nobody's: what has it is replaced.
+    spool_path = spool_folder / f"copy-{xxh3_64_hexdigest(given.encode(errors='surrogateescape'))}"
     if not (reuse_spool and spool_path.exists()):
         _copy_whole(copy, spool_path, flag, given)
     return _tell_format(spool_path, given, flag, input_format, spool_path)

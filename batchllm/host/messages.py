@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
+
+
+def packed(value: Any) -> bytes:
+    """A value of the user's, to be read where a fault has someone to go to: it may be of a class that only he has.
+
+    Raises:
+        Exception: It cannot travel.
+    """
+    return bytes(ForkingPickler.dumps(value))
+
+
+def unpacked(data: bytes) -> Any:
+    """What was `packed`.
+
+    Raises:
+        TypeError: It is of a class that this process does not know.
+    """
+    try:
+        return pickle.loads(data)
+    except Exception as error:  # whatever a class raises
+        raise TypeError(f"the engine's process cannot read this, give values of Python's own types: {error}") from error
+
 
 # To the engine's process
 
@@ -71,23 +95,26 @@ class Call:
         number: Number of the call.
         target: ``tokenizer``, ``engine`` (SGLang's) or ``manager`` (its tokenizer manager).
         method: Name of the method.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
+        arguments: `packed` positional and keyword arguments.
     """
 
     number: int
     target: str
     method: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    arguments: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """A request outside any plan, by the fields of SGLang's ``GenerateReqInput``; its outputs come as `Piece`."""
+    """A request outside any plan; its outputs come as `Piece`.
+
+    Attributes:
+        number: Number of the request.
+        fields: `packed` fields of SGLang's ``GenerateReqInput``.
+    """
 
     number: int
-    fields: dict[str, Any]
+    fields: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import threading
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -20,7 +21,7 @@ import psutil
 from batchllm.errors import EngineDiedError, EngineError, RowError
 from batchllm.host import messages, template
 from batchllm.offline.compile_ahead import compile_ahead
-from batchllm.offline.event_loop import LoopThread
+from batchllm.offline.event_loop import LoopThread, iterate_on
 from batchllm.offline.runtime import Answer, Chat, FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.request import ChatPrompt, Completion, Ranking, RankingPrompts
 
@@ -41,7 +42,6 @@ class HostedRuntime:
         **server_args: SGLang's server arguments, and ours.
 
     Attributes:
-        loop: The event loop on which jobs are fed and received.
         model_path: The model that is loaded.
         host_pid: The process that hosts the engine, and the parent of its other processes.
 
@@ -60,6 +60,7 @@ class HostedRuntime:
         **server_args: Any,
     ) -> None:
         self._is_up = True
+        self._owner_pid = os.getpid()
         self._template = template.acquire(is_verbose=is_verbose or "log_level" in server_args)
         self._compiler = threading.Thread(target=compile_ahead, name="batchllm-compile", daemon=True)
         self._loop_thread: LoopThread | None = None
@@ -94,9 +95,27 @@ class HostedRuntime:
         self._pieces: dict[int, asyncio.Queue[messages.Piece | EngineDiedError]] = {}
         self._calls: dict[int, Future[Any]] = {}
         self._loop_thread = LoopThread("batchllm-jobs")
-        self.loop = self._loop_thread.loop
         self._receiver = threading.Thread(target=self._receive, name="batchllm-receive", daemon=True)
         self._receiver.start()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop on which jobs are fed and received.
+
+        Raises:
+            EngineError: This process is a fork of the one that has it.
+        """
+        self._check_owner()
+        assert self._loop_thread is not None
+        return self._loop_thread.loop
+
+    def _check_owner(self) -> None:
+        """A fork has the connection and none of the threads: it would wait for ever, and disturb the owner."""
+        if os.getpid() != self._owner_pid:
+            raise EngineError(
+                f"the engine is process {self._owner_pid}'s, and this one, {os.getpid()}, is a fork of that; make an "
+                "engine here, or ask there"
+            )
 
     @property
     def info(self) -> RuntimeInfo:
@@ -133,8 +152,7 @@ class HostedRuntime:
         self._send(messages.CloseJob(job_id, is_complete))
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        assert self._loop_thread is not None
-        return self._loop_thread.iterate(stream)
+        return iterate_on(self.loop, stream)
 
     # Requests outside jobs
 
@@ -153,10 +171,11 @@ class HostedRuntime:
         """
         if self._death is not None:
             raise self._death
-        number = next(self._numbers)
+        request = messages.Generate(next(self._numbers), messages.packed(fields))
+        number = request.number
         pieces: asyncio.Queue[messages.Piece | EngineDiedError] = asyncio.Queue()
         self._pieces[number] = pieces
-        self._send(messages.Generate(number, fields))
+        self._send(request)
         is_over = False
         try:
             while True:
@@ -191,20 +210,21 @@ class HostedRuntime:
 
     def call_soon(self, target: str, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
         """Like `call`, from any thread; returns at once with a future of the result."""
-        number = next(self._numbers)
+        self._check_owner()
+        call = messages.Call(next(self._numbers), target, method, messages.packed((args, kwargs)))
         future: Future[Any] = Future()
-        self._calls[number] = future
+        self._calls[call.number] = future
         if self._death is not None:
             self._fail_calls(self._death)
         else:
-            self._send(messages.Call(number, target, method, args, kwargs))
+            self._send(call)
         return future
 
     # The end
 
     def shutdown(self) -> None:
-        """End all processes of this runtime. Doing it twice does nothing."""
-        if not self._is_up:
+        """End all processes of this runtime. Doing it twice does nothing, and neither does a fork of this process."""
+        if not self._is_up or os.getpid() != self._owner_pid:
             return
         self._is_up = False
         self._send(messages.Shutdown())

@@ -16,15 +16,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import spawn, util
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from batchllm.errors import EngineError
-from batchllm.host import logs
+from batchllm.host import logs, own_folder
 from batchllm.host.logs import EngineLogs
 
 FORK = b"f"
@@ -48,15 +46,15 @@ class Template:
     Attributes:
         logs: What its processes print; None where that is standard error.
         num_users: How often it was acquired and not released.
+        owner_pid: The process that has started it.
     """
 
     def __init__(self, *, is_verbose: bool) -> None:
         self.environment = _environment()
         self.is_verbose = is_verbose
         self.num_users = 0
-        # The name is one that the next engine knows to be of a process that has ended
-        # (`batchllm.srt.entrypoints.processes`).
-        self._folder = Path(tempfile.mkdtemp(prefix=f"batchllm-{os.getpid()}-"))
+        self.owner_pid = os.getpid()
+        self._folder = own_folder.make()
         self.logs = None if is_verbose else EngineLogs(self._folder)
         self._socket, theirs = socket.socketpair()
         # A kernel library makes a temporary folder in every process at import and leaves it there.
@@ -99,6 +97,7 @@ class Template:
         """
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)  # temporary folders are cleaned while jobs run for days
+            own_folder.mark(self._folder)
         except OSError as error:
             raise EngineError(f"{self._folder}: no place for the engine's logs: {error.strerror}") from error
         ours, theirs = socket.socketpair()
@@ -123,7 +122,8 @@ def acquire(*, is_verbose: bool) -> Template:
     with _lock:
         environment = _environment()
         for template in _templates:
-            if template.is_alive and template.is_verbose == is_verbose and template.environment == environment:
+            is_ours = template.owner_pid == os.getpid() and template.is_alive
+            if is_ours and template.is_verbose == is_verbose and template.environment == environment:
                 break
         else:
             template = Template(is_verbose=is_verbose)
@@ -153,9 +153,10 @@ def held(*, is_verbose: bool) -> Iterator[None]:
 
 @atexit.register
 def _close_all() -> None:
-    """Leave nothing behind of engines that nobody has shut down."""
+    """Leave nothing behind of engines that nobody has shut down; a fork of this process leaves them alone."""
     for template in _templates:
-        template.close()
+        if template.owner_pid == os.getpid():
+            template.close()
 
 
 def _environment() -> dict[str, str]:

@@ -18,7 +18,7 @@ from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.chat_template import get_chat_template, get_chat_template_by_model_path
 
 from batchllm.engine import BatchEngine
-from batchllm.errors import BatchLLMError, ConfigError, EngineError
+from batchllm.errors import ConfigError, EngineError
 from batchllm.lang.bodies import Answers, Asked, Body, generate_body
 from batchllm.lang.driver import WaveDriver
 from batchllm.lang.planned_wave import PlannedWaves, can_be_planned
@@ -147,7 +147,7 @@ class BatchBackend(RunsInWaves, BaseBackend):
             async for place, answer in self.planned.answer([bodies[index] for index in planned]):
                 missing.remove(planned[place])
                 answers.put_nowait((planned[place], answer))
-        except BatchLLMError as error:
+        except Exception as error:  # whatever it is, the programs would wait for ever if they did not hear of it
             failure = error
         for index in missing:
             answers.put_nowait((index, failure))

@@ -71,5 +71,6 @@ class WaveDriver:
                 self._waves.deliver(missing.pop(index), answer)
         except Exception as error:  # whatever it was, the programs that wait must hear of it
             failure = error
-        for ask in missing.values():
-            self._waves.deliver(ask, failure)
+        finally:  # cancelled, too: the engine is being ended
+            for ask in missing.values():
+                self._waves.deliver(ask, failure)

@@ -211,6 +211,9 @@ class Runner:
             with self._stop.heeded():
                 self._run_job(job, self.runtime)
         except EngineDiedError as death:
+            if self._stop.is_set:  # the same signal may have ended both, and nothing more would run
+                self._journal.event("engine_death", str(death))
+                return
             unfinished = self._answers.unfinished(work.rows)
             self._recover(death, queue.split_after_death(work, unfinished, job.rows_in_flight()))
         finally:

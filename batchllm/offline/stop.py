@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, or a word from another thread, as a request that the work under way can answer.
+"""Ctrl-C, SIGTERM and SIGHUP, or a word from another thread, as a request that the work under way can answer.
 
 Knows signals of this process; not what it works on.
 
@@ -7,6 +7,7 @@ INVARIANT: outside `StopSignal.heeded` a signal ends the process as Ctrl-C does;
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_PATIENCE_S = 5.0
+"""After an exception, what it ends has so long to clean up: who presses Ctrl-C often would else interrupt just that."""
 
 
 class StopSignal:
@@ -30,6 +34,7 @@ class StopSignal:
         """Name of the signal that came, if one did."""
         self._asked_at = 0.0
         self._num_signals = 0
+        self._raised_at = -math.inf
         self._is_heeded = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -63,11 +68,15 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.ask(signal.Signals(number).name)
-        if not self._is_heeded or self._num_signals > 2:
+        now = time.monotonic()
+        if (not self._is_heeded or self._num_signals > 2) and now - self._raised_at >= _PATIENCE_S:
+            self._raised_at = now
             raise KeyboardInterrupt
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        # Whoever ignores SIGHUP for us (nohup) wants us to outlive the terminal.
+        heeded = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,6 +13,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -79,6 +80,21 @@ class OpenAIRoute(APIRoute):
                 return storage_fault(error).response()
 
         return answer
+
+
+def is_foreign(origin: str | None, host: str | None) -> bool:
+    """Whether a page of another host has sent the request: browsers name the origin.
+
+    Args:
+        origin: The header of that name; None where there is none.
+        host: The header of that name.
+    """
+    if origin is None:
+        return False
+    try:
+        return urlsplit(origin).netloc != host
+    except ValueError:  # it is no URL
+        return True
 
 
 def invalid(error: RequestValidationError | ValidationError) -> ApiError:

@@ -115,6 +115,8 @@ class Dispatcher:
                 if stage.run.has_trouble:
                     self._not_before[batch_id] = now + _RETRY_AFTER_S
         batches = self._context.batches.active()
+        active = {batch.id for batch in batches}
+        self._not_before = {batch_id: at for batch_id, at in self._not_before.items() if batch_id in active}
         for batch in batches:
             at_work = self._stages.get(batch.id)
             if at_work is None:

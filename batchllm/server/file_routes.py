@@ -5,6 +5,7 @@ Knows requests and answers; what a file is, is `file_store`'s.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Annotated, Any, BinaryIO
 
@@ -89,6 +90,8 @@ class FileRoutes:
         self._keys = keys
         self._options = options
         self._num_open = 0
+        self._num_incoming = 0
+        self._turn = threading.Lock()
         self._metrics = metrics
         self.router = fastapi.APIRouter(
             prefix="/v1/files", route_class=OpenAIRoute, dependencies=[Depends(check_open)], tags=["files"]
@@ -121,13 +124,21 @@ class FileRoutes:
         options = self._options
         await run_in_threadpool(self._check_room, 1)  # where nothing fits, nothing is received
         stream, path = await run_in_threadpool(self._files.open_incoming)
+        taken: list[int] = []
+
+        def take_room(num_bytes: int) -> None:
+            taken.append(num_bytes)
+            self._take_incoming(num_bytes)
+            self._check_room(self._num_incoming)  # of all that come at once
+
         try:
             with stream:
-                upload = Upload(stream, path, options.max_file_bytes, options.upload_idle_s)
+                upload = Upload(stream, path, options.max_file_bytes, options.upload_idle_s, take_room)
                 await upload.receive(request)
             lifetime_s = _lifetime_s(upload.fields)
             record = await run_in_threadpool(self._add, upload, lifetime_s, idempotency_key)
         finally:
+            self._take_incoming(-sum(taken))
             path.unlink(missing_ok=True)
         metrics = self._metrics()
         if metrics is not None:
@@ -155,6 +166,10 @@ class FileRoutes:
             raise
         self._files.drop(file_id)
         return found
+
+    def _take_incoming(self, num_bytes: int) -> None:
+        with self._turn:
+            self._num_incoming += num_bytes
 
     def _check_room(self, num_bytes: int) -> None:
         limit = self._options.storage_limit

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import fastapi
 from fastapi import Request
@@ -20,7 +19,7 @@ from batchllm.offline.job import JobMaker
 from batchllm.offline.jobs import single_job
 from batchllm.offline.runtime import Runtime
 from batchllm.offline.token_store import TokenMemory
-from batchllm.server.api_errors import ApiError
+from batchllm.server.api_errors import ApiError, is_foreign
 from batchllm.server.batch_routes import BatchRoutes
 from batchllm.server.batch_run import BatchContext
 from batchllm.server.batch_store import BatchStore
@@ -140,7 +139,7 @@ class BatchService:
 
     async def _check_open(self, request: Request) -> None:
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        if origin is not None and is_foreign(origin, request.headers.get("host")):
             # SGLang lets pages of any origin ask; these routes read and delete what is stored.
             message = f"pages of {origin[:100]} may not use files and batches; ask from a program, or from this host"
             raise ApiError(403, message, code="cross_origin")

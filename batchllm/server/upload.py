@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,8 @@ _MAX_FILENAME_LEN = 1024
 _MAX_FORM_LEN = 1 << 20
 """More than a form can be long beside its file."""
 _MAX_DIGITS = 18
+_LEAST_BYTES_PER_S = 1024
+"""What comes more slowly than this, on the whole, keeps its place from others for ever."""
 _MAX_DRAINED = 64 << 20
 _MAX_DRAIN_S = 10.0
 
@@ -44,7 +47,9 @@ class Upload:
         stream: Where the file's bytes go, unbuffered.
         path: Name of that file on disk.
         max_file_bytes: Longest file that is taken.
-        idle_s: Seconds for which the body may stand still.
+        idle_s: Seconds for which the body may stand still, or be behind `_LEAST_BYTES_PER_S`.
+
+        take_room: Called in a thread before so many bytes are written; raises where there is no room for them.
 
     Attributes:
         fields: The form's other fields.
@@ -52,8 +57,16 @@ class Upload:
         num_bytes: Bytes of the file so far.
     """
 
-    def __init__(self, stream: BinaryIO, path: Path, max_file_bytes: int, idle_s: float) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        path: Path,
+        max_file_bytes: int,
+        idle_s: float,
+        take_room: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
         self.path = path
+        self._take_room = take_room
         self._idle_s = idle_s
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
@@ -116,16 +129,22 @@ class Upload:
             raise
 
     async def _in_time(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The pieces of a body, each of which comes soon after the one before it."""
+        """The pieces of a body, each of which comes soon after the one before it, and all of them not too slowly."""
+        started, num_bytes = time.monotonic(), 0
         while True:
+            left_s = self._idle_s + num_bytes / _LEAST_BYTES_PER_S - (time.monotonic() - started)
             try:
-                async with asyncio.timeout(self._idle_s):
+                async with asyncio.timeout(min(left_s, self._idle_s)):
                     chunk = await anext(body, None)
             except TimeoutError:
-                message = f"nothing came for {self._idle_s:.0f} s; send the file again"
+                what = "nothing came" if left_s >= self._idle_s else f"fewer than {_LEAST_BYTES_PER_S} bytes/s came"
+                message = f"{what} for {self._idle_s:.0f} s; send the file again"
                 raise _StalledError(408, message, code="upload_timeout") from None
             if chunk is None:
                 return
+            num_bytes += len(chunk)
+            if num_bytes > self._max_file_bytes + _MAX_FORM_LEN:
+                raise self._too_large()
             yield chunk
 
     def _check_length(self, told: str) -> None:
@@ -141,6 +160,7 @@ class Upload:
         data = b"".join(self._pieces)
         self._pieces.clear()
         self._num_waiting = 0
+        self._take_room(len(data))
         self._hash.update(data)
         view = memoryview(data)
         while view:

@@ -34,6 +34,8 @@ SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
 """
 
 _VLLM_PAGE_SIZE = 16
+_MOST_TOKENS = 10**15
+"""More than any pool has; counts of tokens are held in 64 bits."""
 
 
 def simulate(
@@ -131,6 +133,8 @@ def _check_numbers(capacity: int, limit: int, chunk_tokens: int, max_running: in
     for name, number in numbers.items():
         if number < 1:
             raise ConfigError(f"{name} must be at least 1, not {number}")
+        if number > _MOST_TOKENS:
+            raise ConfigError(f"{name} must be at most {_MOST_TOKENS}, not {number}")
     if limit > capacity:
         raise ConfigError(f"kv_limit_tokens {limit} is more than the {capacity} there are")
 

@@ -41,6 +41,7 @@ def parse_workload(spec: str) -> SimWorkload:
     if kind not in WORKLOAD_KINDS:
         raise ConfigError(f"workload {spec!r}: kind {kind!r} is not known. Known: {', '.join(WORKLOAD_KINDS)}")
     values = dict(WORKLOAD_KINDS[kind])
+    given: set[str] = set()
     for item in filter(None, rest.split(",")):
         key, equals, text = item.partition("=")
         if key not in values or not equals:
@@ -48,6 +49,9 @@ def parse_workload(spec: str) -> SimWorkload:
                 f"workload {spec!r}: {item!r} is not a setting of {kind!r}. Known: "
                 + ", ".join(f"{name}={default:g}" for name, default in WORKLOAD_KINDS[kind].items())
             )
+        if key in given:
+            raise ConfigError(f"workload {spec!r}: {key} is there twice; give it once")
+        given.add(key)
         values[key] = _number(key, text, spec)
     if values["sigma"] == 0 and 0 < values["max_new"] < values["output"]:
         raise ConfigError(f"workload {spec!r}: max_new is below output; every output would be cut")

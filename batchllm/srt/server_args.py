@@ -110,6 +110,8 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     Raises:
         ConfigError: An argument is unknown, wrong, or asks for what plans do not support.
     """
+    if not model_path:
+        raise ConfigError("--model-path: the name of the model is empty; give a folder or a hub name, or leave it out")
     known = {field.name for field in dataclasses.fields(BatchServerArgs) if field.init}
     for name in server_args:
         if name not in known:

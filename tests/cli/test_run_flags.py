@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,17 @@ import zstandard
 from batchllm.cli import run
 from tests.cli.conftest import Command
 from tests.cli.instant_engine import ABORTED
-from tests.cli.jobs import SubmissionLog, batchllm, ids_of, lines_of, read_lines, rows_of, status_of, write_rows
+from tests.cli.jobs import (
+    SubmissionLog,
+    arguments_of,
+    batchllm,
+    ids_of,
+    lines_of,
+    read_lines,
+    rows_of,
+    status_of,
+    write_rows,
+)
 
 NUM_ROWS = 50
 IDS = [f"r{i}" for i in range(NUM_ROWS)]
@@ -217,6 +228,66 @@ def test_flags_that_are_not_text_are_refused_like_any_other(source: Path, tmp_pa
         batchllm("run", "-i", source, "-o", tmp_path / "out.jsonl", flag, "\udcff", "--max-failures", "0").check(
             0 if flag == "--model" else 2
         )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-m", ""], "-m: the name of the model is empty"),
+        (["--model-path", ""], "-m: the name of the model is empty"),
+        (["--job-dir", ""], "--job-dir: is empty"),
+        (["--grace", "nan"], "--grace nan"),
+        (["--grace", "-1"], "--grace -1"),
+        (["--token-memory", "nan"], "--token-memory nan"),
+        (["--retry", "-1"], "--retry -1"),
+    ],
+)
+def test_a_flag_that_says_nothing_or_nonsense_is_named_and_leaves_nothing(
+    command: Command, source: Path, tmp_path: Path, flags: list[str], words: str
+) -> None:
+    """An empty one is what a shell makes of a variable that is not set: the embedded model would answer."""
+    done = command("run", "-i", source, "-o", tmp_path / "out.jsonl", *flags).check(2)
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--workload", ""], "kind '' is not known"),
+        (["--workload", "shared:prefix=10,prefix=20"], "prefix is there twice"),
+        (["--workload", "unshared:requests=2", "--kv-capacity", "1" + "0" * 30], "must be at most"),
+        (["--workload", "unshared:requests=2", "--chunk", "1" + "0" * 30], "must be at most"),
+    ],
+)
+def test_a_simulation_of_nonsense_is_refused_in_words(command: Command, flags: list[str], words: str) -> None:
+    done = command("simulate", *flags)
+    assert words in done.check(2).stderr
+
+
+def test_a_folder_that_was_removed_under_the_shell_is_named(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"id": "a", "prompt": "a text"}])
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = shlex.join(arguments_of(["run", "-i", source, "-o", tmp_path / "out.jsonl"]))
+    done = subprocess.run(
+        ["bash", "-c", f"rmdir {gone} && exec {command}"], cwd=gone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("has been removed; call it in another one")
+
+
+def test_a_full_standard_output_is_named(source: Path) -> None:
+    command = shlex.join(arguments_of(["plan", "-i", source, "--json"]))
+    done = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "batchllm: standard output: No space left on device; give it another place",
+    )
+
+
+def test_a_plan_for_no_model_is_refused(command: Command, source: Path) -> None:
+    assert "the name of the model is empty" in command("plan", "-i", source, "-m", "").check(2).stderr
 
 
 def test_an_input_that_is_changed_while_it_is_read_ends_the_job(

@@ -25,6 +25,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_64_hexdigest
 
 from batchllm.dataset import BadRow, Input, Row, jsonl, open_input, read_rows
 from batchllm.dataset.sources import InputFormat
@@ -32,6 +33,8 @@ from batchllm.errors import ConfigError, WorkloadError
 from batchllm.request import SamplingParams
 
 LINES = b"".join(b'{"id":"r%d","prompt":"prompt number %d"}\n' % (number, number * 7919) for number in range(20_000))
+
+COPY_OF_STDIN = f"copy-{xxh3_64_hexdigest(b'-')}"
 
 
 def zstd(data: bytes) -> bytes:
@@ -353,7 +356,7 @@ def test_stdin_may_be_a_parquet_file(tmp_path: Path, stdin: Any) -> None:
 
 
 def test_a_finished_copy_is_used_again_only_if_asked_for(tmp_path: Path, stdin: Any) -> None:
-    write(tmp_path / "stdin", b'{"id":"old","prompt":"x"}\n')
+    write(tmp_path / COPY_OF_STDIN, b'{"id":"old","prompt":"x"}\n')
     assert ids_of(open_input("-", spool_folder=tmp_path, reuse_spool=True)) == ["old"]
     stdin(b'{"id":"new","prompt":"x"}\n')
     assert ids_of(open_input("-", spool_folder=tmp_path)) == ["new"]
@@ -361,10 +364,20 @@ def test_a_finished_copy_is_used_again_only_if_asked_for(tmp_path: Path, stdin: 
 
 
 def test_an_unfinished_copy_is_not_taken_for_a_finished_one(tmp_path: Path, stdin: Any) -> None:
-    write(tmp_path / "stdin.unfinished", b'{"id":"half","prompt":"x"}\n')
+    write(tmp_path / f"{COPY_OF_STDIN}.unfinished", b'{"id":"half","prompt":"x"}\n')
     stdin(b'{"id":"whole","prompt":"x"}\n')
     assert ids_of(open_input("-", spool_folder=tmp_path, reuse_spool=True)) == ["whole"]
-    assert os.listdir(tmp_path) == ["stdin"]
+    assert os.listdir(tmp_path) == [COPY_OF_STDIN]
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdin.unfinished", "input"])
+def test_a_copy_replaces_nothing_of_the_users_own(tmp_path: Path, stdin: Any, name: str) -> None:
+    """Whose folder of the job may hold other things."""
+    (tmp_path / name).mkdir()
+    precious = write(tmp_path / name / "thesis.txt", b"mine")
+    stdin(b'{"id":"a","prompt":"x"}\n')
+    assert ids_of(open_input("-", spool_folder=tmp_path)) == ["a"]
+    assert precious.read_bytes() == b"mine"
 
 
 def test_a_copy_that_fails_leaves_nothing_and_names_the_flag(tmp_path: Path, stdin: Any) -> None:

@@ -47,7 +47,7 @@ def check_nothing_left(job: FaultyJob, shared_memory: set[str]) -> None:
     """But the input, the output, the job and what the engine was asked for."""
     assert not os.listdir(job.base / "tmp")
     assert set(os.listdir(job.base)) <= {"in.jsonl", "out.jsonl", "out.jsonl.job", "log.txt", "tmp", "disk"}
-    assert not [name for name in os.listdir(job.base / "out.jsonl.job") if "stdin" in name]
+    assert not [name for name in os.listdir(job.base / "out.jsonl.job") if "copy-" in name]
     assert not left_behind(shared_memory)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from sglang.lang.backend.base_backend import BaseBackend
 
 from batchllm.errors import ConfigError
+from batchllm.lang.backend import BatchBackend
 from batchllm.lang.bodies import Answers, Asked
 from tests.lang.fake_server import REFUSED, FakeBackend, answer
 
@@ -328,3 +331,23 @@ def test_what_forks_share_is_not_asked_for_by_itself(backend: FakeBackend) -> No
 
     forks.run_batch([{}], backend=backend)
     assert [len(wave) for wave in backend.sent] == [2]
+
+
+def test_a_fault_of_planning_reaches_everybody_who_asked() -> None:
+    """Of whatever kind it is: they would wait for ever."""
+
+    async def broken(bodies: Any) -> AsyncIterator[tuple[int, Any]]:
+        yield 1, "the second"
+        raise TypeError("a value of a kind that nobody has thought of")
+
+    async def run() -> dict[int, Any]:
+        backend = BatchBackend.__new__(BatchBackend)
+        backend._tokenizer = SimpleNamespace(encode=lambda texts: [])
+        backend.planned = SimpleNamespace(answer=broken)
+        bodies = [{"text": "a", "sampling_params": {"max_new_tokens": 1}} for _ in range(3)]
+        async with asyncio.timeout(10):
+            return {index: answer async for index, answer in backend._answer(bodies)}
+
+    answers = asyncio.run(run())
+    assert answers[1] == "the second"
+    assert [type(answers[index]) for index in (0, 2)] == [TypeError, TypeError]

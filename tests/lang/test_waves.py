@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from batchllm.lang.driver import WaveDriver
 from batchllm.lang.waves import Ask, Parked, Waves
 
 PATIENT_S = 1000.0
@@ -91,3 +94,27 @@ def test_a_thread_that_is_woken_counts_as_running_at_once() -> None:
     has_gone_on.set()
     thread.join()
     assert len(_take(waves)) == 1
+
+
+def test_asks_of_a_wave_that_is_cancelled_hear_of_it() -> None:
+    """Whoever waits for an answer would wait for ever when the engine is ended under it."""
+
+    async def never(bodies: Any) -> AsyncIterator[tuple[int, Any]]:
+        yield 0, "the first"
+        await asyncio.sleep(3600)
+
+    async def run() -> list[Any]:
+        waves, got = Waves(10), []
+        driver = WaveDriver(waves, asyncio.get_running_loop(), never)
+        for number in range(2):
+            waves.add(Ask(number, got.append))
+        task = asyncio.create_task(driver._answer_wave(waves.take_wave()[0]))
+        while not got:
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return got
+
+    first, second = asyncio.run(run())
+    assert first == "the first"
+    assert isinstance(second, RuntimeError)

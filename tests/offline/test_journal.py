@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -203,6 +204,40 @@ def test_a_journal_of_another_format_is_refused(tmp_path: Path) -> None:
         Journal.open(tmp_path)
     with pytest.raises(ConfigError, match="another version"):
         read_status(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 1, 99])
+def test_another_programs_database_is_named_and_left_alone(tmp_path: Path, version: int) -> None:
+    """Its name is the journal's, and the user has given its folder; --restart deletes journals only."""
+    path = tmp_path / "journal.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE diary (day TEXT)")
+        database.execute("INSERT INTO diary VALUES ('monday')")
+        database.execute(f"PRAGMA user_version = {version}")
+        database.commit()
+    with pytest.raises(ConfigError, match="a database of something else"):
+        Journal.remove(tmp_path)
+    if version != 1:
+        for ask in (read_status, Journal.open):
+            with pytest.raises(ConfigError, match="a database of something else"):
+                ask(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT day FROM diary").fetchall() == [("monday",)]
+
+
+@pytest.mark.parametrize("name", [b"a\xff", b"it's", b"a\nb", "\u00e4 %?#".encode()])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: bytes) -> None:
+    """File systems take bytes that are no text."""
+    folder = tmp_path / os.fsdecode(name)
+    with create(folder) as journal:
+        journal.append(1, b'{"a": 1}')
+        journal.append(0, b'{"a": 0}')
+        journal.commit()
+        assert list(journal.results("input")) == [b'{"a": 0}', b'{"a": 1}']
+        assert read_status(folder).num_finished == 2
+    assert read_status(folder).num_finished == 2
+    Journal.remove(folder)
+    assert not list(folder.iterdir())
 
 
 def failed_line(message: str, *, openai: bool) -> bytes:

@@ -396,6 +396,23 @@ def test_a_stopped_job_finishes_what_runs_and_goes_on_where_it_ended(tmp_path: P
     assert world.submitted.total() - num_submitted == 200 - len(ran.order)
 
 
+def test_a_signal_that_ends_the_engine_too_starts_no_other(tmp_path: Path) -> None:
+    """As one that a service manager sends to all processes of the job."""
+
+    def on_receive(num: int) -> None:
+        if num >= 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise EngineDiedError("the scheduler is gone")
+
+    rows = [_row(i, [i // 10, i]) for i in range(200)]
+    world = World(on_receive=on_receive)
+    ran = _run(rows, tmp_path, world)
+    assert not ran.is_complete
+    assert world.num_started == 1
+    world.on_receive = lambda num: None
+    assert sorted(_run(rows, tmp_path, world).order) == sorted(f"r{i}" for i in range(200))
+
+
 def test_a_signal_that_comes_with_the_last_answer_stops_nothing(tmp_path: Path) -> None:
     signals = iter([True])
     world = World(on_receive=lambda num: os.kill(os.getpid(), signal.SIGTERM) if next(signals, 0) else None)

@@ -239,7 +239,7 @@ def test_a_body_that_is_no_object_is_named(api: Api, body: bytes, what: str) -> 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/batches", "/v1/files/file-1", "/v1/batches/batch_1"])
 def test_pages_of_other_origins_may_not_use_what_is_stored(api: Api, method: str, path: str) -> None:
     """SGLang's server lets any page ask; a page of this host, and a program, may."""
-    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://[", "http://[x]"):
         answer = httpx.request(method, f"{api.url}{path}", headers={"Origin": origin})
         assert answer.status_code in (403, 405), answer.text
     for headers in ({}, {"Origin": api.url}):

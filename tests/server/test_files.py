@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +362,52 @@ def test_an_upload_that_stands_still_is_cut_off(serve: Serve) -> None:
         connection.settimeout(20)
         assert b" 408 " in connection.recv(1000)
     until(lambda: not _leftovers(api), "something stays")
+
+
+def test_an_upload_that_only_drips_is_cut_off_too(serve: Serve) -> None:
+    """It would keep a place from others for ever, since it never stands still."""
+    api = serve(upload_idle_s=0.3)
+    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: 9000000\r\n\r\n"
+        connection.sendall(head.encode() + _part("file", b"x" * 100, "f").removesuffix(b"\r\n"))
+        connection.settimeout(0.05)
+        answer = b""
+        for _ in range(400):
+            connection.sendall(b"x")
+            with suppress(TimeoutError):
+                answer = connection.recv(1000)
+                break
+        assert b" 408 " in answer
+    until(lambda: not _leftovers(api), "something stays")
+
+
+def test_what_comes_behind_the_last_part_is_bounded_like_a_file(serve: Serve) -> None:
+    api = serve(max_file_bytes=10_000)
+
+    def pieces() -> Iterator[bytes]:
+        yield PURPOSE + FILE + LAST
+        for _ in range(200):
+            yield b"x" * 10_000
+
+    assert _post(api, pieces()).status_code == 413
+    assert not _leftovers(api)
+
+
+def test_files_that_come_at_once_do_not_exceed_the_storage_together(serve: Serve) -> None:
+    """Each alone would fit: what has come of the others counts."""
+    api = serve(storage_limit=1_000_000)
+    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: 900000\r\n\r\n"
+        connection.sendall(head.encode() + _part("file", b"x" * 700_000, "f").removesuffix(b"\r\n"))
+
+        def num_written() -> int:
+            return sum(path.stat().st_size for path in (api.storage / "incoming").iterdir())
+
+        until(lambda: num_written() > 400_000, "nothing is written")
+        answer = _post(api, PURPOSE + _part("file", b"y" * 700_000, "g") + LAST)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_full")
+    until(lambda: not _leftovers(api), "something stays")
+    assert _post(api, PURPOSE + _part("file", b"y" * 700_000, "g") + LAST).status_code == 200
 
 
 def test_more_uploads_than_may_be_open_are_asked_to_come_again(serve: Serve) -> None:

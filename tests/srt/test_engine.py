@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from batchllm import BatchEngine, Completion
-from batchllm.errors import ConfigError
+from batchllm.errors import ConfigError, EngineError
 from tests.srt.live import live_answer, run
 
 pytestmark = pytest.mark.engine
@@ -404,6 +404,7 @@ def test_a_job_that_stops_answers_what_runs_withdraws_the_rest_and_leaves_the_en
         ({"disable_radix_cache": True}, "prefix cache"),
         ({"radix_cache_backend": "lru"}, "--radix-cache-backend"),
         ({"model_path": "/no/such/model"}, "/no/such/model"),
+        ({"model_path": ""}, "the name of the model is empty"),
         ({"kv_limit": 1}, "--kv-limit 1"),
         ({"kv_limit": 9000, "max_total_tokens": 8192}, "--max-total-tokens 8192"),
         ({"enable_mixed_chunk": True, "chunked_prefill_size": -1}, "--enable-mixed-chunk"),
@@ -489,3 +490,49 @@ def test_ctrl_c_ends_the_batch_that_it_interrupts_and_the_engine_goes_on(engine:
     assert answer.error is None
     report = engine.last_report
     assert report is not None and report.num_retractions == 0
+
+
+class Name(str):
+    """A text of a class that the engine's process does not know."""
+
+
+def test_texts_of_a_users_own_class_are_texts(engine: BatchEngine) -> None:
+    greedy = {"temperature": 0, "max_new_tokens": 4}
+    chat = [{"role": Name("user"), "content": Name("hello")}]
+    plain = [{"role": "user", "content": "hello"}]
+    (own,), (text,) = (engine.batch_generate([kind("hello")], greedy) for kind in (Name, str))
+    assert own.output_ids == text.output_ids
+    (own,), (text,) = (engine.batch_generate(messages=[messages], sampling_params=greedy) for messages in (chat, plain))
+    assert own.output_ids == text.output_ids
+
+
+def test_what_the_engines_process_cannot_read_is_the_callers_fault_and_the_engine_lives(engine: BatchEngine) -> None:
+    with pytest.raises(TypeError, match="values of Python's own types"):
+        engine.runtime.call("tokenizer", "encode", [Name("hello")])
+    assert len(engine.batch_generate(["hello"], {"max_new_tokens": 2})) == 1
+
+
+def test_a_fork_of_the_program_is_told_that_the_engine_is_not_its_own(engine: BatchEngine) -> None:
+    """It has none of the threads, and would wait for ever; what it ends is not the engine."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        said = ""
+        try:
+            for prompts in ({"prompts": ["a"]}, {"input_ids": [[5, 6]]}):
+                try:
+                    engine.batch_generate(**prompts)
+                except EngineError as error:
+                    said += f"{error}\n"
+            engine.shutdown()
+            os.write(write, said.encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.waitpid(pid, 0)[1] == 0
+    with os.fdopen(read) as stream:
+        said = stream.read().splitlines()
+    assert len(said) == 2
+    assert all(f"the engine is process {os.getpid()}'s" in line for line in said)
+    (answer,) = engine.batch_generate(input_ids=[[3] * 100], sampling_params={"max_new_tokens": 2})
+    assert answer.error is None

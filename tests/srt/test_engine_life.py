@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from batchllm.host import own_folder
 from tests.shared_memory import left_behind, ownerless
 
 pytestmark = pytest.mark.engine
@@ -52,9 +53,10 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
     script.write_text(_SCRIPT)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    dead, alive = temporary / "batchllm-4194305-x", temporary / f"batchllm-{os.getpid()}-x"
-    dead.mkdir()  # above the largest pid there can be
-    alive.mkdir()
+    dead, alive = temporary / "batchllm-4194305-abcdefgh", temporary / f"batchllm-{os.getpid()}-abcdefgh"
+    for folder in (dead, alive):  # the first is above the largest pid there can be
+        folder.mkdir()
+        own_folder.mark(folder)
     shared_memory = ownerless()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(

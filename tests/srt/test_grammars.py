@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import xgrammar
-from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar, XGrammarGrammarBackend
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from batchllm.prefix_cache.pin_ledger import PinLedger
 from batchllm.scheduler.output_length import OutputLengths
-from batchllm.srt.constrained.grammars import explain_abort, hold_stops, quiet_row_faults
+from batchllm.srt.constrained import grammars
+from batchllm.srt.constrained.grammars import bound_caches, explain_abort, hold_stops, quiet_row_faults
+from batchllm.srt.managers.io_struct import PLANNED_ID
 from batchllm.srt.managers.planned_intake import RunReader
 from batchllm.srt.managers.schedule_batch import find_stop
 
@@ -63,7 +65,7 @@ def test_what_a_row_says_is_not_said_in_the_log_too(caplog: pytest.LogCaptureFix
         logging.getLogger(f"sglang.srt.{n}") for n in ("constrained.xgrammar_backend", "managers.schedule_batch")
     )
     backend.error("Hit invalid regex: key_string='['")
-    request.error("Failed to compile regex grammar: a, self.rid='batchllm:0:0'")
+    request.error(f"Failed to compile regex grammar: a, self.rid={PLANNED_ID + '0:0'!r}")
     assert caplog.messages == []
     request.error("Failed to compile regex grammar: a, self.rid='of a live one'")
     assert len(caplog.messages) == 1
@@ -139,3 +141,24 @@ def test_sampling_that_sglang_refuses_ends_its_own_requests() -> None:
     params, fault = reader()._sampling_params({**KWARGS, "stop": ["\ud83d"]})
     assert fault is not None and fault.err_type == "invalid_sampling"
     assert params.is_normalized
+
+
+def test_a_grammar_for_each_row_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang keeps each one that was ever compiled, and so does the library: what was not used for long is dropped."""
+    monkeypatch.setattr(grammars, "MAX_GRAMMARS", 8)
+    monkeypatch.setattr(grammars, "MAX_COMPILED_BYTES", 20_000)
+    backend = XGrammarGrammarBackend.__new__(XGrammarGrammarBackend)
+    backend.grammar_compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(_VOCAB, stop_token_ids=[_STOP]))
+    outer = SimpleNamespace(grammar_backend=backend, cache={})
+    bound_caches(outer)
+    sizes = []
+    for i in range(200):
+        compiled = backend.grammar_compiler.compile_regex(f"[ab]{{{i + 1}}}")
+        backend.set_cache(("regex", str(i)), compiled)
+        assert backend.cache.get(("regex", "0")) is not None  # used again and again
+        sizes.append(backend.grammar_compiler.get_cache_size_bytes())
+    assert len(backend.cache) == 8
+    assert {key for _, key in backend.cache} >= {"0", "199"}
+    assert max(sizes) <= 20_000
+    assert len({backend.cache.get(("regex", str(i))) for i in range(1, 150)}) == 1  # None: they are gone
+    bound_caches(None)

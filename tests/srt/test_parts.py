@@ -14,6 +14,7 @@ import torch
 
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, SeamError
+from batchllm.host import own_folder
 from batchllm.srt import compat, plugin
 from batchllm.srt.entrypoints import processes
 from batchllm.srt.layers import sampler
@@ -171,11 +172,13 @@ def test_files_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     dead, alive = 4194305, os.getpid()  # above the largest pid there can be
     for pid in (dead, alive):
-        (temporary / f"batchllm-{pid}-x").mkdir()
+        folder = temporary / f"batchllm-{pid}-abcdefgh"
+        folder.mkdir()
+        own_folder.mark(folder)
         (memory / f"sglang_loads_batchllm-{pid}-x_1.shm").touch()
     own = processes.EngineProcesses()
     with own.starting(SimpleNamespace(enable_memory_saver=False, numa_node=None)):
         assert own.are_up
     own.end(None)
-    assert [path.name for path in temporary.iterdir()] == [f"batchllm-{alive}-x"]
+    assert [path.name for path in temporary.iterdir()] == [f"batchllm-{alive}-abcdefgh"]
     assert [path.name for path in memory.iterdir()] == [f"sglang_loads_batchllm-{alive}-x_1.shm"]

@@ -138,6 +138,7 @@ def remove_journal(folder: Path) -> None:
         return
     lock = FolderLock(folder, "the job")
     try:
+        _check_not_foreign(database_path(folder))
         _unlink_database(database_path(folder).with_name(database_path(folder).name + ".new"))
         _unlink_database(database_path(folder))
         lock.delete()
@@ -145,6 +146,33 @@ def remove_journal(folder: Path) -> None:
         raise ConfigError(f"{error.filename}: {error.strerror}; the job's results cannot be deleted") from error
     finally:
         lock.release()
+
+
+def _check_not_foreign(path: Path) -> None:
+    """Refuse to delete another program's database, which may have this name too. One that is damaged may be ours.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if not path.is_file():
+        return
+    try:
+        uri = f"file:{quote(os.fsencode(path.absolute()))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S)) as found:
+            is_ours = _is_ours(found)
+    except sqlite3.Error:
+        return
+    if not is_ours:
+        raise _foreign(path)
+
+
+def _is_ours(database: sqlite3.Connection) -> bool:
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return not tables or {"result", "job"} <= tables
+
+
+def _foreign(path: Path) -> ConfigError:
+    return ConfigError(f"{path}: is a database of something else, and no job's; give another folder (--job-dir)")
 
 
 def _unlink_database(path: Path) -> None:
@@ -168,7 +196,7 @@ def open_reader(folder: Path) -> Iterator[tuple[sqlite3.Connection, int | None]]
     path = database_path(folder)
     with contextlib.ExitStack() as stack:
         pid = lock_holder(folder, stack)
-        uri = f"file:{quote(str(path.absolute()))}?mode=ro"
+        uri = f"file:{quote(os.fsencode(path.absolute()))}?mode=ro"
         # A journal that was closed is one file. Read like any other it would get a log and an index again, or could not
         # be read at all on a disk that is read-only; the lock keeps writers away meanwhile.
         if pid is None and _size(wal_path(folder)) == 0:
@@ -185,6 +213,8 @@ def open_reader(folder: Path) -> Iterator[tuple[sqlite3.Connection, int | None]]
 def _check_format(database: sqlite3.Connection, path: Path) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version != _FORMAT:
+        if not _is_ours(database):
+            raise _foreign(path)
         raise ConfigError(
             f"{path}: written by another version of batchllm (format {version}, this one has {_FORMAT}); "
             "finish the job with that version, or give --restart to delete its results and begin anew"

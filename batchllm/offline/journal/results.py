@@ -378,8 +378,8 @@ class Journal:
 
     def _sort_in_folder(self) -> None:
         """SQLite sorts in files as large as the lines, and there is room where those are."""
-        if os.access(self.folder, os.W_OK):
-            quoted = str(self.folder.absolute()).replace("'", "''")
+        quoted = str(self.folder.absolute()).replace("'", "''")  # SQLite takes no path that is no text
+        if os.access(self.folder, os.W_OK) and quoted.isprintable():
             with self._reading():
                 self._db.execute(f"PRAGMA temp_store_directory = '{quoted}'")
 

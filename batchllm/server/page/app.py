@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote
 
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from batchllm.server.api_errors import ApiError, invalid, storage_fault
+from batchllm.server.api_errors import ApiError, invalid, is_foreign, storage_fault
 from batchllm.server.batch_routes import BatchRoutes
 from batchllm.server.file_routes import FileRoutes
 from batchllm.server.objects import BatchCreate
@@ -238,7 +238,7 @@ def _cookie(request: Request) -> str:
 def _check_origin(request: Request, *, needs_one: bool) -> None:
     """Refuse what another page has a browser send. Browsers name the origin of every form that they post."""
     origin, host = request.headers.get("origin"), request.headers.get("host")
-    is_own = host is not None and origin is not None and urlsplit(origin).netloc == host
+    is_own = host is not None and origin is not None and not is_foreign(origin, host)
     is_cross = request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
     if (needs_one and (is_cross or not is_own)) or (origin is not None and not is_own):
         message = "this was not sent by the page of this server; open the page and use its forms"

@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import re
 import types
+from collections import OrderedDict
 from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from batchllm.srt.managers.io_struct import INVALID_GRAMMAR
+from batchllm.srt.managers.io_struct import INVALID_GRAMMAR, PLANNED_ID
 
+MAX_GRAMMARS = 512
+MAX_COMPILED_BYTES = 256 << 20
 _NOT_COMPILED = re.compile(r"Failed to compile (\w+) grammar: (.*)", re.DOTALL)
 _TIMED_OUT = "Grammar preprocessing timed out"
 _PLACE_IN_LIBRARY = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
@@ -52,7 +55,40 @@ def quiet_row_faults() -> None:
 
 def _is_no_row_fault(record: logging.LogRecord) -> bool:
     said = record.getMessage()
-    return not (said.startswith("Hit invalid ") or "self.rid='batchllm:" in said)
+    return not (said.startswith("Hit invalid ") or f"self.rid={PLANNED_ID!r}"[:-1] in said)
+
+
+class _LastUsed(OrderedDict[Any, Any]):
+    """Compiled grammars by what they are of, of the last `MAX_GRAMMARS` that were used."""
+
+    def __init__(self, compiler: Any) -> None:
+        super().__init__()
+        self._compiler = compiler
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key in self:
+            self.move_to_end(key)
+        return super().get(key, default)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > MAX_GRAMMARS:
+            self.popitem(last=False)
+        if self._compiler is not None and self._compiler.get_cache_size_bytes() > MAX_COMPILED_BYTES:
+            self._compiler.clear_cache()
+
+
+def bound_caches(backend: Any) -> None:
+    """Forget grammars that were not used for long: SGLang and the grammar library keep all, and rows may each have one.
+
+    Args:
+        backend: SGLang's grammar backend; None where there is none.
+    """
+    while backend is not None:
+        compiler = getattr(backend, "grammar_compiler", None)
+        backend.cache = _LastUsed(compiler if hasattr(compiler, "get_cache_size_bytes") else None)
+        backend = getattr(backend, "grammar_backend", None)  # inside one that lets reasoning go first
 
 
 def hold_stops(grammar: Any, stop_ids: list[int], num_tokens: int) -> None:

@@ -61,9 +61,10 @@ def _set_death_signal(number: int) -> None:
 def reset_signals() -> None:
     """Take back what the process that this one was forked from does on signals.
 
-    Ctrl-C in a terminal reaches every process of the job; the driver decides what still runs.
+    Ctrl-C in a terminal, and the terminal's end, reach every process of the job; the driver decides what still runs.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
 

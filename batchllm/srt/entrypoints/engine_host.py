@@ -6,7 +6,9 @@ It does what the process that uses the engine asks for (`batchllm.host.messages`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import pickle
 import pkgutil
 import threading
 import traceback
@@ -16,7 +18,7 @@ from typing import Any
 
 import setproctitle
 
-from batchllm.errors import BatchLLMError, EngineDiedError, EngineError
+from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
 from batchllm.host import logs, messages
 
 
@@ -66,11 +68,17 @@ def _start(make: Any, start: messages.Start) -> Any:
 
         given = parse_server_flags(start.flags)
         flagged = given.pop("model_path", None)
-        model_path = model_path or flagged
+        if None not in (model_path, flagged) and model_path != flagged:
+            raise ConfigError(f"-m {model_path} and --model-path {flagged} are two models; give one of them")
+        model_path = flagged if model_path is None else model_path
         server_args = given | server_args
     if start.is_verbose:
         server_args.setdefault("log_level", "info")
-    return make(model_path or start.default_model_path, scheduler_process=scheduler_process, **server_args)
+    return make(
+        start.default_model_path if model_path is None else model_path,
+        scheduler_process=scheduler_process,
+        **server_args,
+    )
 
 
 class EngineHost:
@@ -164,7 +172,8 @@ class EngineHost:
 
     async def _call(self, call: messages.Call) -> None:
         try:
-            result = getattr(self._targets[call.target], call.method)(*call.args, **call.kwargs)
+            args, kwargs = messages.unpacked(call.arguments)
+            result = getattr(self._targets[call.target], call.method)(*args, **kwargs)
             if asyncio.iscoroutine(result):
                 result = await result
             self._send(messages.Reply(call.number, result))
@@ -177,7 +186,8 @@ class EngineHost:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         try:
-            outputs = self._targets["manager"].generate_request(GenerateReqInput(**request.fields), None)
+            fields = messages.unpacked(request.fields)
+            outputs = self._targets["manager"].generate_request(GenerateReqInput(**fields), None)
             async for output in outputs:
                 self._send(messages.Piece(request.number, output))
             self._send(messages.Piece(request.number))
@@ -199,5 +209,7 @@ class EngineHost:
 def _portable(error: Exception) -> Exception:
     """An exception that the other side can read: one of Python's own or ours, else its words."""
     if isinstance(error, BatchLLMError) or type(error).__module__ == "builtins":
-        return error
+        with contextlib.suppress(Exception):  # what it holds cannot travel
+            pickle.loads(pickle.dumps(error))
+            return error
     return EngineError(f"{type(error).__name__}: {error}")

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext, SpawnContext
@@ -20,10 +19,10 @@ import psutil
 import sglang.srt.entrypoints.engine as upstream
 from sglang.srt.managers.io_struct import ShutdownReq
 
+from batchllm.host import own_folder
 from batchllm.srt.platforms.fork_safety import launch_state, process_state
 
-_SOCKET_DIR_PREFIX = "batchllm-"
-_LOADS_PREFIX = "sglang_loads_"
+_LOADS_PREFIX = "sglang_loads_batchllm-"
 _SHARED_MEMORY = Path("/dev/shm")
 _GRACE_S = 5
 _SHORT_FOLDER = "/tmp"
@@ -57,7 +56,7 @@ class EngineProcesses:
         """
         if self._socket_dir is None:
             _remove_files_of_the_dead()
-            self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-", dir=_socket_parent())
+            self._socket_dir = str(own_folder.make(_socket_parent()))
         self._kill_children()
         before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
         before_us = {child.pid for child in psutil.Process().children()}
@@ -98,7 +97,7 @@ class EngineProcesses:
         if manager is not None:
             for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer):
                 socket.close(linger=0)
-        for path in _SHARED_MEMORY.glob(f"{_LOADS_PREFIX}{self.instance_id}*"):
+        for path in _SHARED_MEMORY.glob(f"sglang_loads_{self.instance_id}*"):
             path.unlink(missing_ok=True)
         shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._socket_dir = None
@@ -144,21 +143,13 @@ def _socket_parent() -> str:
 
 def _remove_files_of_the_dead() -> None:
     """What is left of engines whose process was killed before it could remove its own."""
-    folders = {tempfile.gettempdir(), _socket_parent()}
-    for path in (
-        *(path for folder in folders for path in Path(folder).glob(f"{_SOCKET_DIR_PREFIX}*-*")),
-        *_SHARED_MEMORY.glob(f"{_LOADS_PREFIX}{_SOCKET_DIR_PREFIX}*-*"),
-    ):
-        pid = path.name.removeprefix(_LOADS_PREFIX).removeprefix(_SOCKET_DIR_PREFIX).partition("-")[0]
+    own_folder.remove_dead([tempfile.gettempdir(), _socket_parent()])
+    for path in _SHARED_MEMORY.glob(f"{_LOADS_PREFIX}*-*"):
+        pid = path.name.removeprefix(_LOADS_PREFIX).partition("-")[0]
         if not pid.isdecimal() or psutil.pid_exists(int(pid)):
             continue
         with contextlib.suppress(OSError):  # another engine that starts does the same, or it is not ours to remove
-            status = path.lstat()
-            if status.st_uid != os.getuid():
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                shutil.rmtree(path)
-            else:
+            if path.lstat().st_uid == os.getuid():
                 path.unlink()
 
 

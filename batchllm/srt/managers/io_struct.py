@@ -14,6 +14,8 @@ from sglang.srt.managers.io_struct import BaseReq
 from batchllm.request import Completion, PromptScore, SamplingParams, TokenLogprob
 from batchllm.scheduler.counters import JobCounters
 
+PLANNED_ID = "\0batchllm:"
+"""Begins the ids of planned requests, and no other's."""
 INVALID_GRAMMAR = "invalid_grammar"
 """A grammar does not compile, or cannot be followed with this model's tokens."""
 INVALID_SAMPLING = "invalid_sampling"

@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR, Req
 
 from batchllm.request import NO_TARGET
 from batchllm.scheduler.output_length import OutputEstimate
+from batchllm.srt.managers.io_struct import PLANNED_ID
 from batchllm.srt.managers.scoring import Scoring
 
 
@@ -62,7 +63,8 @@ class PlannedReq(Req):
         wanted = list(label_ids) or (None if scoring is None or scoring.target == NO_TARGET else [scoring.target])
         num_alternatives = num_logprobs if scoring is None else max(num_logprobs, scoring.num_alternatives)
         super().__init__(
-            rid=f"batchllm:{job_id}:{position}",  # SGLang aborts by the beginning of an id
+            # SGLang aborts by the beginning of an id: one such as "b" must not be that of a planned request.
+            rid=f"{PLANNED_ID}{job_id}:{position}",
             origin_input_text="",
             origin_input_ids=input_ids,
             sampling_params=sampling_params,

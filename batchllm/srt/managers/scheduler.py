@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from sglang.srt.managers.io_struct import (
+    AbortReq,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,
     UpdateWeightsFromIPCReqInput,
@@ -26,10 +27,10 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.scheduler.decision import SettledDecision
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
-from batchllm.srt.constrained.grammars import quiet_row_faults
+from batchllm.srt.constrained.grammars import bound_caches, quiet_row_faults
 from batchllm.srt.layers.cpu_ops import forget_packed_weights
 from batchllm.srt.layers.step_layout import SharesPrefixes
-from batchllm.srt.managers import live_sampling
+from batchllm.srt.managers import control_faults, live_sampling
 from batchllm.srt.managers.coserving import Coserving
 from batchllm.srt.managers.io_struct import (
     PlannedAbortReqInput,
@@ -128,6 +129,7 @@ class BatchScheduler(Scheduler):
             UpdateWeightsFromIPCReqInput,
         ):
             handlers[kind] = partial(self._update_weights, handlers[kind])
+        control_faults.guard(handlers)
         self._request_dispatcher += TypeBasedDispatcher(
             [
                 (PlannedRunReqInput, lambda message: self.intake.take_run(message)),
@@ -136,6 +138,14 @@ class BatchScheduler(Scheduler):
                 (PlannedShareReqInput, lambda message: self.prefill.give_planned(message.share)),
             ]
         )
+
+    def init_grammar_manager(self) -> None:
+        super().init_grammar_manager()
+        bound_caches(self.grammar_manager.grammar_backend)
+
+    def init_profiler(self) -> None:
+        super().init_profiler()
+        control_faults.guard_profiler(self.profiler_manager)
 
     def _update_weights(self, update: Callable[[Any], Any], message: Any) -> Any:
         result = update(message)
@@ -188,11 +198,18 @@ class BatchScheduler(Scheduler):
             self.live_queue.add(req)
 
     def abort_request(self, recv_req: Any) -> None:
-        super().abort_request(recv_req)
+        """End live requests, all or those whose ids begin so; a batch is ended by its own id, at its own route."""
+        if recv_req.abort_all:
+            batches = [batch for batch in (self.running_batch, self.last_batch) if batch is not None]
+            held = [*self.grammar_manager.grammar_queue, *(req for batch in batches for req in batch.reqs)]
+            held += [] if self.chunked_req is None else [self.chunked_req]
+            live = {req.rid for req in (*self.waiting_queue, *held) if not isinstance(req, PlannedReq)}
+            for rid in live:
+                super().abort_request(AbortReq(rid=rid))
+        else:
+            super().abort_request(recv_req)
         if self.live_queue is not None:
             self.live_queue.drop_gone(self.waiting_queue)
-        if recv_req.abort_all:
-            self.intake.abort(self.intake.jobs.unfinished())
 
     def process_pending_chunked_abort(self) -> None:
         req = self._pending_chunked_abort_req

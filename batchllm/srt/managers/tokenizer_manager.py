@@ -29,7 +29,9 @@ from batchllm.errors import EngineDiedError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.srt.entrypoints.serving_chat import ServingChat
 from batchllm.srt.managers.chat_tokenizer import ChatTokenizer
+from batchllm.srt.managers.control_faults import HearingCommunicator
 from batchllm.srt.managers.io_struct import (
+    PLANNED_ID,
     PlannedAbortReqInput,
     PlannedBatchOutput,
     PlannedCloseReqInput,
@@ -78,6 +80,10 @@ class BatchTokenizerManager(TokenizerManager):
         super().init_request_dispatcher()
         self._result_dispatcher += TypeBasedDispatcher([(PlannedBatchOutput, self._handle_planned_output)])
         self.signal_handler_class = _FailJobs
+
+    def init_communicators(self, server_args: Any) -> None:
+        super().init_communicators(server_args)
+        self._communicators = HearingCommunicator.take_places(self)
 
     def open_job(self, job_id: int) -> None:
         """Outputs of this job may arrive from now on.
@@ -129,10 +135,12 @@ class BatchTokenizerManager(TokenizerManager):
         """SGLang's answers to a live request.
 
         Raises:
-            ValueError: It asks for no answer, for more than `_MAX_ANSWERS`, or for fewer than no alternatives.
+            ValueError: It asks for no answer, for more than `_MAX_ANSWERS`, or for fewer than no alternatives; or its
+                id could be that of a planned request.
         """
         if isinstance(obj, GenerateReqInput):
             _check_numbers(obj)
+            _check_ids(obj)
         return super().generate_request(obj, request)
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
@@ -236,6 +244,8 @@ class BatchTokenizerManager(TokenizerManager):
     def revive(self) -> None:
         """Processes of the engine have been started again."""
         self._death = None
+        for communicator in self._communicators:
+            communicator.forget()
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
         observe(self.live_latency, recv_obj, self.rid_to_state)
@@ -274,6 +284,12 @@ def _check_numbers(obj: Any) -> None:
     for num in nums:
         if isinstance(num, int) and num < 0:
             raise ValueError(f"the number of log probabilities must be 0 or more, not {num}")
+
+
+def _check_ids(obj: Any) -> None:
+    for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
+        if isinstance(rid, str) and rid.startswith(PLANNED_ID[0]):
+            raise ValueError(f"rid must not begin with NUL: {show(rid)}")
 
 
 class ManagedRuntime:
