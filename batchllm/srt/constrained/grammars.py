@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from xgrammar import GrammarCompiler
 
 from batchllm.srt.managers.io_struct import INVALID_GRAMMAR, PLANNED_ID
 
@@ -61,10 +62,6 @@ def _is_no_row_fault(record: logging.LogRecord) -> bool:
 class _LastUsed(OrderedDict[Any, Any]):
     """Compiled grammars by what they are of, of the last `MAX_GRAMMARS` that were used."""
 
-    def __init__(self, compiler: Any) -> None:
-        super().__init__()
-        self._compiler = compiler
-
     def get(self, key: Any, default: Any = None) -> Any:
         if key in self:
             self.move_to_end(key)
@@ -75,8 +72,6 @@ class _LastUsed(OrderedDict[Any, Any]):
         self.move_to_end(key)
         if len(self) > MAX_GRAMMARS:
             self.popitem(last=False)
-        if self._compiler is not None and self._compiler.get_cache_size_bytes() > MAX_COMPILED_BYTES:
-            self._compiler.clear_cache()
 
 
 def bound_caches(backend: Any) -> None:
@@ -86,8 +81,11 @@ def bound_caches(backend: Any) -> None:
         backend: SGLang's grammar backend; None where there is none.
     """
     while backend is not None:
+        backend.cache = _LastUsed()
         compiler = getattr(backend, "grammar_compiler", None)
-        backend.cache = _LastUsed(compiler if hasattr(compiler, "get_cache_size_bytes") else None)
+        if isinstance(compiler, GrammarCompiler):
+            info = compiler.tokenizer_info
+            backend.grammar_compiler = GrammarCompiler(info, cache_limit_bytes=MAX_COMPILED_BYTES)
         backend = getattr(backend, "grammar_backend", None)  # inside one that lets reasoning go first
 
 
