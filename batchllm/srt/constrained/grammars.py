@@ -9,9 +9,11 @@ import logging
 import re
 import types
 from collections import OrderedDict
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+from sglang.srt.constrained import xgrammar_backend
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from xgrammar import GrammarCompiler
 
@@ -74,18 +76,23 @@ class _LastUsed(OrderedDict[Any, Any]):
             self.popitem(last=False)
 
 
+def bound_compilers() -> None:
+    """Let the grammar library forget grammars that were not used for long: it keeps all, and rows may each have one.
+
+    For compilers that SGLang makes from now on.
+    """
+    limit = partial(GrammarCompiler, cache_limit_bytes=MAX_COMPILED_BYTES)
+    xgrammar_backend.GrammarCompiler = limit  # type: ignore[misc, assignment]
+
+
 def bound_caches(backend: Any) -> None:
-    """Forget grammars that were not used for long: SGLang and the grammar library keep all, and rows may each have one.
+    """Let SGLang, which keeps all grammars as well, forget those that were not used for long.
 
     Args:
         backend: SGLang's grammar backend; None where there is none.
     """
     while backend is not None:
         backend.cache = _LastUsed()
-        compiler = getattr(backend, "grammar_compiler", None)
-        if isinstance(compiler, GrammarCompiler):
-            info = compiler.tokenizer_info
-            backend.grammar_compiler = GrammarCompiler(info, cache_limit_bytes=MAX_COMPILED_BYTES)
         backend = getattr(backend, "grammar_backend", None)  # inside one that lets reasoning go first
 
 
