@@ -1,12 +1,11 @@
 """The last steps of a process that never ends.
 
-INVARIANT: memory is that of `MAX_STEPS` steps and one message; steps are in the order in which they were added.
+INVARIANT: memory is that of `MAX_STEPS` steps; steps are in the order in which they were added.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 
 import numpy as np
 
@@ -20,22 +19,21 @@ class StepHistory:
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
-        self._parts: deque[StepArray] = deque()
-        self._num_steps = 0
+        # A copy: each array that comes from another process has a type of its own, larger than a step.
+        self._steps: StepArray = np.zeros(MAX_STEPS, STEP_DTYPE)
+        self._num_added = 0
 
     def add(self, steps: StepArray) -> None:
         """Add steps, `STEP_DTYPE` ``[num_steps]``, that ran after those that are here."""
-        if not len(steps):
-            return
+        kept = steps[-MAX_STEPS:]
         with self._turn:
-            self._parts.append(steps)
-            self._num_steps += len(steps)
-            while self._num_steps - len(self._parts[0]) >= MAX_STEPS:
-                self._num_steps -= len(self._parts.popleft())
+            self._num_added += len(steps)
+            places = np.arange(self._num_added - len(kept), self._num_added) % MAX_STEPS
+            self._steps[places] = kept
 
     def recent(self) -> StepArray:
         """The last steps, a copy, `STEP_DTYPE` ``[at most MAX_STEPS]``."""
         with self._turn:
-            parts = list(self._parts)
-        recent: StepArray = np.concatenate([np.zeros(0, STEP_DTYPE), *parts])[-MAX_STEPS:]
+            first = max(0, self._num_added - MAX_STEPS)
+            recent: StepArray = self._steps[np.arange(first, self._num_added) % MAX_STEPS]
         return recent
