@@ -167,9 +167,3 @@ def test_plain_rows_ask_for_labels_too() -> None:
     assert [other.code for other in others if isinstance(other, BadRow)] == ["conflicting_parameters"] * 2
     line = render_success(row.head, [completion(0, 0.5, 0.25)], model="m", created=1, decode=str, decode_prompt=str)
     assert line["label_logprobs"] == [pytest.approx(math.log(0.5)), pytest.approx(math.log(0.25))]
-
-
-def test_embeddings_are_refused_with_what_to_use() -> None:
-    row = read("embeddings", {"input": "x"})
-    assert isinstance(row, BadRow) and row.code == "invalid_url"
-    assert "--is-embedding" in row.message
