@@ -107,6 +107,8 @@ RANKING = {"query": "q", "documents": ["a", "b"]}
         ("rerank", RANKING | {"documents": [[{"type": "text", "text": "a"}]]}, "unsupported_content", "documents[0]"),
         ("rerank", RANKING | {"top_n": 0}, "parameter_out_of_range", "top_n"),
         ("rerank", RANKING | {"items": ["a"]}, "unknown_parameter", "items"),
+        ("rerank", RANKING | {"max_tokens": 5}, "unsupported_parameter", "max_tokens"),
+        ("score", SCORE | {"max_completion_tokens": 5}, "unsupported_parameter", "max_completion_tokens"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(kind: str, body: Any, code: str, param: str) -> None:
