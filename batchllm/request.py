@@ -57,6 +57,10 @@ class SamplingParams:
     """Return the log probability of tokens of the prompt (`Request.score_from`), with this many alternatives."""
     label_token_ids: tuple[int, ...] = ()
     """Return how likely each of these tokens is right behind the prompt; then nothing is generated."""
+    embed: bool = False
+    """Return a vector of the prompt; then nothing is generated. For engines that embed."""
+    dimensions: int | None = None
+    """Numbers of the vector, where the model's vectors can be shortened; None for all."""
     json_schema: str | None = None
     """JSON schema, as JSON text, that the output must satisfy."""
     regex: str | None = None
@@ -223,6 +227,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         note: What was asked for and could not be kept, in words: a grammar that ended before ``min_new_tokens``.
         prompt_score: Scores of the prompt, where they were asked for.
         label_logprobs: Log probability of each of ``SamplingParams.label_token_ids``; None where there are none.
+        embedding: The vector of the prompt, where one was asked for.
     """
 
     index: int
@@ -240,6 +245,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     note: str | None = None
     prompt_score: PromptScore | None = None
     label_logprobs: Sequence[float] | None = None
+    embedding: Sequence[float] | None = None
 
     @property
     def completion_tokens(self) -> int:

@@ -1,13 +1,20 @@
-"""Few-shot multiple choice: how likely each choice is behind its question, ours and stock SGLang in turn.
+"""Few-shot multiple choice: how likely each choice is behind its question, by ours, stock SGLang and vLLM in turn.
 
     python eval/bench_scoring.py --out eval/results/scoring.md
 
-12 blocks of examples of 1,500 tokens, 40 questions behind each with 4 choices each, the 28M model in float32. Stock is
-asked as lm-evaluation-harness's backend for SGLang asks: prompts sorted by length, every log probability from token 0
-on, one token generated; once in one call, which is the best for it. Ours is asked from the first token of the choice
-on. Each round runs both, one behind the other, and which comes first takes turns. The bounds: computed tokens equal the
-optimum, at least five times the rate, the same log probability of each token within 1e-4; exit status 1 where the first
-or the last is missed.
+12 blocks of examples of 1,500 tokens, 40 questions behind each with 4 choices each, the 28M model in float32. Ours is
+asked for all of them from the first token of the choice on. Stock and vLLM (``eval/setup_vllm`` makes its environment)
+are asked as lm-evaluation-harness's backends for them ask: every log probability from token 0 on, one token generated,
+all in one call, which is the best for them. So they reuse nothing, each request costs them the same, and the rates of a
+sample are theirs: in each round ``--sample`` other questions behind each block. Each round runs all three, one behind
+the other, and which comes first takes turns.
+
+The numbers of all three are compared with Hugging Face's model in float64 (``measure_scores.py``), for the first sample
+behind ``--reference`` of the blocks. How close float32 comes to it depends on the model: this one has random weights,
+and log probabilities down to -17. So ours is held to 1e-4 or to twice the distance of the other that is further away,
+whichever is more.
+
+Exit status 1 where ours computes more tokens than the optimum, or is further away.
 """
 
 from __future__ import annotations
@@ -15,19 +22,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
-import time
+from pathlib import Path
 from typing import Any
 
 import compare
+from measure_scores import NUM_CONTINUATIONS
 
-Request = tuple[list[int], list[int]]
-"""Token ids of a context, and of its continuation."""
-_SIDES = ("ours", "stock")
+_SIDES = ("ours", "stock", "vllm")
 _TOLERANCE = 1e-4
+_MEASURE = Path(__file__).with_name("measure_scores.py")
+_VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm/bin/python"
+Result = dict[str, Any]
 
 
 def main() -> None:
@@ -37,164 +45,119 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--questions", type=int, default=40, help="behind each block")
     parser.add_argument("--block-len", type=int, default=1500)
+    parser.add_argument(
+        "--sample", type=int, default=1, help="questions behind each block of a round of stock and vLLM"
+    )
+    parser.add_argument("--reference", type=int, default=3, help="blocks whose first sample is checked")
     parser.add_argument("--pool", type=int, default=16384)
     parser.add_argument("--model", help="a folder (default: the 28M model)")
-    parser.add_argument("--side", choices=_SIDES, help="measure this one in this process")
+    parser.add_argument("--sides", default=",".join(_SIDES), help="which to measure, ours among them")
+    parser.add_argument("--vllm-python", default=str(_VLLM_PYTHON), help="interpreter that has vLLM")
     args = parser.parse_args()
-    if args.side is not None:
-        print("RESULT " + json.dumps(_measure(args)), flush=True)
-        return
-    results = []
+    sides = args.sides.split(",")
+    if "ours" not in sides or not set(sides) <= set(_SIDES):
+        parser.error(f"--sides {args.sides}: must be some of {', '.join(_SIDES)}, ours among them")
+    if "vllm" in sides and not Path(args.vllm_python).exists():
+        parser.error(f"{args.vllm_python} is not there: run eval/setup_vllm, or leave vllm out of --sides")
+    if args.rounds * args.sample > args.questions or not 1 <= args.reference <= args.blocks:
+        parser.error("--sample times --rounds must be --questions at most, and --reference --blocks at most")
+    if args.model is None:
+        from batchllm.default_model import SHAPE_28M, cached_model_path
+
+        args.model = cached_model_path(SHAPE_28M)
+    everything = _numbers(args, args.blocks, range(args.questions))
+    results: list[Result] = []
     for number in range(args.rounds):
-        for side in _SIDES if number % 2 == 0 else _SIDES[::-1]:
-            results.append(_in_a_process(side) | {"round": number})
-            print({name: value for name, value in results[-1].items() if name != "scores"}, flush=True)
-    text, is_good = _text(results)
-    compare.write(args.out, "Scoring", text, [r | {"scores": len(r["scores"])} for r in results])
+        sample = _numbers(args, args.blocks, range(number * args.sample, (number + 1) * args.sample))
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            chosen = everything if side == "ours" else sample
+            results.append(_in_a_process(side, args, chosen) | {"round": number})
+            print(_without_scores(results[-1]), flush=True)
+    reference = _in_a_process("reference", args, _numbers(args, args.reference, range(args.sample)))
+    text, is_good = _text(results, reference, sides)
+    compare.write(args.out, "Scoring", text, [_without_scores(result) for result in results])
     sys.exit(0 if is_good else 1)
 
 
-def _in_a_process(side: str) -> dict[str, Any]:
+def _numbers(args: argparse.Namespace, num_blocks: int, questions: range) -> list[int]:
+    """Numbers of the requests of these questions behind each of the first blocks."""
+    of_questions = [block * args.questions + question for block in range(num_blocks) for question in questions]
+    return [number * NUM_CONTINUATIONS + i for number in of_questions for i in range(NUM_CONTINUATIONS)]
+
+
+def _in_a_process(side: str, args: argparse.Namespace, chosen: list[int]) -> Result:
+    shape = map(str, (args.blocks, args.questions, args.block_len))
+    flags = ["--model", args.model, "--pool", str(args.pool), "--shape", *shape]
+    python = args.vllm_python if side == "vllm" else sys.executable
     with tempfile.TemporaryDirectory() as folder:  # SGLang leaves sockets and folders of its own there
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--side", side],
+            [python, "-W", "ignore", str(_MEASURE), side, *flags],
+            input=json.dumps(chosen),
             capture_output=True,
             text=True,
             env=os.environ | {"TMPDIR": folder},
         )
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
-            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            result: Result = json.loads(line.removeprefix("RESULT "))
             return result
     raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
 
 
-def _requests(num_blocks: int, num_questions: int, block_len: int) -> list[Request]:
-    """Four continuations of each context, in the order of a task: question by question, block by block."""
-    rng = random.Random(1)
-
-    def tokens(length: int) -> list[int]:
-        return [rng.randint(10, 1500) for _ in range(length)]
-
-    requests = []
-    for _ in range(num_blocks):
-        block = tokens(block_len)
-        for _ in range(num_questions):
-            context = block + tokens(rng.randint(20, 60))
-            requests += [(context, tokens(rng.randint(1, 12))) for _ in range(4)]
-    return requests
+def _without_scores(result: Result) -> Result:
+    return {name: value for name, value in result.items() if name != "scores"}
 
 
-def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from batchllm.default_model import SHAPE_28M, cached_model_path
-
-    requests = _requests(args.blocks, args.questions, args.block_len)
-    warm_up = _requests(1, 2, 64)
-    server_args = {
-        "max_total_tokens": args.pool,
-        "chunked_prefill_size": 2048,
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "random_seed": 0,
-        "log_level": "error",
-    }
-    model = args.model or cached_model_path(SHAPE_28M)
-    return {"ours": _ours, "stock": _stock}[args.side](model, server_args, warm_up, requests)
-
-
-def _ours(model: str, server_args: dict[str, Any], warm_up: list[Request], requests: list[Request]) -> dict[str, Any]:
-    from batchllm import BatchEngine
-
-    with BatchEngine(model, **server_args) as engine:
-
-        def run(some: list[Request]) -> list[list[float]]:
-            completions = engine.batch_generate(
-                input_ids=[context + following for context, following in some],
-                score_from=[len(context) for context, _ in some],
-                sampling_params={"prompt_logprobs": 1, "max_new_tokens": 0},
-            )
-            return [list(completion.prompt_score.logprobs) for completion in completions]  # None would end the run
-
-        run(warm_up)
-        began = time.perf_counter()
-        scores = run(requests)
-        seconds = time.perf_counter() - began
-        report = engine.last_report
-        assert report is not None
-        return {
-            "side": "ours",
-            "seconds": seconds,
-            "num_computed": report.num_computed_prompt_tokens,
-            "num_optimal": report.num_optimal_prompt_tokens,
-            "scores": scores,
-        }
-
-
-def _stock(model: str, server_args: dict[str, Any], warm_up: list[Request], requests: list[Request]) -> dict[str, Any]:
-    import stock
-
-    engine, stop = stock.start(model_path=model, device="cpu", **server_args)
-
-    def run(some: list[Request]) -> tuple[list[list[float]], int]:
-        prompts = [context + following for context, following in some]
-        order = sorted(range(len(some)), key=lambda i: (-len(prompts[i]), prompts[i]))
-        outputs = engine.generate(
-            input_ids=[prompts[i] for i in order],
-            sampling_params={"temperature": 0, "max_new_tokens": 1},
-            return_logprob=True,
-            top_logprobs_num=2,
-            logprob_start_len=0,
-        )
-        scores: list[list[float]] = [[] for _ in some]
-        num_computed = 0
-        for i, output in zip(order, outputs, strict=True):
-            meta = output["meta_info"]
-            scores[i] = [entry[0] for entry in meta["input_token_logprobs"][len(some[i][0]) :]]
-            num_computed += meta["prompt_tokens"] - meta["cached_tokens"]
-        return scores, num_computed
-
-    try:
-        run(warm_up)
-        began = time.perf_counter()
-        scores, num_computed = run(requests)
-        seconds = time.perf_counter() - began
-    finally:
-        stop()
-    return {"side": "stock", "seconds": seconds, "num_computed": num_computed, "scores": scores}
-
-
-def _text(results: list[dict[str, Any]]) -> tuple[str, bool]:
-    """What is to be said, and whether ours is at the optimum with stock's numbers."""
-    of = {side: [r for r in results if r["side"] == side] for side in _SIDES}
-    seconds = {side: compare.median(of[side], "seconds") for side in _SIDES}
-    rows = [
-        [
-            side,
-            f"{seconds[side]:.1f}",
-            f"{len(of[side][0]['scores']) / seconds[side]:,.1f}",
-            " or ".join(f"{num:,}" for num in sorted({r["num_computed"] for r in of[side]})),
-        ]
-        for side in _SIDES
-    ]
-    pairs = [
-        (a, b)
-        for own, other in zip(of["ours"], of["stock"], strict=True)
-        for a, b in zip(own["scores"], other["scores"], strict=True)
-    ]
-    of_tokens = [abs(a - b) for own, other in pairs for a, b in zip(own, other, strict=True)]
-    of_requests = [abs(sum(own) - sum(other)) for own, other in pairs]
+def _text(results: list[Result], reference: Result, sides: list[str]) -> tuple[str, bool]:
+    """What is to be said, and whether ours is at the optimum with the reference's numbers."""
+    of = {side: sorted((r for r in results if r["side"] == side), key=lambda r: r["round"]) for side in sides}
+    is_close, accuracy = _accuracy(of, reference)
+    rows = []
+    for side in sides:
+        seconds = compare.median(of[side], "seconds")
+        num = of[side][0]["num_requests"]
+        computed = " or ".join(f"{num:,}" for num in sorted({r["num_computed"] for r in of[side]}))
+        rows.append([side, f"{num:,}", f"{seconds:.1f}", f"{num / seconds:,.1f}", computed])
     is_optimal = all(r["num_computed"] == r["num_optimal"] for r in of["ours"])
-    ratios = sorted(b["seconds"] / a["seconds"] for a, b in zip(of["ours"], of["stock"], strict=True))
-    place = "at" if is_optimal else "NOT at"
-    middle = ratios[len(ratios) // 2]
-    num_close = sum(difference <= _TOLERANCE for difference in of_requests)
-    text = compare.table(["engine", "seconds", "requests/s", "prompt tokens computed"], rows) + (
-        f"\n\nMedians of {len(ratios)} rounds. Ours is {middle:.1f} times as fast ({ratios[0]:.1f} to "
-        f"{ratios[-1]:.1f} round by round) and {place} the optimum of {of['ours'][0]['num_optimal']:,} tokens. Log "
-        f"probabilities of {len(of_tokens):,} tokens differ by {max(of_tokens):.1e} at most; of their sums over a "
-        f"request {num_close:,} of {len(pairs):,} by {_TOLERANCE:g} or less, all by {max(of_requests):.1e} or less."
+    faster = "; ".join(f"{_ratio(of['ours'], of[side])} of {side}" for side in sides if side != "ours")
+    header = ["engine", "requests a round", "seconds", "requests/s", "prompt tokens computed a round"]
+    text = compare.table(header, rows) + (
+        f"\n\nMedians of {len(of['ours'])} rounds. Ours is {'at' if is_optimal else 'NOT at'} the optimum of "
+        f"{of['ours'][0]['num_optimal']:,} tokens, and has {faster or 'nothing beside it'}. Stock and vLLM are asked "
+        "for a sample: from token 0 on they compute every request anew, whatever the others are.\n\n"
+        f"{accuracy}"
     )
-    return text, is_optimal and max(of_tokens) <= _TOLERANCE
+    return text, is_optimal and is_close
+
+
+def _ratio(ours: list[Result], others: list[Result]) -> str:
+    """How many times the requests a second, in the middle round and from the lowest to the highest."""
+    rates = [[r["num_requests"] / r["seconds"] for r in some] for some in (ours, others)]
+    ratios = sorted(own / other for own, other in zip(*rates, strict=True))
+    return f"{ratios[len(ratios) // 2]:.1f} times ({ratios[0]:.1f} to {ratios[-1]:.1f}) the rate"
+
+
+def _accuracy(of: dict[str, list[Result]], reference: Result) -> tuple[bool, str]:
+    """Whether ours is as close to the reference as it is held to be, and a table of all."""
+    exact: dict[str, list[float]] = reference["scores"]
+    rows: list[list[str]] = []
+    furthest: dict[str, float] = {}
+    for side, results in of.items():
+        scores = {number: values for result in results for number, values in result["scores"].items()}
+        pairs = [(scores[number], values) for number, values in exact.items()]
+        of_tokens = [abs(a - b) for own, other in pairs for a, b in zip(own, other, strict=True)]
+        of_requests = [abs(sum(own) - sum(other)) for own, other in pairs]
+        mean = sum(of_tokens) / len(of_tokens)
+        close = sum(distance <= _TOLERANCE for distance in of_tokens) / len(of_tokens)
+        rows.append([side, f"{max(of_tokens):.1e}", f"{mean:.1e}", f"{close:.1%}", f"{max(of_requests):.1e}"])
+        furthest[side] = max(of_tokens)
+    header = ["engine", "token, at most", "token, on average", f"tokens within {_TOLERANCE:g}", "request, at most"]
+    num_tokens = sum(map(len, exact.values()))
+    bound = max([_TOLERANCE, *(2 * distance for side, distance in furthest.items() if side != "ours")])
+    return furthest["ours"] <= bound, (
+        f"Distance of log probabilities from the model in float64, {len(exact):,} requests, {num_tokens:,} tokens:\n\n"
+        + compare.table(header, rows)
+    )
 
 
 if __name__ == "__main__":

@@ -45,18 +45,14 @@ def ensure_environment() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
-def start(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
-    """Starts the engine with the pool, chunk and data type that SGLang would have.
+def load(model: str, server_args: dict[str, Any]) -> Any:
+    """vLLM's ``LLM``, with the pool, chunk and data type that SGLang would have.
 
     Args:
         model: Folder.
-        policy: ``given``, or ``sorted``: prompts in lexicographic order. The scheduler is first come, first served.
         server_args: SGLang's; what else is there goes to vLLM as it is.
-
-    Returns:
-        What runs a workload, and what stops the engine.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     options = {name: value for name, value in server_args.items() if name not in ("log_level", "random_seed")}
     options["num_gpu_blocks_override"] = options.pop("max_total_tokens") // _BLOCK_SIZE + 1  # one stays empty
@@ -70,7 +66,23 @@ def start(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callabl
         "disable_log_stats": False,  # counts preemptions
         "seed": 0,
     }
-    llm = LLM(model, **(defaults | options))
+    return LLM(model, **(defaults | options))
+
+
+def start(model: str, policy: str, server_args: dict[str, Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
+    """Starts the engine.
+
+    Args:
+        model: Folder.
+        policy: ``given``, or ``sorted``: prompts in lexicographic order. The scheduler is first come, first served.
+        server_args: As in `load`.
+
+    Returns:
+        What runs a workload, and what stops the engine.
+    """
+    from vllm import SamplingParams
+
+    llm = load(model, server_args)
 
     def run(workload: Workload) -> tuple[list[Any], dict[str, Any]]:
         prompts = workload.prompts

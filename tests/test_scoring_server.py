@@ -112,6 +112,29 @@ def test_a_prompt_is_scored_live_as_in_a_batch(server: Server, num_top: int) -> 
                 assert own == pytest.approx(other, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_a_scored_prompt_is_streamed_as_it_is_answered(server: Server, num_top: int) -> None:
+    """``echo`` with ``logprobs``, 0 among them: the pieces of the stream are the answer, prompts first."""
+    rng = random.Random(num_top)
+    body: dict[str, Any] = {"model": "m", "echo": True, "logprobs": num_top, "temperature": 0, "max_tokens": 4}
+    body["prompt"] = [token_ids(rng, 40), token_ids(rng, 30)]
+    whole = server.client.completions.create(**body)
+    texts, values, tops = (["", ""], [[], []], [[], []])
+    for piece in server.client.completions.create(**body, stream=True):
+        for choice in piece.choices:
+            texts[choice.index] += choice.text
+            if choice.logprobs is not None:
+                values[choice.index] += choice.logprobs.token_logprobs or []
+                tops[choice.index] += choice.logprobs.top_logprobs or []
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+        assert len(values[choice.index]) == len(body["prompt"][choice.index]) + 4
+        assert values[choice.index][0] is None
+        assert values[choice.index][1:] == near([float(v) for v in choice.logprobs.token_logprobs[1:] if v is not None])
+        assert len(tops[choice.index]) == len(choice.logprobs.top_logprobs or ())
+
+
 def test_a_live_request_reads_what_is_in_front_of_its_scores(server: Server) -> None:
     """SGLang's own ``logprob_start_len``, one request behind the other, and all at once."""
     rng = random.Random(5)

@@ -17,7 +17,8 @@ from batchllm.offline.fingerprint import model_identity
 _ENGINE_FLAGS_OF_ANSWERS = (
     *("dtype", "quantization", "kv-cache-dtype", "revision", "tokenizer-path", "chat-template"),
     *("default-chat-template-kwargs", "tool-call-parser", "reasoning-parser", "sampling-defaults"),
-    *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "random-seed"),
+    *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "is-embedding"),
+    "random-seed",
 )
 """Engine flags that change answers. The others change how fast they come, and may change from run to run."""
 _PATHS = ("tokenizer-path", "chat-template")

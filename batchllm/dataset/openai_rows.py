@@ -1,10 +1,10 @@
 """OpenAI batch rows, ``{"custom_id", "method": "POST", "url", "body"}``, of the urls in `KIND_OF_URL`.
 
 Knows what is around a body, and its prompt; what else a body asks for is in `openai_body`, bodies of scores and
-rankings are in `ranking`, those of responses in `response_rows`. Not files or lines. What a row leaves out takes the
-job's defaults, which are OpenAI's own unless the user changes them (temperature 1, top_p 1, n 1), but for these:
-``max_tokens`` is 16 for completions, as OpenAI documents, and the job's ``default_max_new_tokens`` for chats; chats are
-sampled as the model recommends, as on SGLang's server.
+rankings are in `ranking`, those of embeddings in `embedding`, of responses in `response_rows`. Not files or lines. What
+a row leaves out takes the job's defaults, which are OpenAI's own unless the user changes them (temperature 1, top_p 1,
+n 1), but for these: ``max_tokens`` is 16 for completions, as OpenAI documents, and the job's
+``default_max_new_tokens`` for chats; chats are sampled as the model recommends, as on SGLang's server.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchllm.dataset import field_checks as checks
+from batchllm.dataset.embedding import parse_embedding
 from batchllm.dataset.openai_body import PROMPT_FIELD, BodySettings, settings_part
-from batchllm.dataset.prompts import check_completion_prompt, check_messages
+from batchllm.dataset.prompts import check_messages, check_prompts
 from batchllm.dataset.ranking import parse_ranking
 from batchllm.dataset.records import Row, RowKind
 from batchllm.dataset.response_rows import as_chat
@@ -29,11 +30,8 @@ KIND_OF_URL: Mapping[object, RowKind] = {
     "/v1/score": "score",
     "/v1/rerank": "rerank",
     "/v1/responses": "responses",
+    "/v1/embeddings": "embeddings",
 }
-_NO_KIND = {
-    "/v1/embeddings": ": models that embed do not run here; give these rows to SGLang's server with --is-embedding",
-}
-"""Known urls that no row can have, and what to do."""
 ROW_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 ReadBody = Callable[[dict[str, Any]], BodySettings]
 """Reads the part of a body beside its prompt (`settings_part`)."""
@@ -53,6 +51,8 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     kind, body = check_envelope(record)
     if kind in ("score", "rerank"):
         return parse_ranking(body, kind, given_id=given_id, index=index, line=line)
+    if kind == "embeddings":
+        return parse_embedding(body, given_id=given_id, index=index, line=line)
     answer = None
     if kind == "responses":
         body, answer = as_chat(body)
@@ -72,7 +72,7 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     if body.get(name) is None:
         raise RowError(f"the body has no {name}", code="missing_prompt", param=name)
     sampling = settings.sampling if adapter is None else with_adapter(settings.sampling, adapter)
-    prompt = check_completion_prompt(body[name]) if of_body == "completions" else None
+    prompt = check_prompts("prompt", body[name]) if of_body == "completions" else None
     request = Request(
         row_id=str(given_id),
         index=index,
@@ -140,9 +140,8 @@ def check_envelope(record: dict[str, Any]) -> tuple[RowKind, dict[str, Any]]:
     url = record.get("url")
     kind = KIND_OF_URL.get(url) if isinstance(url, str) else None
     if kind is None:
-        why = _NO_KIND.get(url, "") if isinstance(url, str) else ""
         raise RowError(
-            f"url must be {', '.join(map(str, KIND_OF_URL))}, not {checks.show(url)}{why}",
+            f"url must be {', '.join(map(str, KIND_OF_URL))}, not {checks.show(url)}",
             code="invalid_url",
             param="url",
         )

@@ -54,7 +54,7 @@ def parse_plain(
     score_from, continuation = 0, None
     if get("score") is not None or get("continuation") is not None:
         params, score_from, continuation = read_score(get("score"), get("continuation"), params, sets_limit=given)
-    elif params.label_token_ids or not params.max_new_tokens or params.prompt_logprobs is not None:
+    elif _is_special(params):
         params = checked(params, sets_limit=given)
     request = Request(
         row_id=str(given_id),
@@ -71,6 +71,12 @@ def parse_plain(
         continuation=continuation,
     )
     return Row(request=request, kind="plain", given_id=given_id, line=line, carried=carried)
+
+
+def _is_special(params: SamplingParams) -> bool:
+    """It asks for something else than an answer, or beside one."""
+    asks = params.label_token_ids or params.embed or not params.max_new_tokens
+    return bool(asks) or params.prompt_logprobs is not None or params.dimensions is not None
 
 
 def _with_adapter(sampling: SamplingParams, value: object) -> SamplingParams:

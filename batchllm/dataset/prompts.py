@@ -33,17 +33,19 @@ def check_text(name: str, value: object) -> str:
     return whole_characters(name, value)
 
 
-def check_completion_prompt(value: object) -> str | array[int] | list[str | array[int]]:
-    """Checks an OpenAI completions prompt: text, token ids, or a list of either; a list of one is that one."""
+def check_prompts(name: str, value: object) -> str | array[int] | list[str | array[int]]:
+    """Checks text, token ids, or a list of either, of which a body of OpenAI's answers each; a list of one is that
+    one.
+    """
     if not isinstance(value, list):
-        return check_text("prompt", value)
+        return check_text(name, value)
     if not value:
-        raise empty_prompt("prompt")
+        raise empty_prompt(name)
     if not isinstance(value[0], (str, list)):
-        return token_ids("prompt", value)
+        return token_ids(name, value)
     is_ids = isinstance(value[0], list)
     prompts = [
-        token_ids(f"prompt[{i}]", item) if is_ids else check_text(f"prompt[{i}]", item) for i, item in enumerate(value)
+        token_ids(f"{name}[{i}]", item) if is_ids else check_text(f"{name}[{i}]", item) for i, item in enumerate(value)
     ]
     return prompts[0] if len(prompts) == 1 else prompts
 

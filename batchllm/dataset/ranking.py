@@ -29,6 +29,10 @@ _REFUSED = {
         ("embed_override_token_id", "query_embed_overrides", "item_embed_overrides"),
         "embeddings cannot be planned; ask the live route",
     ),
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens", "messages", "prompt"),
+        "such rows generate nothing; ask /v1/chat/completions or /v1/completions",
+    ),
     "return_pooled_hidden_states": "models that generate have none",
     "lora_path": "SGLang scores with the base model; leave it out",
 }

@@ -18,7 +18,7 @@ Codes of a `BadRow`; they are part of the output format and never change meaning
     its text      lone_surrogate
     its scores    empty_continuation, score_past_end, nothing_to_score, missing_labels, no_reranker
     the engine    prompt_too_long, token_id_out_of_range, tokenizer_needed, never_fits_kv_pool, never_fits_kv_limit,
-                  invalid_grammar, aborted
+                  invalid_grammar, aborted, engine_embeds, engine_generates, dimensions_not_supported
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import msgspec
 from batchllm.errors import RowError
 from batchllm.request import Request
 
-RowKind = Literal["plain", "completions", "chat", "score", "rerank", "responses"]
+RowKind = Literal["plain", "completions", "chat", "score", "rerank", "responses", "embeddings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ class RowHead(NamedTuple):
         chat: What a chat asks for beside its messages, and its history of tool calls; None where that is nothing.
         schema: JSON schema, as text, that its answers are to be checked against; None where they are not.
         echoes_logprobs: The prompts that are repeated have log probabilities.
-        answer: What else the form of the answer depends on, where it is one of a score, a ranking or a response.
+        answer: What else the form of the answer depends on, where it is one of a score, a ranking, an embedding or a
+            response.
     """
 
     position: int

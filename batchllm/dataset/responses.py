@@ -8,7 +8,8 @@ Knows the OpenAI batch formats and the plain one; not files, and not how answers
             Failed: {"id", "error": {"code", "message", "line", "param"}}.
             Both end with "carried", the input's columns that were to be carried, where there are any.
     OpenAI  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null};
-            the body is a chat.completion, a text_completion, what SGLang answers to a score or a ranking, or
+            the body is a chat.completion, a text_completion, what SGLang answers to a score, a ranking or an
+            embedding, or
             {"error": ...} with status >= 400.
 
 With n > 1 the usage counts the prompt once and the samples' tokens together; ``cached_tokens`` is
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from batchllm.dataset.embedding import embeddings_body
 from batchllm.dataset.logprobs import (
     Decode,
     chat_logprobs,
@@ -42,13 +44,17 @@ from batchllm.request import Completion
 DecodePrompt = Callable[[Sequence[int]], str]
 
 
+_PROMPTS = {"score": "items", "rerank": "documents", "embeddings": "input"}
+"""What rows that have an answer for each of their prompts call these."""
+
+
 def find_abort(head: RowHead, completions: Sequence[Completion]) -> BadRow | None:
     """The error record of a row of which a sample was aborted; None where all were finished."""
     for completion in completions:
         if completion.finish_reason == "abort":
             message = completion.error or "the runtime aborted the request and gave no reason"
-            if head.kind in ("score", "rerank"):
-                message = f"{'items' if head.kind == 'score' else 'documents'}[{completion.sample}]: {message}"
+            if head.kind in _PROMPTS:
+                message = f"{_PROMPTS[head.kind]}[{completion.sample}]: {message}"
             if completion.error_code is not None:
                 return reject(head, RowError(message, code=completion.error_code))
             return reject(head, RowError(message, code="aborted"), status_code=500)
@@ -83,6 +89,8 @@ def render_success(
     digest = _digest(job_seed, head.given_id)
     if head.kind in ("score", "rerank"):
         return _openai_line(head.given_id, digest, 200, ranking_body(head, samples))
+    if head.kind == "embeddings":
+        return _openai_line(head.given_id, digest, 200, embeddings_body(head, samples, model))
     if head.kind == "responses":
         body = response_body(head, samples[0], digest=digest, model=model, created=created)
         return _openai_line(head.given_id, digest, 200, body)
@@ -163,6 +171,8 @@ def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
         answer["score"] = plain_score(sample.prompt_score)
     if sample.label_logprobs is not None:
         answer["label_logprobs"] = list(sample.label_logprobs)
+    if sample.embedding is not None:
+        answer["embedding"] = list(sample.embedding)
     return answer | _schema_error(head, sample)
 
 

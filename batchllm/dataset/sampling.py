@@ -75,6 +75,8 @@ SGLANG_FIELDS: Mapping[str, SamplingField] = {
     "top_logprobs": SamplingField("top_logprobs", NUM_ALTERNATIVES),
     "prompt_logprobs": SamplingField("prompt_logprobs", NUM_ALTERNATIVES),
     "label_token_ids": SamplingField("label_token_ids", checks.stop_ids),
+    "embed": SamplingField("embed", checks.boolean),
+    "dimensions": SamplingField("dimensions", checks.integer(1)),
 }
 
 

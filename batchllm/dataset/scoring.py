@@ -118,6 +118,14 @@ def only_labels(labels: tuple[int, ...], lora_path: str | None = None) -> Sampli
     )
 
 
+@functools.lru_cache(maxsize=256)
+def only_embeds(dimensions: int | None, lora_path: str | None = None) -> SamplingParams:
+    """Sampling of a prompt that is embedded, in so many numbers; None for as many as the model has."""
+    return SamplingParams(
+        max_new_tokens=0, temperature=0.0, ignore_eos=True, embed=True, dimensions=dimensions, lora_path=lora_path
+    )
+
+
 def _labelled(sampling: SamplingParams, *, sets_limit: bool) -> SamplingParams:
     """Sampling of a row that names label tokens; it may ask for nothing else."""
     if (sets_limit and sampling.max_new_tokens) or sampling.n > 1 or sampling.prompt_logprobs is not None:
@@ -130,6 +138,19 @@ def _labelled(sampling: SamplingParams, *, sets_limit: bool) -> SamplingParams:
     return only_labels(sampling.label_token_ids, sampling.lora_path)
 
 
+def _embedded(sampling: SamplingParams, *, sets_limit: bool) -> SamplingParams:
+    """Sampling of a row that asks for a vector; it may ask for nothing else."""
+    has_more = (sets_limit and sampling.max_new_tokens) or sampling.n > 1 or sampling.prompt_logprobs is not None
+    if not sampling.embed or has_more or sampling.label_token_ids:
+        raise RowError(
+            "embed: a vector of the prompt is all that such a row can ask, and dimensions are its alone; give embed, "
+            "and leave out max_new_tokens, n, label_token_ids and scores",
+            code="conflicting_parameters",
+            param="embed",
+        )
+    return only_embeds(sampling.dimensions, sampling.lora_path)
+
+
 def checked(sampling: SamplingParams, *, name: str = "max_new_tokens", sets_limit: bool = True) -> SamplingParams:
     """Sampling that may run. What only scores is sampled greedily, since nothing is drawn.
 
@@ -138,9 +159,11 @@ def checked(sampling: SamplingParams, *, name: str = "max_new_tokens", sets_limi
         sets_limit: The row itself says how much to generate; else one that names label tokens generates nothing.
 
     Raises:
-        RowError: It generates nothing and scores nothing, is scored several times over, or names label tokens and asks
-            for more.
+        RowError: It generates nothing and scores nothing, is scored several times over, or names label tokens or asks
+            for a vector and asks for more.
     """
+    if sampling.embed or sampling.dimensions is not None:
+        return _embedded(sampling, sets_limit=sets_limit)
     if sampling.label_token_ids:
         return _labelled(sampling, sets_limit=sets_limit)
     if sampling.prompt_logprobs is None:

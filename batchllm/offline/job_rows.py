@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from batchllm.dataset.embedding import check_engine
 from batchllm.dataset.field_checks import MAX_INT32
 from batchllm.dataset.limits import (
     check_adapter,
@@ -59,6 +60,7 @@ UNLIMITED = RuntimeInfo(
     has_seeded_sampling=True,
     has_grammar=True,
     adapters=None,
+    embeds=None,
 )
 """Numbers of an engine on which everything runs: where rows are planned or simulated, not run."""
 
@@ -92,7 +94,6 @@ class JobRows:
         self._info = info
         self._limit_room = info.max_request_len(info.kv_limit_tokens)
         self._surely_fits = min(self._limit_room, info.context_len)
-        self._has_all = info.has_seeded_sampling and info.has_grammar
         self._tokenizer = tokenizer
         self.store = store
         self._identical = identical
@@ -291,8 +292,8 @@ class JobRows:
 
     def _check(self, request: Request, prompt_len: int) -> None:
         info = self._info
-        if not self._has_all:
-            _check_supported(request.sampling, info)
+        check_engine(request.sampling, info.embeds, info.max_dimensions, info.dimensions)
+        _check_supported(request.sampling, info)
         if not info.has_tokenizer:
             check_sampling_texts(request.sampling)
         check_sampling_ids(request.sampling, info.vocab_size)
@@ -314,8 +315,7 @@ class JobRows:
 
     def _output_limit(self, request: Request, prompt_len: int) -> int:
         """``max_new_tokens``, lowered where it may be."""
-        info, sampling = self._info, request.sampling
-        context_len = info.context_len
+        info, sampling, context_len = self._info, request.sampling, self._info.context_len
         if sampling.max_new_tokens == 0:  # a step all the same, whose token nobody needs, nor its place in the context
             sampling = replace(sampling, max_new_tokens=1)
             context_len += 1
@@ -386,13 +386,13 @@ class JobRows:
 
 
 def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:
-    if sampling.seed is not None and not info.has_seeded_sampling:
+    if not info.has_seeded_sampling and sampling.seed is not None:
         raise RowError(
             "a seed needs --sampling-backend pytorch; this engine runs another one",
             code="seed_not_supported",
             param="seed",
         )
-    if sampling.has_grammar and not info.has_grammar:
+    if not info.has_grammar and sampling.has_grammar:
         raise RowError(
             "structured output is switched off; start the engine without --grammar-backend none",
             code="grammar_not_supported",

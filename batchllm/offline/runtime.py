@@ -42,6 +42,9 @@ class RuntimeInfo:
         chat_sampling: What the model recommends for chats that say nothing, by names of `SamplingParams`.
         parses_answers: Answers to chats are looked through for reasoning or tool calls.
         adapters: Names of the LoRA adapters that are loaded; None where any name is taken.
+        embeds: The model makes vectors of prompts, and does nothing else; None where rows of both kinds are taken.
+        max_dimensions: Numbers of such a vector; None where it cannot be shortened.
+        dimensions: The lengths that it may be shortened to; empty for any.
     """
 
     model_name: str
@@ -60,6 +63,9 @@ class RuntimeInfo:
     chat_sampling: Mapping[str, Any] = field(default_factory=dict)
     parses_answers: bool = False
     adapters: Collection[str] | None = ()
+    embeds: bool | None = False
+    max_dimensions: int | None = None
+    dimensions: tuple[int, ...] = ()
 
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""

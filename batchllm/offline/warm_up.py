@@ -54,7 +54,7 @@ def largest_step(info: RuntimeInfo, plan: BatchPlan) -> StepShape | None:
 
 
 async def warm_up(runtime: Runtime, shape: StepShape) -> None:
-    """Run a step of this size, and one in which all its requests decode.
+    """Run a step of this size, and, unless the engine embeds, one in which all its requests decode.
 
     Raises:
         EngineError: The engine does not survive it.
@@ -81,10 +81,12 @@ def _requests(info: RuntimeInfo, shape: StepShape) -> RunRequests:
     table = TokenTable(tokens=tokens, offsets=offsets)
     namespaces = np.arange(shape.num_rows, dtype=np.int64)
     plan = plan_batch(table, page_size=info.page_size, namespaces=namespaces)
-    lens = np.full(shape.num_rows, _NUM_STEPS, np.int32)
+    num_steps = 1 if info.embeds else _NUM_STEPS
+    lens = np.full(shape.num_rows, num_steps, np.int32)
+    embeds = info.embeds is True
     return RunRequests(
         run=RunCutter(plan, table, lens, lens).cut(0, shape.num_rows),
-        sampling=(SamplingParams(max_new_tokens=_NUM_STEPS, temperature=0, ignore_eos=True),),
+        sampling=(SamplingParams(max_new_tokens=num_steps, temperature=0, ignore_eos=True, embed=embeds),),
         sampling_index=[0] * shape.num_rows,
         seeds=[0] * shape.num_rows,
         namespaces=[_NAMESPACE] * shape.num_rows,

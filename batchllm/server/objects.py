@@ -181,7 +181,9 @@ class BatchCreate(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     input_file_id: Annotated[StrictStr, Field(max_length=64)]
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank", "/v1/responses"]
+    endpoint: Literal[
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/score", "/v1/rerank", "/v1/embeddings"
+    ]
     completion_window: Annotated[StrictStr, StringConstraints(pattern=WINDOW_PATTERN)]
     metadata: (
         Annotated[

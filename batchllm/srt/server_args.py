@@ -95,7 +95,6 @@ _UNSUPPORTED = (
     ("disable_radix_cache", False, "running without a prefix cache"),
     ("use_ray", False, "SGLang on Ray"),
     ("enable_pdmux", False, "prefill/decode multiplexing"),
-    ("is_embedding", False, "embedding models"),
     ("dllm_algorithm", None, "diffusion language models"),
     ("max_loaded_loras", None, "a bound on loaded adapters"),
     ("enable_lora_overlap_loading", False, "loading adapters beside steps"),
@@ -148,6 +147,7 @@ _CONFIG_ARGUMENTS = {
     "disable_hybrid_swa_memory": "disable_hybrid_swa_memory",
     "dtype": "dtype",
     "enable_multimodal": "enable_multimodal",
+    "is_embedding": "is_embedding",
     "json_model_override_args": "model_override_args",
     "model_config_parser": "model_config_parser",
     "model_impl": "model_impl",
@@ -321,6 +321,10 @@ def _check_tbt(server_args: dict[str, Any]) -> None:
             raise ConfigError(f"--max-tbt-ms {bound}: must be a number of milliseconds above 0, or auto")
     if (server_args.get("chunked_prefill_size") or 1) < 0:
         raise ConfigError("--max-tbt-ms needs prompts in pieces: drop it, or --chunked-prefill-size -1")
+    if server_args.get("is_embedding"):
+        raise ConfigError(
+            "--max-tbt-ms: a model that embeds generates no tokens to wait for; drop it, or --is-embedding"
+        )
     if server_args.get("tp_size", 1) != 1:
         raise ConfigError("--max-tbt-ms: not with --tp-size, whose ranks would have to agree on times; drop one")
 

@@ -290,7 +290,7 @@ def test_a_message_as_a_client_writes_it_is_taken(more: dict[str, Any]) -> None:
 
 
 FAULTS: list[tuple[dict[str, Any], str, str | None]] = [
-    (line("/v1/embeddings", {}), "invalid_url", "url"),
+    (line("/v1/moderations", {}), "invalid_url", "url"),
     (line("", {}), "invalid_url", "url"),
     ({"custom_id": "c", "method": "POST", "body": {}}, "invalid_url", "url"),
     (line("/v1/completions", {"prompt": "x"}, method="GET"), "invalid_method", "method"),

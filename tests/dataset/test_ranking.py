@@ -107,6 +107,8 @@ RANKING = {"query": "q", "documents": ["a", "b"]}
         ("rerank", RANKING | {"documents": [[{"type": "text", "text": "a"}]]}, "unsupported_content", "documents[0]"),
         ("rerank", RANKING | {"top_n": 0}, "parameter_out_of_range", "top_n"),
         ("rerank", RANKING | {"items": ["a"]}, "unknown_parameter", "items"),
+        ("rerank", RANKING | {"max_tokens": 5}, "unsupported_parameter", "max_tokens"),
+        ("score", SCORE | {"max_completion_tokens": 5}, "unsupported_parameter", "max_completion_tokens"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(kind: str, body: Any, code: str, param: str) -> None:
@@ -167,9 +169,3 @@ def test_plain_rows_ask_for_labels_too() -> None:
     assert [other.code for other in others if isinstance(other, BadRow)] == ["conflicting_parameters"] * 2
     line = render_success(row.head, [completion(0, 0.5, 0.25)], model="m", created=1, decode=str, decode_prompt=str)
     assert line["label_logprobs"] == [pytest.approx(math.log(0.5)), pytest.approx(math.log(0.25))]
-
-
-def test_embeddings_are_refused_with_what_to_use() -> None:
-    row = read("embeddings", {"input": "x"})
-    assert isinstance(row, BadRow) and row.code == "invalid_url"
-    assert "--is-embedding" in row.message

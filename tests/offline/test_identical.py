@@ -58,6 +58,8 @@ def test_greedy_rows_with_the_same_tokens_and_parameters_are_doubles(rows: list[
         (GREEDY | {"n": 2}, GREEDY | {"n": 2}, False),
         (GREEDY, GREEDY | {"logprobs": True}, False),
         (GREEDY, GREEDY | {"max_new_tokens": 7}, False),
+        (GREEDY | {"embed": True}, GREEDY | {"embed": True}, True),
+        (GREEDY | {"embed": True}, GREEDY | {"embed": True, "dimensions": 8}, False),
     ],
 )
 def test_only_an_answer_that_is_a_function_of_the_row_is_shared(

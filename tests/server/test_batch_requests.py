@@ -45,7 +45,7 @@ def test_a_file_with_bad_lines_fails_as_a_whole_and_names_each(api: Api) -> None
         row(2) | {"custom_id": 7},
         row(3) | {"method": "GET"},
         row(4) | {"url": "/v1/chat/completions"},
-        row(5) | {"url": "/v1/embeddings"},
+        row(5) | {"url": "/v1/moderations"},
         row(6) | {"body": "text"},
         row(0),
         row(7) | {"extra": 1},
@@ -104,7 +104,7 @@ def test_of_very_many_errors_the_first_are_told_and_how_many_more_there_are(api:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": "/v1/moderations"}, "endpoint"),
         ({"endpoint": None}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
         ({"completion_window": "0h"}, "completion_window"),

@@ -105,9 +105,12 @@ REFUSED = [
     ("MambaForCausalLM", "mamba", {}, "sglang 0.5.17 has no such model"),
     ("NoSuchForCausalLM", "llama", {}, "NoSuchForCausalLM with model_type llama: sglang 0.5.17 has no such model"),
     ("T5ForConditionalGeneration", "t5", {}, "an encoder before its decoder"),
-    ("BertModel", "bert", {}, "generate no text"),
-    ("LlamaForSequenceClassification", "llama", {}, "generate no text"),
-    ("Qwen2ForRewardModel", "qwen2", {}, "generate no text"),
+    ("BertModel", "bert", {}, "plans are for models that generate text, or embed"),
+    ("LlamaForSequenceClassification", "llama", {}, "plans are for models that generate text, or embed"),
+    ("MistralModel", "mistral", _WINDOW, "sliding_window 64: SGLang ignores"),
+    ("Qwen3Model", "qwen3", _WINDOW | {"use_sliding_window": True, "max_window_layers": 1}, "sliding_window 64"),
+    ("Qwen2ForCausalLM", "qwen2", {"is_causal": False}, "is_causal false: SGLang computes causal attention"),
+    ("Qwen2ForRewardModel", "qwen2", {}, "plans are for models that generate text, or embed"),
 ]
 
 
@@ -144,6 +147,9 @@ def test_what_is_refused(
         ("GPT2LMHeadModel", "gpt2", {}, {}),
         ("SmolLM3ForCausalLM", "smollm3", {}, {}),
         ("LlamaForCausalLM", "llama", _WINDOW, {}),
+        ("LlamaForCausalLM", "llama", {"is_causal": True}, {"is_embedding": True}),
+        *((name, "mistral", {"sliding_window": None}, {}) for name in ("LlamaEmbeddingModel", "MistralModel")),
+        ("Qwen3Model", "qwen3", {}, {}),
     ],
 )
 def test_what_is_not_refused(
@@ -151,6 +157,16 @@ def test_what_is_not_refused(
 ) -> None:
     """Values that are harmless, that SGLang does obey, or that the remedies have made so."""
     _ask(tmp_path, architecture, model_type, changes, **server_args)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("GPT2LMHeadModel", "gpt2"), ("Gemma3ForCausalLM", "gemma3_text"), ("SmolLM3ForCausalLM", "smollm3")],
+)
+def test_a_model_that_pools_otherwise_does_not_embed(architecture: str, model_type: str, tmp_path: Path) -> None:
+    """Or does not pool at all, or was not read; it generates."""
+    with pytest.raises(ConfigError, match=r"or embed by the last token of causal attention; .*--is-embedding"):
+        _ask(tmp_path, architecture, model_type, {}, is_embedding=True)
 
 
 def test_the_remedy_for_a_window_is_accepted_and_a_token_more_is_not(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from batchllm.dataset.openai_rows import KIND_OF_URL
 from batchllm.offline.stats import JobStats
 from batchllm.server.api_errors import ApiError, unknown_cursor, unknown_file
 from batchllm.server.batch_activity import BatchActivity
@@ -32,7 +33,7 @@ from batchllm.trace.svg_path import BOX_HEIGHT, BOX_WIDTH
 _NUM_BATCHES = 20
 _NUM_FILES = 50
 _HEAD_LEN = 1 << 18
-_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank", "/v1/responses")
+_ENDPOINTS = tuple(map(str, KIND_OF_URL))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,20 +102,10 @@ def _names(*names: str) -> frozenset[str]:
 _SHORTER = "give --context-length {window}, or less, or " + ELSEWHERE
 
 IGNORE_WINDOWS = _names(
-    "Ministral3ForCausalLM",
-    "Mistral3ForConditionalGeneration",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Phi3ForCausalLM",
-    "Phi4MMForCausalLM",
-    "PhiMoEForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "Starcoder2ForCausalLM",
+    *("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration", "MistralForCausalLM", "MistralModel"),
+    *("MixtralForCausalLM", "Phi3ForCausalLM", "Phi4MMForCausalLM", "PhiMoEForCausalLM", "Qwen2ForCausalLM"),
+    *("Qwen2MoeForCausalLM", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    *("Qwen3ForCausalLM", "Qwen3Model", "Qwen3MoeForCausalLM", "Starcoder2ForCausalLM"),
 )
 """SGLang's code never reads the window, and Hugging Face's does."""
 MISREAD_WINDOWS = _names("Cohere2ForCausalLM", "Cohere2MoeForCausalLM", "ExaoneMoEForCausalLM")
@@ -130,9 +120,10 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         traits.no_text,
-        "embedding, reward and classification models generate no text",
+        "plans are for models that generate text, or embed by the last token of causal attention; of others nothing is "
+        "shared, or they were not read",
         "run it with `python -m sglang.launch_server --is-embedding`",
-        "configs/model_config.py::is_generation_model",
+        "configs/model_config.py::is_generation_model; layers/pooler.py::Pooler",
     ),
     Fault(
         traits.unknown,
@@ -205,7 +196,7 @@ FAULTS: tuple[Fault, ...] = (
         "layers/attention/torch_native_backend.py has no use_irope",
     ),
     Fault(
-        lambda model: None if model.is_native else traits.score_cap(model),
+        traits.score_cap_of_adapter,
         "SGLang has no such model, and its adapter for transformers' code ignores the cap of attention scores",
         ELSEWHERE,
         "models/transformers.py::TransformersBase._create_attention_instances",
@@ -255,7 +246,7 @@ FAULTS: tuple[Fault, ...] = (
         "SGLang leaves the bias out",
         _ADAPTER,
         "models/llama.py::LlamaMLP.__init__: bias=False",
-        _names("ArceeForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM"),
+        _names("ArceeForCausalLM", "GraniteForCausalLM", "LlamaEmbeddingModel", "LlamaForCausalLM", "MistralModel"),
     ),
     Fault(
         traits.is_not("attention_bias", False),
@@ -384,6 +375,12 @@ FAULTS: tuple[Fault, ...] = (
         ELSEWHERE,
         "models/gemma.py::GemmaAttention.__init__",
         _names("Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM"),
+    ),
+    Fault(
+        traits.is_not("is_causal", True),
+        "SGLang computes causal attention",
+        ELSEWHERE,
+        "models/qwen2.py, ...: RadixAttention without attn_type",
     ),
     Fault(
         traits.alibi,

@@ -149,8 +149,19 @@ def lacks_rope(model: Model) -> str | None:
     return "no rope_scaling in its config.json" if model.get("rope_parameters") is None else None
 
 
+_EMBEDDERS = frozenset(
+    {
+        *("LlamaEmbeddingModel", "LlamaForCausalLM", "MistralForCausalLM", "MistralModel"),
+        *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3Model"),
+    }
+)
+"""SGLang's own models that were read: causal, and the vector is the last token's hidden state, normalised."""
+
+
 def no_text(model: Model) -> str | None:
-    """A model for something else than generating text."""
+    """A model for something else than generating text, which a plan has no use for either."""
+    if not model.config.is_generation and model.is_native and model.architecture in _EMBEDDERS:
+        return None
     is_other = not model.config.is_generation or any(word in model.architecture for word in _OTHER_HEADS)
     return "no language model's head" if is_other else None
 

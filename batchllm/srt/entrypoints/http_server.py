@@ -29,7 +29,7 @@ from batchllm.srt import compat
 from batchllm.srt.entrypoints.engine import launch_errors
 from batchllm.srt.entrypoints.engine_keeper import EngineKeeper, WhileDown
 from batchllm.srt.entrypoints.processes import EngineProcesses
-from batchllm.srt.entrypoints.serving_chat import ServingCompletion
+from batchllm.srt.entrypoints.serving_chat import ServingCompletion, ServingEmbedding
 from batchllm.srt.managers.detokenizer_manager import run_detokenizer_process
 from batchllm.srt.managers.io_struct import PlannedShareReqInput
 from batchllm.srt.managers.scheduler_process import run_server_scheduler_process
@@ -198,6 +198,7 @@ class HttpServer:
         )
         async with self._upstream_lifespan(app):
             app.state.openai_serving_completion = ServingCompletion(self._manager, self._template_manager)
+            app.state.openai_serving_embedding = ServingEmbedding(self._manager, self._template_manager)
             # SGLang adds its middleware until now; requests come through this attribute.
             upstream.app.middleware_stack = self._in_front(upstream.app.middleware_stack)
             self._end_in_order()

@@ -8,7 +8,8 @@ the name of a loaded adapter, as ``/v1/models`` lists it, is that adapter, and `
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.entrypoints.openai.serving_embedding import OpenAIServingEmbedding
 
 
 class RenderedText(Sequence[int]):
@@ -98,8 +100,31 @@ class _NamedAdapters(OpenAIServingBase):
         return super()._resolve_lora_path(request_model, explicit_lora_path)
 
 
+class _WithNoTops:
+    """A tokenizer manager that says so where a scored prompt has no alternatives: SGLang looks for them all the same,
+    and its answer, or its stream, would end there.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    async def generate_request(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        async with aclosing(self._manager.generate_request(obj, request)) as outputs:
+            async for output in outputs:
+                for answer in output if isinstance(output, list) else [output]:
+                    if "input_token_logprobs" in answer["meta_info"]:
+                        answer["meta_info"].setdefault("input_top_logprobs", None)
+                yield output
+
+
 class ServingCompletion(_NamedAdapters, OpenAIServingCompletion):
     """SGLang's serving of completions; ``logprobs: 0`` gives a repeated prompt log probabilities too, as in a batch."""
+
+    def __init__(self, tokenizer_manager: Any, template_manager: Any) -> None:
+        super().__init__(_WithNoTops(tokenizer_manager), template_manager)
 
     def _convert_to_internal_request(self, request: Any, raw_request: Any = None) -> Any:
         adapted, request = super()._convert_to_internal_request(request, raw_request)
@@ -107,10 +132,9 @@ class ServingCompletion(_NamedAdapters, OpenAIServingCompletion):
             adapted.logprob_start_len = 0
         return adapted, request
 
-    def _build_completion_response(self, request: Any, ret: Any, created: int) -> Any:
-        for answer in ret if request.echo and request.logprobs == 0 else ():
-            answer["meta_info"].setdefault("input_top_logprobs", None)  # SGLang looks for it all the same
-        return super()._build_completion_response(request, ret, created)
+
+class ServingEmbedding(_NamedAdapters, OpenAIServingEmbedding):
+    """SGLang's serving of embeddings."""
 
 
 class ServingChat(_NamedAdapters, OpenAIServingChat):

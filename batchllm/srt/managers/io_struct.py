@@ -6,6 +6,7 @@ They travel by pickle, SGLang's default for this wire.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ class PlannedRunReqInput(BaseReq):
         targets: Of each request the token behind its prompt that is scored with it, -1 for none; None where none has
             one.
         label_ids: Of each of ``sampling`` the tokens whose log probabilities behind the prompt are wanted.
+        dimensions: Of each of ``sampling`` the numbers of the vector that is wanted, None for all; itself None where
+            the model generates.
     """
 
     job_id: int
@@ -61,6 +64,7 @@ class PlannedRunReqInput(BaseReq):
     num_prompt_logprobs: list[int] | None = None
     targets: list[int] | None = None
     label_ids: list[list[int]] | None = None
+    dimensions: list[int | None] | None = None
 
 
 class PlannedAbortReqInput(BaseReq):
@@ -107,6 +111,7 @@ class PlannedBatchOutput(BaseReq):
         prompt_scores: None, or per request the first token with a score, in front of which stands its last unscored
             one, then token ids, log probabilities, and alternatives of those tokens, ``(top_logprobs, top_ids)``.
         label_logprobs: None, or per request the log probabilities of its label tokens.
+        embeddings: Of each request the vector, None where the model generates.
         counters: The job's counters after these.
         steps: `batchllm.trace.STEP_DTYPE` of the steps since the last message, ``start_s`` on the monotonic clock.
         texts: Filled in by the detokenizer.
@@ -125,6 +130,7 @@ class PlannedBatchOutput(BaseReq):
     logprobs: list[Any]
     prompt_scores: list[Any]
     label_logprobs: list[list[float] | None]
+    embeddings: list[array[float] | None]
     counters: JobCounters
     steps: Any
     texts: list[str] | None = None
@@ -177,6 +183,7 @@ def completions_of(output: PlannedBatchOutput) -> list[Completion]:
                 note=reason.get("note"),
                 prompt_score=_prompt_score(output.prompt_scores[i]),
                 label_logprobs=output.label_logprobs[i],
+                embedding=output.embeddings[i],
             )
         )
     return completions

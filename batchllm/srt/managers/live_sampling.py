@@ -21,13 +21,17 @@ _NUMBERS = (
 )
 
 
-def fault(req: Any, vocab_size: int) -> str | None:
-    """Why a request would end the engine; None where it would not.
+def fault(req: Any, vocab_size: int, max_input_len: int) -> str | None:
+    """Why a request would end the engine, or hold up all others; None where it would not.
 
     Args:
         req: SGLang's, its parameters normalized.
         vocab_size: Token ids of the model are below this.
+        max_input_len: Most tokens of a prompt. SGLang lets longer ones wait for ever where they are to be embedded.
     """
+    num_tokens = len(req.origin_input_ids)
+    if num_tokens > max_input_len:
+        return f"the prompt has {num_tokens} tokens, and there is room for {max_input_len}; shorten it"
     params = req.sampling_params
     try:
         if req.multimodal_inputs is None:  # what stands for an image has ids beyond the vocabulary

@@ -7,12 +7,13 @@ request that is not streamed.)
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_MATCHED_TOKEN
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from batchllm.scheduler.counters import JobCounters
@@ -78,6 +79,7 @@ class BatchOutputStreamer(SchedulerOutputStreamer):
                     logprobs=[_logprobs(req) for req in job_reqs],
                     prompt_scores=[prompt_scores(req) for req in job_reqs],
                     label_logprobs=[label_logprobs(req) for req in job_reqs],
+                    embeddings=[_embedding(req) for req in job_reqs],
                     counters=counters,
                     steps=self.take_steps(),
                 )
@@ -105,3 +107,10 @@ def _logprobs(req: PlannedReq) -> list[tuple[float, Any, Any]] | None:
     num = req.num_logprobs
     tops, ids = req.logprob.output_top_logprobs_val, req.logprob.output_top_logprobs_idx
     return [(value, top[:num], top_ids[:num]) for value, top, top_ids in zip(values, tops, ids, strict=False)]
+
+
+def _embedding(req: PlannedReq) -> array[float] | None:
+    """As float32, which is what SGLang's numbers are. A prompt in pieces has one of each piece, and is done last."""
+    if req.embedding is None or isinstance(req.finished_reason, FINISH_ABORT):
+        return None
+    return array("f", req.embedding)

@@ -225,6 +225,7 @@ class RunReader:
             params, fault = sampling[kind]
             target = NO_TARGET if message.targets is None else message.targets[i]
             labels = [] if message.label_ids is None else message.label_ids[kind]
+            has_no_output = target != NO_TARGET or bool(labels) or message.dimensions is not None
             scoring = None
             if message.num_prompt_logprobs is not None and message.num_prompt_logprobs[kind] >= 0:
                 scoring = Scoring(int(run.request_share_len[i]), message.num_prompt_logprobs[kind], target)
@@ -243,7 +244,7 @@ class RunReader:
                 seed=int(message.seeds[i]),
                 min_new_len=min(message.sampling[kind]["min_new_tokens"], max_new_len),
                 input_ids=input_ids,
-                sampling_params=_with_limit(params, max_new_len if target == NO_TARGET and not labels else 0),
+                sampling_params=_with_limit(params, 0 if has_no_output else max_new_len),
                 num_logprobs=int(message.num_logprobs[i]),
                 require_reasoning=message.require_reasoning[kind],
                 lora_id=message.lora_ids[kind],
@@ -252,6 +253,7 @@ class RunReader:
                 extra_key=None if message.extra_keys is None else message.extra_keys[i],
                 scoring=scoring,
                 label_ids=labels,
+                dimensions=None if message.dimensions is None else message.dimensions[kind],
             )
             req.tokenizer = self._tokenizer
             req.to_finish = fault

@@ -59,6 +59,7 @@ class PlannedReq(Req):
         lora_id: str | None,
         scoring: Scoring | None = None,
         label_ids: Sequence[int] = (),
+        dimensions: int | None = None,
     ) -> None:
         wanted = list(label_ids) or (None if scoring is None or scoring.target == NO_TARGET else [scoring.target])
         num_alternatives = num_logprobs if scoring is None else max(num_logprobs, scoring.num_alternatives)
@@ -76,6 +77,7 @@ class PlannedReq(Req):
             vocab_size=vocab_size,
             extra_key=extra_key,
             lora_id=lora_id,
+            dimensions=dimensions,
         )
         # Log probabilities of the output only, unless tokens of the prompt are scored: those are not shared.
         self.logprob_start_len = len(input_ids) if self.return_logprob else -1

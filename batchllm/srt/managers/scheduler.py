@@ -189,7 +189,7 @@ class BatchScheduler(Scheduler):
         if isinstance(req, PlannedReq):
             self.intake.take_back(req, is_retracted=is_retracted)
             return
-        fault = live_sampling.fault(req, self.model_config.vocab_size)
+        fault = live_sampling.fault(req, self.model_config.vocab_size, self.max_req_input_len)
         if fault is not None:  # it would end the engine
             req.set_finish_with_abort(fault)
             live_sampling.make_harmless(req, self.tokenizer)

@@ -135,10 +135,14 @@ class BatchTokenizerManager(TokenizerManager):
         """SGLang's answers to a live request.
 
         Raises:
-            ValueError: It asks for no answer, for more than `_MAX_ANSWERS`, or for fewer than no alternatives; or its
-                id could be that of a planned request.
+            ValueError: It asks for no answer, for more than `_MAX_ANSWERS`, or for fewer than no alternatives; its id
+                could be that of a planned request; or the model does not generate, and would end the engine.
         """
         if isinstance(obj, GenerateReqInput):
+            if not self.is_generation:
+                raise ValueError(
+                    "this server embeds (--is-embedding); ask /v1/embeddings, or a server without --is-embedding"
+                )
             _check_numbers(obj)
             _check_ids(obj)
         return super().generate_request(obj, request)
@@ -327,6 +331,9 @@ class ManagedRuntime:
             max_running=init_info["batchllm"]["max_running"],
             chat_sampling={} if self._tokenizer is None else self._tokenizer.chat_sampling,
             parses_answers=bool(server_args.reasoning_parser or server_args.tool_call_parser),
+            embeds=not manager.model_config.is_generation,
+            max_dimensions=manager.model_config.hidden_size if manager.model_config.is_matryoshka else None,
+            dimensions=tuple(manager.model_config.matryoshka_dimensions or ()),
         )
 
     @property
@@ -362,6 +369,7 @@ class ManagedRuntime:
                 num_prompt_logprobs=[-1 if p.prompt_logprobs is None else p.prompt_logprobs for p in requests.sampling],
                 targets=requests.targets,
                 label_ids=[list(params.label_token_ids) for params in requests.sampling],
+                dimensions=[params.dimensions for params in requests.sampling] if self._info.embeds else None,
             )
         )
 
