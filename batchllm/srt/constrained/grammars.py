@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import re
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -61,10 +64,6 @@ def _is_no_row_fault(record: logging.LogRecord) -> bool:
 class _LastUsed(OrderedDict[Any, Any]):
     """Compiled grammars by what they are of, of the last `MAX_GRAMMARS` that were used."""
 
-    def __init__(self, compiler: Any) -> None:
-        super().__init__()
-        self._compiler = compiler
-
     def get(self, key: Any, default: Any = None) -> Any:
         if key in self:
             self.move_to_end(key)
@@ -75,19 +74,31 @@ class _LastUsed(OrderedDict[Any, Any]):
         self.move_to_end(key)
         if len(self) > MAX_GRAMMARS:
             self.popitem(last=False)
-        if self._compiler is not None and self._compiler.get_cache_size_bytes() > MAX_COMPILED_BYTES:
-            self._compiler.clear_cache()
 
 
-def bound_caches(backend: Any) -> None:
-    """Forget grammars that were not used for long: SGLang and the grammar library keep all, and rows may each have one.
+@contextlib.contextmanager
+def bounded_compilers() -> Iterator[None]:
+    """Compilers of the grammar library that are made in here forget what was not used for long; rows may each have a
+    grammar of their own.
+    """
+    from sglang.srt.constrained import xgrammar_backend
+
+    before = xgrammar_backend.GrammarCompiler
+    xgrammar_backend.GrammarCompiler = functools.partial(before, cache_limit_bytes=MAX_COMPILED_BYTES)
+    try:
+        yield
+    finally:
+        xgrammar_backend.GrammarCompiler = before
+
+
+def bound_cache(backend: Any) -> None:
+    """Have SGLang, too, forget grammars that were not used for long.
 
     Args:
         backend: SGLang's grammar backend; None where there is none.
     """
     while backend is not None:
-        compiler = getattr(backend, "grammar_compiler", None)
-        backend.cache = _LastUsed(compiler if hasattr(compiler, "get_cache_size_bytes") else None)
+        backend.cache = _LastUsed()
         backend = getattr(backend, "grammar_backend", None)  # inside one that lets reasoning go first
 
 
