@@ -37,6 +37,7 @@ from batchllm.errors import BatchLLMError, ConfigError, JournalError, WorkloadEr
 from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.fingerprint import Fingerprint, check_same, model_identity
 from batchllm.offline.journal import Journal
+from batchllm.offline.journal.database import damaged, database_path
 from batchllm.offline.metrics import MetricsServer
 from batchllm.offline.outputs import Outputs, check_outputs
 from batchllm.offline.progress import Progress
@@ -68,7 +69,10 @@ def retry(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Run again what failed in a job, and whatever has no result yet; returns the exit status."""
     folder = _JobFolder(Path(args.job_dir))
     with Journal.open(folder.path) as journal:
-        command = RunCommand.of_retry(args, server_flags, journal.command)
+        try:
+            command = RunCommand.of_retry(args, server_flags, journal.command)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise damaged(database_path(folder.path), f"what was asked for cannot be read: {error!r}") from error
     with StopSignal(command.grace) as stop:
         return _run_job(command, folder, stop, runs_failed=True)
 

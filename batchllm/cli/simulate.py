@@ -54,6 +54,7 @@ def calibrate(args: argparse.Namespace, server_flags: list[str]) -> int:
     from batchllm.perf_model import find_model, fit, parse_device, samples_of
     from batchllm.trace import StepTrace
 
+    check_writable(args.output, "-o", input_path=args.trace)
     samples = samples_of(StepTrace.read(args.trace).steps)
     fitted = fit(parse_device(args.device), find_model(args.shape), samples)
     fitted.save(args.output)

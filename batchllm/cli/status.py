@@ -10,6 +10,7 @@ from pathlib import Path
 
 from batchllm.cli.outcome import EXIT_OK, refuse
 from batchllm.offline.journal import JobStatus, read_status
+from batchllm.offline.journal.database import damaged, database_path
 
 _NUM_EVENTS = 10
 
@@ -18,7 +19,11 @@ def status(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Print the state of a job, running or not; returns the exit status."""
     refuse(server_flags, "status")
     found = read_status(Path(args.job_dir))
-    print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else _render(found))
+    try:
+        text = json.dumps(dataclasses.asdict(found), indent=2) if args.json else _render(found)
+    except (OverflowError, OSError, TypeError, ValueError) as error:  # a value of another kind than was written
+        raise damaged(database_path(Path(args.job_dir)), str(error)) from error
+    print(text)
     return EXIT_OK
 
 

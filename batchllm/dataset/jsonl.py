@@ -30,7 +30,8 @@ _ARRAY = re.compile(rb"\s*\[\s*([{\]]|$)")
 _LONGEST_ROW = 1 << 20
 """Bytes of the longest first line that is looked at as a row, where it may be an array."""
 _BLOCK_LEN = 1 << 20
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(parse_int=len, parse_float=len)
+"""Finds where an item ends; it is read again then. Python would not make numbers of too many digits."""
 
 
 def parse_lines(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BrokenRecord]]:
@@ -114,7 +115,7 @@ def _parse_array(head: bytes, stream: BinaryIO) -> Iterator[tuple[int, dict[str,
                     raise OSError(f"item {item + 1} of the array cannot be read: {error}") from error
         if is_end:
             raise OSError(f"the array ends in the midst of item {item + 1}")
-        block = stream.read(_BLOCK_LEN)
+        block = stream.read(max(_BLOCK_LEN, len(text) - at))  # a long item is begun anew few times
         is_end = not block
         text, at = text[at:] + _decoded(decoder, block, is_end), 0
 

@@ -130,7 +130,7 @@ class Fit:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise ConfigError(f"{path}: the calibration cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: the calibration is not JSON: {error}") from error
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error

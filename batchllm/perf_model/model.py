@@ -289,8 +289,10 @@ def find_model(name_or_path: str) -> ModelShape:
         return get_model(name_or_path)
     try:
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: the model's config cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: a model's config is a JSON object, and this is none")
     return ModelShape.from_hf_config(config, path.parent.name)
 
 

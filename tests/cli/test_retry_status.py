@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,27 @@ def test_status_of_a_stopped_job_says_how_it_goes_on_and_of_a_finished_one_that_
     words = command("status", f"{out}.job").check(0).stdout
     assert "state    done" in words
     assert "row 6: out of luck" in words
+
+
+@pytest.mark.parametrize(
+    ("command_line", "damage"),
+    [
+        ("status", "UPDATE total SET num_failed = NULL"),
+        ("status", "UPDATE event SET at = 1e300"),
+        ("status", "UPDATE note SET value = '\"x\"' WHERE key = 'num_rows'"),
+        ("retry", "UPDATE job SET command = '{}'"),
+        ("retry", "UPDATE job SET command = '[]'"),
+        ("retry", 'UPDATE job SET command = \'{"flags": {}, "server_flags": []}\''),
+        ("retry", 'UPDATE job SET command = \'{"flags": 1, "server_flags": 2}\''),
+    ],
+)
+def test_a_journal_that_says_something_else_than_was_written_is_called_damaged(
+    command: Command, tmp_path: Path, command_line: str, damage: str
+) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", rows_of(5)), tmp_path / "out.jsonl"
+    command("run", "-i", source, "-o", out).check(0)
+    with contextlib.closing(sqlite3.connect(tmp_path / "out.jsonl.job" / "journal.db")) as database:
+        assert database.execute(damage).rowcount > 0
+        database.commit()
+    done = command(command_line, f"{out}.job").check(2)
+    assert "the file is damaged" in done.stderr

@@ -265,6 +265,24 @@ def test_a_simulation_of_nonsense_is_refused_in_words(command: Command, flags: l
     assert words in done.check(2).stderr
 
 
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, '{"x": ' + "1" * 5_000 + "}", "\udcff", "", "7", "null"])
+@pytest.mark.parametrize("flag", ["--calibration", "--shape"])
+def test_a_file_that_a_simulation_cannot_read_is_named(
+    command: Command, tmp_path: Path, flag: str, content: str
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    done = command("simulate", "--workload", "unshared:requests=2", flag, path).check(2)
+    assert str(path) in done.stderr
+
+
+def test_a_calibration_does_not_take_the_place_of_its_trace(command: Command, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    trace.write_text("mine")
+    assert "is the input itself" in command("calibrate", trace, "-o", trace).check(2).stderr
+    assert trace.read_text() == "mine"
+
+
 def test_a_folder_that_was_removed_under_the_shell_is_named(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", [{"id": "a", "prompt": "a text"}])
     gone = tmp_path / "gone"

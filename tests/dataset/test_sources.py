@@ -207,6 +207,25 @@ def iter_rows(path: Path) -> Any:
     yield from read_rows(path, defaults=SamplingParams())
 
 
+@pytest.mark.parametrize("number", ["1" * 5_000, "-" + "1" * 5_000, "1" * 5_000 + ".5", "1e5000", "NaN"])
+def test_a_number_of_any_length_fails_its_item_alone(tmp_path: Path, number: str) -> None:
+    """Python refuses to make a number of so many digits; the item ended the command with a traceback."""
+    data = f'[{{"id": "a", "prompt": "x", "n": {number}}}, {{"id": "b", "prompt": "y"}}]'.encode()
+    rows = list(read_rows(write(tmp_path / "in.json", data), defaults=SamplingParams()))
+    assert [type(row) for row in rows] == [BadRow, Row]
+
+
+def test_a_long_item_of_an_array_is_begun_anew_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each block of it: a file of one such item would keep a server busy for hours."""
+    monkeypatch.setattr(jsonl, "_BLOCK_LEN", 100)
+    starts = []
+    decode = jsonl._DECODER.raw_decode
+    monkeypatch.setattr(jsonl._DECODER, "raw_decode", lambda *given: starts.append(given) or decode(*given))
+    data = b'[\n{"prompt": "' + b"x" * 1_000_000 + b'"}\n]'
+    assert len(list(jsonl.parse_lines(io.BytesIO(data)))) == 1
+    assert len(starts) < 30
+
+
 def test_an_item_that_is_no_row_fails_alone(tmp_path: Path) -> None:
     data = b'[{"id": "a", "prompt": "x"}, 7, {"id": "b"}, [], {"id": "c", "prompt": "z"}]'
     rows = list(read_rows(write(tmp_path / "in.json", data), defaults=SamplingParams()))

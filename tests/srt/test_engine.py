@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 from contextlib import aclosing
 from typing import Any
@@ -492,23 +493,29 @@ def test_ctrl_c_ends_the_batch_that_it_interrupts_and_the_engine_goes_on(engine:
     assert report is not None and report.num_retractions == 0
 
 
-class Name(str):
-    """A text of a class that the engine's process does not know."""
+class Unknown(str):
+    """One that the engine's process does not know, as those of a notebook."""
+
+
+Unknown.__module__ = "__main__"
 
 
 def test_texts_of_a_users_own_class_are_texts(engine: BatchEngine) -> None:
     greedy = {"temperature": 0, "max_new_tokens": 4}
-    chat = [{"role": Name("user"), "content": Name("hello")}]
+    chat = [{"role": Unknown("user"), "content": Unknown("hello")}]
     plain = [{"role": "user", "content": "hello"}]
-    (own,), (text,) = (engine.batch_generate([kind("hello")], greedy) for kind in (Name, str))
+    (own,), (text,) = (engine.batch_generate([kind("hello")], greedy) for kind in (Unknown, str))
     assert own.output_ids == text.output_ids
     (own,), (text,) = (engine.batch_generate(messages=[messages], sampling_params=greedy) for messages in (chat, plain))
     assert own.output_ids == text.output_ids
 
 
-def test_what_the_engines_process_cannot_read_is_the_callers_fault_and_the_engine_lives(engine: BatchEngine) -> None:
+def test_what_the_engines_process_cannot_read_is_the_callers_fault_and_the_engine_lives(
+    engine: BatchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "Unknown", Unknown, raising=False)  # from where it can be sent
     with pytest.raises(TypeError, match="values of Python's own types"):
-        engine.runtime.call("tokenizer", "encode", [Name("hello")])
+        engine.runtime.call("tokenizer", "encode", [Unknown("hello")])
     assert len(engine.batch_generate(["hello"], {"max_new_tokens": 2})) == 1
 
 

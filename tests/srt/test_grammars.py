@@ -17,7 +17,13 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from batchllm.prefix_cache.pin_ledger import PinLedger
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.srt.constrained import grammars
-from batchllm.srt.constrained.grammars import bound_caches, bound_compilers, explain_abort, hold_stops, quiet_row_faults
+from batchllm.srt.constrained.grammars import (
+    bound_cache,
+    bounded_compilers,
+    explain_abort,
+    hold_stops,
+    quiet_row_faults,
+)
 from batchllm.srt.managers.io_struct import PLANNED_ID
 from batchllm.srt.managers.planned_intake import RunReader
 from batchllm.srt.managers.schedule_batch import find_stop
@@ -149,19 +155,18 @@ def test_a_grammar_for_each_row_does_not_fill_the_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(grammars, "MAX_GRAMMARS", 8)
     monkeypatch.setattr(grammars, "MAX_COMPILED_BYTES", 20_000)
     backend = XGrammarGrammarBackend.__new__(XGrammarGrammarBackend)
-    monkeypatch.setattr(xgrammar_backend, "GrammarCompiler", xgrammar_backend.GrammarCompiler)
-    bound_compilers()
-    backend.grammar_compiler = xgrammar_backend.GrammarCompiler(xgrammar.TokenizerInfo(_VOCAB, stop_token_ids=[_STOP]))
-    outer = SimpleNamespace(grammar_backend=backend, cache={})
-    bound_caches(outer)
+    with bounded_compilers():
+        info = xgrammar.TokenizerInfo(_VOCAB, stop_token_ids=[_STOP])
+        backend.grammar_compiler = xgrammar_backend.GrammarCompiler(tokenizer_info=info)
+    bound_cache(SimpleNamespace(grammar_backend=backend, cache={}))
     sizes = []
     for i in range(200):
-        compiled = backend.grammar_compiler.compile_regex(f"[ab]{{{i + 1}}}")
+        compiled = backend.grammar_compiler.compile_regex(f"{i:08b}".replace("0", "a").replace("1", "b"))
         backend.set_cache(("regex", str(i)), compiled)
         assert backend.cache.get(("regex", "0")) is not None  # used again and again
         sizes.append(backend.grammar_compiler.get_cache_size_bytes())
     assert len(backend.cache) == 8
     assert {key for _, key in backend.cache} >= {"0", "199"}
-    assert max(sizes) <= 60_000  # the library passes its limit a little
-    assert len({backend.cache.get(("regex", str(i))) for i in range(1, 150)}) == 1  # None: they are gone
-    bound_caches(None)
+    assert max(sizes) <= 2 * 20_000  # it says itself that it may be somewhat more
+    assert xgrammar_backend.GrammarCompiler is xgrammar.GrammarCompiler
+    bound_cache(None)

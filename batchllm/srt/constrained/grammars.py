@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import re
 import types
 from collections import OrderedDict
-from functools import partial
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
-from sglang.srt.constrained import xgrammar_backend
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from xgrammar import GrammarCompiler
 
 from batchllm.srt.managers.io_struct import INVALID_GRAMMAR, PLANNED_ID
 
@@ -76,17 +76,23 @@ class _LastUsed(OrderedDict[Any, Any]):
             self.popitem(last=False)
 
 
-def bound_compilers() -> None:
-    """Let the grammar library forget grammars that were not used for long: it keeps all, and rows may each have one.
-
-    For compilers that SGLang makes from now on.
+@contextlib.contextmanager
+def bounded_compilers() -> Iterator[None]:
+    """Compilers of the grammar library that are made in here forget what was not used for long; rows may each have a
+    grammar of their own.
     """
-    limit = partial(GrammarCompiler, cache_limit_bytes=MAX_COMPILED_BYTES)
-    xgrammar_backend.GrammarCompiler = limit  # type: ignore[misc, assignment]
+    from sglang.srt.constrained import xgrammar_backend
+
+    before = xgrammar_backend.GrammarCompiler
+    xgrammar_backend.GrammarCompiler = functools.partial(before, cache_limit_bytes=MAX_COMPILED_BYTES)
+    try:
+        yield
+    finally:
+        xgrammar_backend.GrammarCompiler = before
 
 
-def bound_caches(backend: Any) -> None:
-    """Let SGLang, which keeps all grammars as well, forget those that were not used for long.
+def bound_cache(backend: Any) -> None:
+    """Have SGLang, too, forget grammars that were not used for long.
 
     Args:
         backend: SGLang's grammar backend; None where there is none.

@@ -27,7 +27,7 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.scheduler.decision import SettledDecision
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
-from batchllm.srt.constrained.grammars import bound_caches, bound_compilers, quiet_row_faults
+from batchllm.srt.constrained.grammars import bound_cache, bounded_compilers, quiet_row_faults
 from batchllm.srt.layers.cpu_ops import forget_packed_weights
 from batchllm.srt.layers.step_layout import SharesPrefixes
 from batchllm.srt.managers import control_faults, live_sampling
@@ -140,9 +140,9 @@ class BatchScheduler(Scheduler):
         )
 
     def init_grammar_manager(self) -> None:
-        bound_compilers()
-        super().init_grammar_manager()
-        bound_caches(self.grammar_manager.grammar_backend)
+        with bounded_compilers():
+            super().init_grammar_manager()
+        bound_cache(self.grammar_manager.grammar_backend)
 
     def init_profiler(self) -> None:
         super().init_profiler()
