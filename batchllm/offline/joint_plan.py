@@ -260,8 +260,11 @@ def _joined_tasks(parts: Sequence[Part]) -> Int32Array:
     return _joined(columns)
 
 
+_LIBC = ctypes.CDLL(None)
+"""Loaded once: each has a class of its own, in a cycle, and a server makes a plan for every batch."""
+
+
 def _give_memory_back() -> None:
     """What millions of rows needed for a moment; the C library would keep it for this process."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
+    if hasattr(_LIBC, "malloc_trim"):  # glibc
+        _LIBC.malloc_trim(0)
