@@ -7,8 +7,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
