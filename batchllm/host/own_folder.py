@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 
 MARK = ".made-by-batchllm"
+SHORT_PARENT = "/tmp"
+"""Where folders are made whose names would be too long elsewhere, for sockets."""
 _NAME = re.compile(r"batchllm-([0-9]{1,10})-[a-z0-9_]{8}")
 
 

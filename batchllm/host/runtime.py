@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import tempfile
 import threading
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import psutil
 
 from batchllm.errors import EngineDiedError, EngineError, RowError
-from batchllm.host import messages, template
+from batchllm.host import messages, own_folder, template
 from batchllm.offline.compile_ahead import compile_ahead
 from batchllm.offline.event_loop import LoopThread, iterate_on
 from batchllm.offline.runtime import Answer, Chat, FinishedRequests, RunRequests, RuntimeInfo
@@ -246,6 +247,8 @@ class HostedRuntime:
         if self._compiler.ident is not None:  # Python must not end while it compiles
             self._compiler.join()
         template.release(self._template)
+        # Whoever has ended the engine's process, it may not have come to remove its own.
+        own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
 
     # The wire
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -105,19 +106,21 @@ def test_an_engine_is_used_where_an_event_loop_runs(engine: BatchEngine, expecte
 
 @pytest.mark.parametrize("victim", ["engine", pytest.param("scheduler", marks=pytest.mark.thorough), "detokenizer"])
 def test_a_process_that_is_killed_fails_what_runs_and_what_comes(engines: None, victim: str) -> None:
-    """At once, whichever it is, while the engine is idle; the driver goes on, and no process stays.
+    """At once, whichever it is, while the engine is idle; the driver goes on, and no process and no folder stays.
 
     That of a scheduler which runs a batch is in tests/srt/test_engine_life.py.
     """
     with BatchEngine(max_total_tokens=2000) as engine:
         own = _processes(engine)
         assert set(own) == {"engine", "scheduler", "detokenizer"}
+        (folder,) = Path(tempfile.gettempdir()).glob(f"batchllm-{own['engine'].pid}-*")
         own[victim].kill()
         with pytest.raises(EngineDiedError):
             for _ in range(100):
                 _answers(engine)
                 time.sleep(0.1)
     _wait_until(lambda: not any(map(psutil.Process.is_running, own.values())))
+    assert not folder.exists()
 
 
 def test_a_template_serves_engines_of_the_same_environment(engines: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def _folder(place: Path, name: str, *, is_marked: bool = True) -> Path:
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder of temporary files."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(processes, "_SHORT_FOLDER", str(tmp_path))
+    monkeypatch.setattr(own_folder, "SHORT_PARENT", str(tmp_path))
     return tmp_path
 
 

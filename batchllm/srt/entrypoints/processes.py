@@ -25,7 +25,6 @@ from batchllm.srt.platforms.fork_safety import launch_state, process_state
 _LOADS_PREFIX = "sglang_loads_batchllm-"
 _SHARED_MEMORY = Path("/dev/shm")
 _GRACE_S = 5
-_SHORT_FOLDER = "/tmp"
 _MAX_FOLDER_LEN = 107 - len("/batchllm-4194304-12345678/tmp12345678")  # of a socket's whole name: sys/un.h
 _STOP_TIMEOUT_S = 30
 
@@ -138,7 +137,7 @@ class _Spawning(SpawnContext):
 def _socket_parent() -> str:
     """Where the folder of the sockets is made: among temporary files, if their names are short enough there."""
     folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_LEN else _SHORT_FOLDER
+    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_LEN else own_folder.SHORT_PARENT
 
 
 def _remove_files_of_the_dead() -> None:
