@@ -50,6 +50,7 @@ class Process:
         cwd: The folder that it begins in; None for that of this process.
         stdin, stdout, stderr: Open files; None for those of this process.
         needs_mounts: It will mount file systems.
+        needs_sglang: It is forked from a process that has imported SGLang, as the server does first of all.
 
     Attributes:
         pid: Of the process.
@@ -67,6 +68,7 @@ class Process:
         stdout: IO[Any] | None = None,
         stderr: IO[Any] | None = None,
         needs_mounts: bool = False,
+        needs_sglang: bool = False,
     ) -> None:
         request = json.dumps(
             {
@@ -78,7 +80,7 @@ class Process:
         ).encode()
         assert len(request) < _MAX_LEN
         self.returncode: int | None = None
-        self._host = None if _HOST in os.environ else _Host.of(needs_mounts)
+        self._host = None if _HOST in os.environ else _Host.of(needs_mounts, needs_sglang)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.connect(os.environ[_HOST] if self._host is None else self._host.path)
         fds = [number if stream is None else stream.fileno() for number, stream in enumerate((stdin, stdout, stderr))]
@@ -140,7 +142,7 @@ class _Host:
         path: Where it listens.
     """
 
-    def __init__(self, needs_mounts: bool) -> None:
+    def __init__(self, needs_mounts: bool, needs_sglang: bool) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forked-", dir="/tmp")  # paths of sockets must be short
         self.path = os.path.join(self._folder.name, "socket")
         with (
@@ -149,7 +151,7 @@ class _Host:
         ):
             listener.bind(self.path)
             listener.listen(16)
-            program = f"from tests import forked; forked.main({listener.fileno()}, {self.path!r})"
+            program = f"from tests import forked; forked.main({listener.fileno()}, {self.path!r}, {needs_sglang})"
             self._process = subprocess.Popen(
                 [*(_mounting() if needs_mounts else []), sys.executable, "-c", program],
                 stdin=subprocess.PIPE,
@@ -173,9 +175,9 @@ class _Host:
 
     @staticmethod
     @cache
-    def of(needs_mounts: bool) -> _Host:
+    def of(needs_mounts: bool, needs_sglang: bool) -> _Host:
         """The one of this process."""
-        return _Host(needs_mounts)
+        return _Host(needs_mounts, needs_sglang)
 
 
 def _mounting() -> list[str]:
@@ -187,10 +189,13 @@ def _mounting() -> list[str]:
     pytest.fail("this machine lets nobody but root mount file systems (`unshare -rm` is refused): run this as root")
 
 
-def main(listener_fd: int, path: str) -> None:
+def main(listener_fd: int, path: str, has_sglang: bool) -> None:
     """Fork for whoever asks, until standard input is closed."""
     listener = socket.socket(fileno=listener_fd)
-    _import_all()
+    if has_sglang:
+        _import_sglang()
+    else:
+        _import_all()
     gc.freeze()  # what there is now stays, and need not be looked through at the end of each process
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
@@ -245,6 +250,15 @@ def _become(
     tempfile.tempdir = None
     module, _, name = function.partition(":")
     return lambda: getattr(importlib.import_module(module), name)(arguments)
+
+
+def _import_sglang() -> None:
+    """As ``batchllm serve`` does before anything else."""
+    from batchllm.srt.platforms import host_imports
+
+    host_imports.prepare_environment()
+    host_imports.import_all()
+    assert threading.active_count() == 1, threading.enumerate()
 
 
 def _import_all() -> None:

@@ -20,6 +20,8 @@ import openai
 import psutil
 from openai import OpenAI
 
+from tests import forked
+
 KEY = "sk-test"
 ENDED = ("completed", "failed", "expired", "cancelled")
 _START_TIMEOUT_S = 240
@@ -32,7 +34,7 @@ class Server:
 
     folder: Path
     port: int
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | forked.Process | None = None
     flags: list[str] = field(default_factory=list)
 
     @property
@@ -47,22 +49,31 @@ class Server:
     def log(self) -> str:
         return (self.folder / "log").read_text(errors="replace")
 
-    def start(self) -> None:
+    def start(self, *, is_forked: bool = True) -> None:
+        """Start the command, forked from a process that has imported SGLang; or in an interpreter of its own."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         temporary = self.folder / "tmp"
         temporary.mkdir(exist_ok=True)
         environment |= {"TMPDIR": str(temporary), "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+        flags = ["--port", str(self.port), "--api-key", KEY, "--enable-metrics", "--max-total-tokens", "4096"]
+        flags += ["--random-seed", "7", "--batch-storage", str(self.folder / "storage"), *self.flags]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-W", "ignore", "-m", "batchllm.launch_server", "--port", str(self.port)),
-                    *("--api-key", KEY, "--enable-metrics", "--max-total-tokens", "4096", "--random-seed", "7"),
-                    *("--batch-storage", str(self.folder / "storage"), *self.flags),
-                ],
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
+            if is_forked:
+                self.process = forked.Process(
+                    "batchllm.cli:command",
+                    ["serve", *flags],
+                    environment=environment,
+                    stdout=log,
+                    stderr=log,
+                    needs_sglang=True,
+                )
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-W", "ignore", "-m", "batchllm.launch_server", *flags],
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                )
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log[-3000:]

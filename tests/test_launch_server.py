@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = Server(tmp_path_factory.mktemp("server"), port)
-    server.start()
+    server.start(is_forked=False)
     yield server
     server.client.close()
     if server.process is not None:

@@ -44,6 +44,7 @@ PINNED: dict[str, str] = {
     "sglang.srt.managers.scheduler:Scheduler.is_fully_idle": "7a5ff7e94515",
     "sglang.srt.managers.scheduler:Scheduler.stash_chunked_request": "c3a9d340502f",
     "sglang.srt.managers.scheduler:Scheduler.on_idle": "a6e5e6adff8f",
+    "sglang.srt.managers.scheduler:Scheduler.maybe_sleep_on_idle": "3c39e1fe8220",
     "sglang.srt.managers.schedule_batch:ScheduleBatch.check_decode_mem": "4a524f91bed9",
     "sglang.srt.managers.schedule_batch:retract_all": "06596fe956b2",
     "sglang.srt.managers.schedule_batch:ScheduleBatch.filter_batch": "bf6325d2cbeb",

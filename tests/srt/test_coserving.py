@@ -6,8 +6,9 @@ How much a step carries is up to the machine; whatever that was, everybody's ans
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -52,9 +53,19 @@ def _groups(seed: int, num_groups: int, group_size: int, shared_len: int, privat
     ]
 
 
-def _alone(engine: BatchEngine, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
-    """What each is answered while nobody live is there."""
-    return [list(c.output_ids) for c in engine.batch_generate(input_ids=prompts, sampling_params=GREEDY | sampling)]
+@pytest.fixture(scope="module")
+def alone() -> Callable[..., list[list[int]]]:
+    """What each prompt is answered while nobody live is there. One engine is asked, for both."""
+    known: dict[str, list[list[int]]] = {}
+
+    def answers(engine: BatchEngine, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
+        key = json.dumps([prompts, sampling])
+        if key not in known:
+            completions = engine.batch_generate(input_ids=prompts, sampling_params=GREEDY | sampling)
+            known[key] = [list(completion.output_ids) for completion in completions]
+        return known[key]
+
+    return answers
 
 
 def _beside(
@@ -76,32 +87,34 @@ def _beside(
     return run(engine, both())
 
 
-def test_everybody_is_answered_as_alone_and_the_plan_computes_no_token_twice(bounded: BatchEngine) -> None:
+def test_everybody_is_answered_as_alone_and_the_plan_computes_no_token_twice(bounded: BatchEngine, alone: Any) -> None:
     """Live prompts of one piece and of many, planned rows that sit out steps, prefixes that are being computed."""
     prompts = _groups(1, num_groups=8, group_size=30, shared_len=150, private_len=6)
     live = [_ids(9000 + i, random.Random(i).choice([5, 60, 700])) for i in range(25)]
-    expected, alone = _alone(bounded, prompts, max_new_tokens=24), _alone(bounded, live, max_new_tokens=12)
+    expected, wanted = alone(bounded, prompts, max_new_tokens=24), alone(bounded, live, max_new_tokens=12)
     job = job_of(bounded, prompts, 24)
     rows, answers = _beside(bounded, job, live, max_new_tokens=12)
     assert [rows[i] for i in range(len(prompts))] == expected
-    assert answers == alone
+    assert answers == wanted
 
 
-def test_planned_rows_sit_out_steps_while_live_ones_decode_in_each(bounded: BatchEngine) -> None:
+def test_planned_rows_sit_out_steps_while_live_ones_decode_in_each(bounded: BatchEngine, alone: Any) -> None:
     """Five steps' time is soon less than a hundred rows need: fewer decode than hold KV, and all of them end."""
     prompts = _groups(2, num_groups=1, group_size=300, shared_len=40, private_len=3)
-    expected = _alone(bounded, prompts, max_new_tokens=30)
+    expected = alone(bounded, prompts, max_new_tokens=30)
     job = job_of(bounded, prompts, 30)
     rows, answers = _beside(bounded, job, [_ids(1, 10)] * 4, gap_s=0.2, max_new_tokens=60)
     assert [rows[i] for i in range(len(prompts))] == expected
     assert len(set(map(tuple, answers))) == 1
 
 
-def test_a_live_request_takes_kv_from_planned_rows_and_they_are_answered_all_the_same(bounded: BatchEngine) -> None:
+def test_a_live_request_takes_kv_from_planned_rows_and_they_are_answered_all_the_same(
+    bounded: BatchEngine, alone: Any
+) -> None:
     """The pool is full of rows with long outputs; prompts of half of it come, one after the other."""
     prompts = _groups(3, num_groups=1, group_size=60, shared_len=30, private_len=3)
     live = _ids(5, _POOL // 2)
-    expected, (alone,) = _alone(bounded, prompts, max_new_tokens=120), _alone(bounded, [live])
+    expected, (wanted,) = alone(bounded, prompts, max_new_tokens=120), alone(bounded, [live])
     job = job_of(bounded, prompts, 120)
 
     async def both() -> tuple[dict[int, list[int]], list[Any]]:
@@ -112,7 +125,7 @@ def test_a_live_request_takes_kv_from_planned_rows_and_they_are_answered_all_the
 
     rows, answers = run(bounded, both())
     assert [rows[i] for i in range(len(prompts))] == expected
-    assert all(list(answer["output_ids"]) == alone for answer in answers)
+    assert all(list(answer["output_ids"]) == wanted for answer in answers)
     assert job.stats.num_retractions > 0
     assert job.stats.num_recomputed_for_live > 0
 
@@ -148,10 +161,10 @@ def test_rows_with_penalties_log_probabilities_and_least_lengths_are_answered_as
     assert [a["output_ids"] for a in answers] == [a["output_ids"] for a in alone]
 
 
-def test_clients_that_go_away_and_a_pause_leave_the_whole_pool(bounded: BatchEngine) -> None:
+def test_clients_that_go_away_and_a_pause_leave_the_whole_pool(bounded: BatchEngine, alone: Any) -> None:
     """In the queue, in pieces, decoding; and with all KV taken back while rows sit out."""
     prompts = _groups(5, num_groups=2, group_size=60, shared_len=80, private_len=3)
-    expected = _alone(bounded, prompts, max_new_tokens=40)
+    expected = alone(bounded, prompts, max_new_tokens=40)
     job = job_of(bounded, prompts, 40)
 
     async def trouble() -> dict[int, list[int]]:
@@ -167,4 +180,5 @@ def test_clients_that_go_away_and_a_pause_leave_the_whole_pool(bounded: BatchEng
 
     rows = run(bounded, trouble())
     assert [rows[i] for i in range(len(prompts))] == expected
-    assert len(_alone(bounded, [_ids(8, _POOL - 100)])[0]) == 8
+    (answer,) = bounded.batch_generate(input_ids=[_ids(8, _POOL - 100)], sampling_params=GREEDY)
+    assert len(answer.output_ids) == 8

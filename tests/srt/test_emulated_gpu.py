@@ -118,10 +118,10 @@ def _counts(folder: Path) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("gpu", [1], indirect=True)
-def test_live_requests_beside_a_job_are_answered_right(gpu: BatchEngine, expected: Any) -> None:
+@pytest.mark.parametrize("gpu", [pytest.param(1, marks=pytest.mark.thorough), 16], indirect=True)
+def test_live_requests_beside_a_job_are_answered_right(gpu: BatchEngine, expected: Any, folder: Path) -> None:
     """Their steps are the job's: shared segments for some rows, none for others."""
-    prompts, _ = _workload(1)
+    prompts = _workload(1)[0][:11]
     live, planned = prompts[:3], prompts[3:]
     job = job_of(gpu, planned, max_new_tokens=5)
 
@@ -135,6 +135,7 @@ def test_live_requests_beside_a_job_are_answered_right(gpu: BatchEngine, expecte
     right = expected(prompts, [5] * len(prompts))
     assert others == right[:3]
     assert answers == dict(enumerate(right[3:]))
+    assert _counts(folder).keys() & {"shared", "graph, shared"}
 
 
 @pytest.mark.parametrize(

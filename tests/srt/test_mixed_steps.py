@@ -7,13 +7,17 @@ hints that are far too small fill the pool in the middle of a mixed step.
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from batchllm import BatchEngine
+from batchllm import BatchEngine, Completion
+from batchllm.offline.report import RunReport
 from batchllm.trace import StepTrace
 from tests.recorded_steps import read_jobs, run_rows
 from tests.srt.live import GREEDY, answers_of, job_of, live_answer, run
@@ -39,6 +43,17 @@ def mixed(
         ) as engine:
             assert engine.runtime.info.num_unstored_tokens == (request.param != "overlap")
             yield engine
+
+
+@pytest.fixture(scope="module")
+def not_mixed(engine: BatchEngine) -> Callable[..., list[Completion]]:
+    """What the engine whose steps are not mixed answers; it is asked once for all engines whose steps are."""
+
+    @functools.cache
+    def answers(rows: str) -> list[Completion]:
+        return engine.batch_generate(**json.loads(rows))
+
+    return lambda **rows: answers(json.dumps(rows))
 
 
 def _trace(engine: BatchEngine) -> StepTrace:
@@ -73,30 +88,33 @@ def test_prefill_goes_on_where_decoding_rows_fill_the_chunk(mixed: BatchEngine) 
 
 
 @pytest.mark.parametrize("name", read_jobs())
-def test_steps_are_those_that_were_recorded(mixed: BatchEngine, engine: BatchEngine, name: str) -> None:
+def test_steps_are_those_that_were_recorded(mixed: BatchEngine, name: str) -> None:
     """The simulator is held to the recording (`tests/sim/test_recorded.py`), so it must be what engines do today."""
     has_overlap = mixed.runtime.info.num_unstored_tokens == 0
+    _check_steps(mixed, name, "mixed, overlap" if has_overlap else "mixed")
+
+
+@pytest.mark.parametrize("name", read_jobs())
+def test_steps_that_are_not_mixed_are_those_that_were_recorded(engine: BatchEngine, name: str) -> None:
+    _check_steps(engine, name, "not mixed")
+
+
+def _check_steps(engine: BatchEngine, name: str, kind: str) -> None:
     job = read_jobs()[name]
-    for kind, each in (("mixed, overlap" if has_overlap else "mixed", mixed), ("not mixed", engine)):
-        outputs, steps = run_rows(each, job.rows)
-        assert [len(ids) for ids in outputs] == job.output_len
-        assert steps == job.steps[kind]
+    outputs, steps = run_rows(engine, job.rows)
+    assert [len(ids) for ids in outputs] == job.output_len
+    assert steps == job.steps[kind]
 
 
-def test_outputs_are_those_of_steps_that_are_not_mixed(mixed: BatchEngine, engine: BatchEngine) -> None:
-    prompts = _prompts(3, 4, 5, 50, 7)
-    outputs = [
-        [c.output_ids for c in e.batch_generate(input_ids=prompts, sampling_params=_LONG)] for e in (mixed, engine)
-    ]
-    assert outputs[0] == outputs[1]
+def test_outputs_are_those_of_steps_that_are_not_mixed(mixed: BatchEngine, not_mixed: Any) -> None:
+    rows = {"input_ids": _prompts(3, 4, 5, 50, 7), "sampling_params": _LONG}
+    assert [c.output_ids for c in mixed.batch_generate(**rows)] == [c.output_ids for c in not_mixed(**rows)]
 
 
-def test_a_pool_that_fills_up_in_mixed_steps_retracts_and_loses_nothing(
-    mixed: BatchEngine, engine: BatchEngine
-) -> None:
+def test_a_pool_that_fills_up_in_mixed_steps_retracts_and_loses_nothing(mixed: BatchEngine, not_mixed: Any) -> None:
     """Every answer is said to have 12 tokens and has 40: too many start, and some have to start again."""
     prompts = _prompts(4, 120, 1, 2, 1)
-    wanted = engine.batch_generate(input_ids=prompts, sampling_params=_LONG)
+    wanted = not_mixed(input_ids=prompts, sampling_params=_LONG)
     # A stop token that never comes makes the length a matter of opinion.
     sampling = _LONG | {"stop_token_ids": [1999]}
     completions = mixed.batch_generate(
@@ -109,16 +127,23 @@ def test_a_pool_that_fills_up_in_mixed_steps_retracts_and_loses_nothing(
     assert [c.output_ids for c in completions] == [c.output_ids for c in wanted]
 
 
-def test_known_lengths_are_never_retracted_and_fill_the_pool(mixed: BatchEngine, engine: BatchEngine) -> None:
+def test_known_lengths_are_never_retracted(mixed: BatchEngine) -> None:
+    assert _run_known_lengths(mixed).num_retractions == 0
+
+
+def test_known_lengths_are_never_retracted_and_fill_the_pool(engine: BatchEngine) -> None:
     """Where a chunk has room for all that could start: 16 tokens, most of them decoding rows', have not."""
+    report = _run_known_lengths(engine)
+    assert report.num_retractions == 0
+    assert report.peak_kv_tokens > 0.9 * report.kv_capacity_tokens
+
+
+def _run_known_lengths(engine: BatchEngine) -> RunReport:
     prompts = _prompts(5, 160, 1, 3, 1)
     sampling = [_LONG | {"max_new_tokens": 5 + 7 * (i % 6)} for i in range(len(prompts))]
-    for each in (mixed, engine):
-        each.batch_generate(input_ids=prompts, sampling_params=sampling)
-        report = each.last_report
-        assert report is not None
-        assert report.num_retractions == 0
-    assert report.peak_kv_tokens > 0.9 * report.kv_capacity_tokens
+    engine.batch_generate(input_ids=prompts, sampling_params=sampling)
+    assert engine.last_report is not None
+    return engine.last_report
 
 
 def test_the_trace_adds_up(mixed: BatchEngine) -> None:
@@ -138,11 +163,12 @@ def test_the_trace_adds_up(mixed: BatchEngine) -> None:
     assert trace.elapsed_s <= report.elapsed_s
 
 
-def test_rows_with_log_probabilities_run_among_others(mixed: BatchEngine, engine: BatchEngine) -> None:
+def test_rows_with_log_probabilities_run_among_others(mixed: BatchEngine, not_mixed: Any) -> None:
     """Their steps are not mixed, so what decodes stands still for one; then it goes on from where it was."""
     prompts = _prompts(7, 30, 1, 5, 9)
     sampling = [_LONG | ({"max_new_tokens": 1, "logprobs": True} if i % 2 else {}) for i in range(len(prompts))]
-    answers = [e.batch_generate(input_ids=prompts, sampling_params=sampling) for e in (mixed, engine)]
+    rows = {"input_ids": prompts, "sampling_params": sampling}
+    answers = [mixed.batch_generate(**rows), not_mixed(**rows)]
     assert [c.output_ids for c in answers[0]] == [c.output_ids for c in answers[1]]
     assert all((c.logprobs is not None) == bool(i % 2) for i, c in enumerate(answers[0]))
 

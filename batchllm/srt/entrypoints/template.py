@@ -5,9 +5,12 @@ It has one thread, and computes nothing: a fork copies memory, but no other thre
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 import socket
+import sys
 from typing import Any
 
 import setproctitle
@@ -52,7 +55,16 @@ def _serve(driver: socket.socket) -> None:
         # A fork; or this process itself, where a fork would be broken: the next engine then gets a template of its own.
         driver.close()
         engine_host.main(fds[0], parent_pid)
-        return
+        _exit()
+
+
+def _exit() -> None:
+    """End without taking apart what was imported: that takes a second, and copies all the memory that is shared."""
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # where no log can be written any more, nobody can be told so
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
 
 
 def _end_with(driver_pid: int) -> None:

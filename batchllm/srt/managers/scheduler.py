@@ -311,6 +311,10 @@ class BatchScheduler(Scheduler):
         if self.intake.jobs and not self.planned_window and super().is_fully_idle():
             self.maybe_sleep_on_idle()  # upstream has not slept, since a job is open
 
+    def maybe_sleep_on_idle(self) -> None:
+        if not self.gracefully_exit:  # upstream sleeps once more, a second, before it looks whether to end
+            super().maybe_sleep_on_idle()
+
     def is_fully_idle(self, for_health_check: bool = False) -> bool:
         # An open job has a claim on its pins even while none of its requests is here.
         return not self.intake.jobs and super().is_fully_idle(for_health_check)
