@@ -23,7 +23,7 @@ def compile_ahead(*, with_all: bool = False) -> None:
     """Plan a small job, so that each function is compiled for the types that jobs call it with.
 
     Args:
-        with_all: Compile also what only some jobs need: other group orders, shards, fair plans, plans in units, summaries.
+        with_all: Compile also what only some jobs need: other group orders, shards, fair plans, units, summaries.
     """
     prompts = [
         [1, group, 2, branch, 3, leaf] for group, branch, leaf in itertools.product(range(4), range(3), range(2))

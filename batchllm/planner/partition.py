@@ -2,9 +2,9 @@
 
 A group is what starts at the root of the prefix tree: a planned prefix with all its consumers, or a request that shares
 nothing. Two groups share nothing, so it does not matter which engine gets which. A group larger than is fair, a share
-of the work that is left when it is its turn, is cut in pieces; these shrink as the work runs out, so that all engines end
-together. A cut costs what the request behind it would have read: the prompt tokens down to the level at which the two
-neighbours part. It is made where that is least, in the last quarter of a piece.
+of the work that is left when it is its turn, is cut in pieces; these shrink as the work runs out, so that all engines
+end together. A cut costs what the request behind it would have read: the prompt tokens down to the level at which the
+two neighbours part. It is made where that is least, in the last quarter of a piece.
 
 Knows: a plan, the work that each request is, how many engines there are. Must not know: engines, KV slots, time.
 Invariant: units are consecutive ranges of a sound plan of the same requests; none reads what another computes; what the
@@ -45,7 +45,7 @@ class Partition:
     Attributes:
         plan: The plan, unit by unit; what the cuts cost is its ``num_lost_tokens``.
         bounds: First position of each unit, and the end, int64[num_units + 1].
-        work: Expected work of each unit, in prompt tokens, float64[num_units]. It never rises.
+        work: Expected work of each position, in prompt tokens, with what cuts add, float64[num_requests].
         num_cut_groups: Groups that are in more than one unit.
     """
 
@@ -57,7 +57,12 @@ class Partition:
     @property
     def num_units(self) -> int:
         """Units there are."""
-        return len(self.work)
+        return len(self.bounds) - 1
+
+    @property
+    def unit_work(self) -> npt.NDArray[np.float64]:
+        """Expected work of each unit, float64[num_units]. It never rises."""
+        return np.add.reduceat(self.work, self.bounds[:-1]) if self.num_units else np.zeros(0)
 
 
 def expected_work(plan: BatchPlan, decode_lens: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
@@ -99,8 +104,7 @@ def partition(plan: BatchPlan, work: npt.NDArray[np.float64], num_engines: int) 
     if num_engines == 1 or plan.num_requests == 0:
         num_units = min(1, plan.num_requests)
         bounds = np.array([0, plan.num_requests][: num_units + 1], np.int64)
-        total = work.sum(keepdims=True, dtype=np.float64)[:num_units]
-        return Partition(plan=plan, bounds=bounds, work=total, num_cut_groups=0)
+        return Partition(plan=plan, bounds=bounds, work=work.astype(np.float64), num_cut_groups=0)
     first = np.flatnonzero(_begins_group(plan))
     first, unit_work, num_cut_groups = _cut_large_groups(plan, first, work, num_engines)
     turn_of_units = np.argsort(-unit_work, kind="stable")
@@ -112,7 +116,9 @@ def partition(plan: BatchPlan, work: npt.NDArray[np.float64], num_engines: int) 
     is_cut[bounds[:-1]] = True
     units = reordered(plan, turn, is_cut)
     units.validate()
-    return Partition(plan=units, bounds=bounds, work=unit_work[turn_of_units], num_cut_groups=num_cut_groups)
+    work_at = work[turn]
+    work_at[bounds[:-1]] += (plan.prompt_lens - plan.computed_lens())[turn[bounds[:-1]]]
+    return Partition(plan=units, bounds=bounds, work=work_at, num_cut_groups=num_cut_groups)
 
 
 def _begins_group(plan: BatchPlan) -> npt.NDArray[np.bool_]:

@@ -90,9 +90,7 @@ class EstimateColumns:
 
     def at(self, places: Int64Array) -> EstimateColumns:
         """Those of some of the requests."""
-        return EstimateColumns(
-            self.max_new_len[places], self.known_len[places], self.kind[places], self.draw[places]
-        )
+        return EstimateColumns(self.max_new_len[places], self.known_len[places], self.kind[places], self.draw[places])
 
 
 Estimates = Sequence[OutputEstimate] | EstimateColumns
@@ -132,7 +130,17 @@ class PredictionError:
 class _Kind:
     """Finished lengths of one kind, and the distribution made of them."""
 
-    __slots__ = ("cut", "fallen", "finished", "is_known", "mean_up_to", "num_finished", "num_since", "parent", "survival")
+    __slots__ = (
+        "cut",
+        "fallen",
+        "finished",
+        "is_known",
+        "mean_up_to",
+        "num_finished",
+        "num_since",
+        "parent",
+        "survival",
+    )
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
