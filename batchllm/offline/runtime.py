@@ -42,6 +42,9 @@ class RuntimeInfo:
         chat_sampling: What the model recommends for chats that say nothing, by names of `SamplingParams`.
         parses_answers: Answers to chats are looked through for reasoning or tool calls.
         adapters: Names of the LoRA adapters that are loaded; None where any name is taken.
+        num_engines: Engines that are to run a job together. The other numbers are those of the smallest of them.
+        engines: Of each that runs now, by its number, ``kv_limit_tokens``: a mapping that changes as they come and go.
+            None where there is one for good.
     """
 
     model_name: str
@@ -60,6 +63,8 @@ class RuntimeInfo:
     chat_sampling: Mapping[str, Any] = field(default_factory=dict)
     parses_answers: bool = False
     adapters: Collection[str] | None = ()
+    num_engines: int = 1
+    engines: Mapping[int, int] | None = None
 
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""
@@ -78,6 +83,7 @@ class RunRequests:
         namespaces: Namespace of each request; None if all are in the default one.
         targets: Of each request the token that would follow its prompt, whose score ends its scores, -1 for none; None
             where none has one.
+        engine: Number of the engine that runs it, where there are several.
     """
 
     run: PlannedRun
@@ -86,6 +92,20 @@ class RunRequests:
     seeds: Sequence[int]
     namespaces: list[str] | None
     targets: list[int] | None = None
+    engine: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LostEngine:
+    """One of several engines is gone, and the others go on: its requests in flight will have no answers.
+
+    Attributes:
+        number: Its number.
+        reason: Why.
+    """
+
+    number: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +117,14 @@ class FinishedRequests:
         completions: One per position; their ``index`` and ``sample`` are still 0.
         counters: What the job has cost so far.
         steps: Forward steps since the last of these, ``start_s`` on the monotonic clock. `STEP_DTYPE` ``[num_steps]``.
+        lost: An engine that is gone; None for none.
     """
 
     positions: list[int]
     completions: list[Completion]
     counters: JobCounters
     steps: StepArray
+    lost: LostEngine | None = None
 
 
 class PromptTokenizer(Protocol):

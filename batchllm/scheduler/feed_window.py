@@ -53,6 +53,11 @@ class FeedWindow:
         self.num_in_flight = 0
 
     @property
+    def engine(self) -> int:
+        """All goes to the same one."""
+        return 0
+
+    @property
     def is_done(self) -> bool:
         """Everything has been submitted and has finished."""
         return self._next_position == len(self._kv_cost) and self.num_in_flight == 0
@@ -79,6 +84,10 @@ class FeedWindow:
         """These have finished."""
         self.num_in_flight -= len(positions)
         self._cost_in_flight -= int(self._kv_cost[positions].sum())
+
+    def lose(self, engine: int) -> tuple[int, int]:
+        """Where there is one engine, its end is the end of the plan; nothing is left over for another one."""
+        return 0, 0
 
     def _has_room(self) -> bool:
         if self.num_in_flight == 0:

@@ -36,7 +36,7 @@ def draw(position: int) -> float:
 
 def draws(positions: Int64Array) -> Float64:
     """The draws of several, float64, of the shape given."""
-    spread: Float64 = (0.5 + positions * _GOLDEN) % 1.0
+    spread: Float64 = np.mod(0.5 + positions * _GOLDEN, 1.0, dtype=np.float64)
     return spread
 
 
@@ -294,7 +294,8 @@ class OutputLengths:
                 rows = learned[of_kind]
                 kind = self._kinds[number]
                 expected[rows] = kind.quantiles(generated[rows], draws[of_kind], max_new_len[rows])
-        return np.maximum(expected, generated + 1)
+        lens: Int64Array = np.maximum(expected, generated + 1)
+        return lens
 
     def expected_len(self, estimate: OutputEstimate, num_generated: int) -> int:
         """The same of one request."""

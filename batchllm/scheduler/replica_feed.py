@@ -57,7 +57,7 @@ class ReplicaFeed:
         max_in_flight: Most requests of one engine taken and not finished.
 
     Attributes:
-        replica: The engine that took last in `take_next`.
+        engine: The engine that took last in `take_next`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ReplicaFeed:
         self._hands: dict[int, _Hand] = {}
         self._owner = np.full(len(kv_cost), -1, np.int32)
         self._next_unit = 0
-        self.replica = -1
+        self.engine = -1
 
     @property
     def num_units_left(self) -> int:
@@ -90,9 +90,9 @@ class ReplicaFeed:
         """Everything has been taken and has finished."""
         return not self.num_units_left and not any(h.num_in_flight or h.has_rest for h in self._hands.values())
 
-    def has_work(self, replica: int) -> bool:
+    def has_work(self, engine: int) -> bool:
         """Whether an engine has something, or could still get something."""
-        hand = self._hands.get(replica)
+        hand = self._hands.get(engine)
         return bool(self.num_units_left or (hand is not None and (hand.num_in_flight or hand.has_rest)))
 
     def take_next(self) -> tuple[int, int] | None:
@@ -100,13 +100,13 @@ class ReplicaFeed:
         hands = [(self._hand(number), number) for number in list(self._kv_limits)]
         for _, number in sorted(hands, key=lambda item: (item[0].cost / item[0].window_cost, item[1])):
             if (taken := self.take(number)) is not None:
-                self.replica = number
+                self.engine = number
                 return taken
         return None
 
-    def take(self, replica: int) -> tuple[int, int] | None:
+    def take(self, engine: int) -> tuple[int, int] | None:
         """Positions ``[first, last)`` that an engine gets now; None while it has enough, or nothing is left."""
-        hand = self._hand(replica)
+        hand = self._hand(engine)
         if hand.num_in_flight and not self._has_room(hand):
             return None
         if hand.has_rest:
@@ -124,7 +124,7 @@ class ReplicaFeed:
         hand.rest = (last, hand.rest[1])
         hand.num_in_flight += last - first
         hand.cost += int(self._cost_before[last] - self._cost_before[first])
-        self._owner[first:last] = replica
+        self._owner[first:last] = engine
         return first, last
 
     def finish(self, positions: Sequence[int] | Int64Array) -> None:
@@ -138,19 +138,21 @@ class ReplicaFeed:
             hand.cost -= int(self._kv_cost[own].sum())
             hand.work -= float(self._work[own].sum())
 
-    def lose(self, replica: int) -> tuple[int, int]:
+    def lose(self, engine: int) -> tuple[int, int]:
         """An engine is gone: positions ``[first, last)`` of its last unit that it was not given. Others cannot have
         them, since they may read what it has computed. What it was given is to be finished as ever.
         """
-        hand = self._hand(replica)
+        hand = self._hands.get(engine)
+        if hand is None:
+            return 0, 0
         rest, hand.rest = hand.rest, (0, 0)
         hand.work -= float(self._work_before[rest[1]] - self._work_before[rest[0]])
         return rest
 
-    def _hand(self, replica: int) -> _Hand:
-        hand = self._hands.get(replica)
+    def _hand(self, engine: int) -> _Hand:
+        hand = self._hands.get(engine)
         if hand is None:
-            hand = self._hands[replica] = _Hand(WINDOW_POOLS * self._kv_limits[replica])
+            hand = self._hands[engine] = _Hand(WINDOW_POOLS * self._kv_limits[engine])
         return hand
 
     def _has_room(self, hand: _Hand) -> bool:

@@ -109,9 +109,7 @@ class PlannedScheduler:
             self._num_settled_beside = -1 if admissions else len(going_on)
         num_retracted = 0
         if not piece and not admissions:
-            num_retracted = self._make_room(going_on)
-            if num_retracted:
-                going_on = self._going_on()
+            going_on, num_retracted = self._make_room(going_on)
         decoding = going_on if self._is_mixed or not (piece or admissions) else going_on[:0]
         count = StepCount()
         ended = self._prefill(piece, admissions, count)
@@ -296,11 +294,11 @@ class PlannedScheduler:
         self._columns.finished.append(request.position)
         self._window.finish(request.position)
 
-    def _make_room(self, going_on: Int64Array) -> int:
+    def _make_room(self, going_on: Int64Array) -> tuple[Int64Array, int]:
         """Take KV from requests until those that decode find their slots.
 
         A prompt in pieces goes first, then the least generated, then the longest prompt, then the last to start.
-        Returns how many requests lost theirs.
+        Returns the rows that go on, and how many requests lost their KV.
         """
         columns, num_retracted = self._columns, 0
         while self._num_used() + self._decode_growth(going_on) > self._recorder.kv_capacity_tokens:
@@ -316,7 +314,7 @@ class PlannedScheduler:
             request.num_generated = int(columns.num_generated[request.position])
             self._window.put_back(request)
             num_retracted += 1
-        return num_retracted
+        return going_on, num_retracted
 
     # Counting
 

@@ -8,7 +8,7 @@ Invariant: each row runs once, and an engine's clock is never behind another's w
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -90,7 +90,7 @@ class _ReplicaWindow:
         self.num_requests += 0 if taken is None else taken[1] - taken[0]
         return taken
 
-    def finish(self, positions: list[int]) -> None:
+    def finish(self, positions: Sequence[int]) -> None:
         self._feed.finish(positions)
 
 
