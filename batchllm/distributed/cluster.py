@@ -13,18 +13,16 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from batchllm.errors import ConfigError, EngineError
+from batchllm.host import leftovers
 
 _CONNECT_TIMEOUT_S = 5.0
 _STORE_BYTES = 200 * 2**20
-_MAX_FOLDER_LEN = 44
-"""Ray's sockets are in a folder of the folder, and a socket's whole name has at most 107 bytes."""
-_SHORT_FOLDER = "/tmp"
+_SOCKET_LEN = len("/session_2026-11-29_15-10-00_000000_4194304/sockets/plasma_store")
 _VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -76,7 +74,8 @@ class Cluster:
                 )
             options: dict[str, Any] = {"log_to_driver": is_verbose, "logging_level": logging.ERROR}
             if self.is_own:
-                self._folder = tempfile.mkdtemp(prefix=f"batchllm-{os.getpid()}-", dir=_folder_parent())
+                leftovers.remove_files_of_the_dead()
+                self._folder = leftovers.make_folder(_SOCKET_LEN)
                 options |= {
                     "num_cpus": num_cores(),
                     "include_dashboard": False,
@@ -158,11 +157,6 @@ def _check_reachable(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--ray-address {address}: nothing is reached there: {error}") from error
-
-
-def _folder_parent() -> str:
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= _MAX_FOLDER_LEN - len("/batchllm-4194304-12345678") else _SHORT_FOLDER
 
 
 def _first_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ class Jobs:
     Attributes:
         stats: What all jobs have cost so far; their shares add up to it. Seconds are those of planning only.
         num_plans: Plans made.
-        num_lost_tokens: Prompt tokens that these compute for the sake of fairness only.
+        num_lost_tokens: Prompt tokens that these compute for the sake of fairness, or of several engines, only.
     """
 
     def __init__(
@@ -223,6 +223,8 @@ class Jobs:
         if not all(job.is_admitting for job in jobs):
             return None
         self.num_lost_tokens += plan.plan.num_lost_tokens
+        if plan.units is not None:
+            jobs[0].stats.num_cut_tokens += plan.plan.num_lost_tokens
         running = RunningPlan(self._runtime.open_job(), plan, self._window(plan, max_in_flight or MAX_IN_FLIGHT))
         self._plans[running] = jobs, asyncio.create_task(self._read(running, jobs))
         self._feed(running, jobs)

@@ -9,25 +9,20 @@ import asyncio
 import contextlib
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext, SpawnContext
-from pathlib import Path
 from typing import Any
 
 import psutil
 import sglang.srt.entrypoints.engine as upstream
 from sglang.srt.managers.io_struct import ShutdownReq
 
+from batchllm.host import leftovers
 from batchllm.srt.platforms.fork_safety import launch_state, process_state
 
-_SOCKET_DIR_PREFIX = "batchllm-"
-_LOADS_PREFIX = "sglang_loads_"
-_SHARED_MEMORY = Path("/dev/shm")
 _GRACE_S = 5
-_SHORT_FOLDER = "/tmp"
-_MAX_FOLDER_LEN = 107 - len("/batchllm-4194304-12345678/tmp12345678")  # of a socket's whole name: sys/un.h
+_SOCKET_LEN = len("/tmp12345678")
 _STOP_TIMEOUT_S = 30
 
 
@@ -56,8 +51,8 @@ class EngineProcesses:
         They are forks of this process where that is safe (`srt.platforms.fork_safety`), else they import SGLang again.
         """
         if self._socket_dir is None:
-            _remove_files_of_the_dead()
-            self._socket_dir = tempfile.mkdtemp(prefix=f"{_SOCKET_DIR_PREFIX}{os.getpid()}-", dir=_socket_parent())
+            leftovers.remove_files_of_the_dead()
+            self._socket_dir = leftovers.make_folder(_SOCKET_LEN)
         self._kill_children()
         before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
         before_us = {child.pid for child in psutil.Process().children()}
@@ -98,7 +93,7 @@ class EngineProcesses:
         if manager is not None:
             for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer):
                 socket.close(linger=0)
-        for path in _SHARED_MEMORY.glob(f"{_LOADS_PREFIX}{self.instance_id}*"):
+        for path in leftovers.SHARED_MEMORY.glob(f"{leftovers.LOADS_PREFIX}{self.instance_id}*"):
             path.unlink(missing_ok=True)
         shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._socket_dir = None
@@ -134,32 +129,6 @@ class _Spawning(SpawnContext):
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
         pass
-
-
-def _socket_parent() -> str:
-    """Where the folder of the sockets is made: among temporary files, if their names are short enough there."""
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_LEN else _SHORT_FOLDER
-
-
-def _remove_files_of_the_dead() -> None:
-    """What is left of engines whose process was killed before it could remove its own."""
-    folders = {tempfile.gettempdir(), _socket_parent()}
-    for path in (
-        *(path for folder in folders for path in Path(folder).glob(f"{_SOCKET_DIR_PREFIX}*-*")),
-        *_SHARED_MEMORY.glob(f"{_LOADS_PREFIX}{_SOCKET_DIR_PREFIX}*-*"),
-    ):
-        pid = path.name.removeprefix(_LOADS_PREFIX).removeprefix(_SOCKET_DIR_PREFIX).partition("-")[0]
-        if not pid.isdecimal() or psutil.pid_exists(int(pid)):
-            continue
-        with contextlib.suppress(OSError):  # another engine that starts does the same, or it is not ours to remove
-            status = path.lstat()
-            if status.st_uid != os.getuid():
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def _command(process: psutil.Process) -> str:

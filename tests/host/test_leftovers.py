@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchllm.srt.entrypoints import processes
+from batchllm.host import leftovers
 
 DEAD = 4194305  # above the largest pid there can be
 
@@ -17,7 +17,7 @@ def test_what_the_dead_left_is_removed_and_nothing_stands_in_the_way(
 ) -> None:
     """Links are not followed: what they point to is somebody's own."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(processes, "_SHORT_FOLDER", str(tmp_path))
+    monkeypatch.setattr(leftovers, "_SHORT_FOLDER", str(tmp_path))
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("mine")
@@ -31,7 +31,7 @@ def test_what_the_dead_left_is_removed_and_nothing_stands_in_the_way(
     living.mkdir()
     others = tmp_path / "batchllm-notes-2026"
     others.touch()
-    processes._remove_files_of_the_dead()
+    leftovers.remove_files_of_the_dead()
     assert (precious / "thesis.txt").read_text() == "mine"
     assert set(tmp_path.iterdir()) == {precious, living, others}
 
@@ -40,11 +40,11 @@ def test_a_folder_that_cannot_be_removed_does_not_keep_an_engine_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(processes, "_SHORT_FOLDER", str(tmp_path))
+    monkeypatch.setattr(leftovers, "_SHORT_FOLDER", str(tmp_path))
 
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("shutil.rmtree", refuse)
     (tmp_path / f"batchllm-{DEAD}-folder").mkdir()
-    processes._remove_files_of_the_dead()
+    leftovers.remove_files_of_the_dead()
