@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,22 @@ from batchllm.distributed.cluster import Cluster
 from batchllm.distributed.runtime import ReplicatedRuntime
 from batchllm.errors import ConfigError
 from batchllm.host.runtime import HostedRuntime
+from batchllm.offline.runtime import Runtime
 
 _SEEDS = 1 << 30
 """SGLang draws from as many."""
-start_engine = HostedRuntime
-"""What a replica starts, in its own process."""
+
+
+def start_engine(model_path: str | None, **options: Any) -> Runtime:
+    """Start an engine in the process of a replica. Arguments are those of `HostedRuntime`.
+
+    SGLang draws the port on which its processes meet with the random seed, which is the same for all replicas.
+    """
+    if flag_value(with_config(list(options["flags"])), "nccl-port") is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            options["nccl_port"] = free.getsockname()[1]
+    return HostedRuntime(model_path, **options)
 
 
 def check_replicas(command: RunCommand) -> None:
