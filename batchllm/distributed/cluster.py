@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from batchllm.errors import ConfigError, EngineError
 from batchllm.host import leftovers
 
 _CONNECT_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 20.0
 _STORE_BYTES = 200 * 2**20
 _SOCKET_LEN = len("/session_2026-11-29_15-10-00_000000_4194304/sockets/plasma_store")
 _VARIABLES = {
@@ -96,10 +99,23 @@ class Cluster:
 
     def close(self) -> None:
         """Leave Ray; end it, and remove its files, if it was started here. Doing it twice does nothing."""
+        if self._folder is None:
+            self.ray.shutdown()
+            return
+        own = [process for process in psutil.Process().children(recursive=True) if self._is_of_folder(process)]
         self.ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        _, alive = psutil.wait_procs(own, timeout=_STOP_TIMEOUT_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
+
+    def _is_of_folder(self, process: psutil.Process) -> bool:
+        """It is one that Ray has started: its command line or its parent's names the folder."""
+        with contextlib.suppress(psutil.Error):
+            return any(str(self._folder) in " ".join(p.cmdline()) for p in (process, *process.parents()[:1]))
+        return False
 
     def resources(self, num_engines: int, gpus_per_engine: int) -> Resources:
         """What each of some engines may take.

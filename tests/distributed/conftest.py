@@ -24,13 +24,17 @@ class HeldCluster(Cluster):
         pass
 
     def end(self) -> None:
+        node = self.ray._private.worker._global_node
+        processes = [info.process for infos in node.all_processes.values() for info in infos]
         super().close()
+        for process in processes:  # Ray forgets them without asking for their end, which is a warning
+            process.wait()
 
     def resources(self, num_engines: int, gpus_per_engine: int) -> Resources:
         return Resources(num_cpus=0, num_gpus=0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[HeldCluster]:
     held = HeldCluster(None)
     yield held

@@ -77,10 +77,17 @@ def start(deeds: Deeds, model: str | None, **options: Any) -> NotedRuntime:
     """What stands in for ``batchllm.cli.replicas.start_engine``."""
     from batchllm.errors import EngineError
 
-    is_first = not any(Path(deeds.folder).glob("engine-*"))
-    if deeds.fails == "all" or (deeds.fails == "late" and not is_first):
+    if deeds.fails == "all" or (deeds.fails == "late" and not _is_first(Path(deeds.folder))):
         raise EngineError("there is no such device")
     return NotedRuntime(deeds)
+
+
+def _is_first(folder: Path) -> bool:
+    try:
+        (folder / "first").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def asked_for(folder: Path) -> list[Counter[str]]:
