@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_its_job_goes_on(source: P
     assert {int(row) for row in again if row != "start"} == set(range(NUM_ROWS)) - recorded
     assert [line["text"] for line in read_lines(out)] == [f"after {i}" for i in range(NUM_ROWS)]
     assert not _processes_of(tmp_path)
-    assert not os.listdir(tmp_path / "t") and not os.listdir(tmp_path / "home")
+    assert not os.listdir(tmp_path / "t") and os.listdir(tmp_path / "home") == [".cache"]  # of models
     assert not Path("/tmp/ray").exists()
 
 
@@ -98,15 +99,21 @@ def _has_begun(out: Path) -> bool:
 
 
 @pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[Any]:
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray cluster of two nodes on this machine, a core each."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=False)
-    folder = tmp_path / "ray"
-    nodes = [cluster.add_node(num_cpus=1, temp_dir=str(folder), include_dashboard=False) for _ in range(2)]
-    yield cluster, nodes
-    cluster.shutdown()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # names of sockets are short
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        (Path(folder) / "ray").mkdir()
+        cluster = Cluster(initialize_head=False)
+        nodes = [cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=10**8) for _ in range(2)]
+        processes = [info.process for node in nodes for infos in node.all_processes.values() for info in infos]
+        yield cluster, nodes
+        cluster.shutdown()
+        for process in processes:  # as in `HeldCluster.end`
+            process.wait()
 
 
 def test_a_node_that_is_lost_takes_no_row_along(two_nodes: Any, source: Path, tmp_path: Path) -> None:
