@@ -60,8 +60,9 @@ def start_replicas(command: RunCommand, model_path: str, options: dict[str, Any]
         ConfigError: There is no Ray, or not enough of what they need, or an argument is wrong.
         EngineError: They do not start.
     """
-    options = {"random_seed": secrets.randbelow(_SEEDS)} | options
     flags = with_config(list(command.server_flags))
+    if flag_value(flags, "random-seed") is None:
+        options = {"random_seed": secrets.randbelow(_SEEDS)} | options
     tp_size = flag_value(flags, "tp-size") or flag_value(flags, "tensor-parallel-size") or flag_value(flags, "tp")
     if tp_size is not None and not tp_size.isdigit():
         raise ConfigError(f"--tp-size {tp_size}: must be a number")
