@@ -121,6 +121,7 @@ def start_replicas(
     speeds: tuple[float, ...] | None = None,
     chunk_tokens: int = 2048,
     max_running: int | None = None,
+    kv_capacity_tokens: int | None = None,
 ) -> ReplicasRun:
     """Plan a workload and give its rows to several engines.
 
@@ -132,6 +133,7 @@ def start_replicas(
         speeds: How fast each is, 1.0 for as the cost model says; only with ``units``. None: all as it says.
         chunk_tokens: Tokens of a full step.
         max_running: Requests that run at once in an engine. None: no limit but KV.
+        kv_capacity_tokens: Slots of each KV pool. None: what fits the cost model's device.
 
     Raises:
         ConfigError: No such distribution, too few engines, or a request that does not fit the KV pool.
@@ -144,9 +146,11 @@ def start_replicas(
     plan = plan_batch(
         workload.table, decode_lens=_expected_lens(workload), group_order="balanced", share_lens=workload.share_lens
     )
+    capacity = cost_model.kv_capacity_tokens() if kv_capacity_tokens is None else kv_capacity_tokens
     engine: dict[str, Any] = {"chunk_tokens": chunk_tokens, "max_running": max_running}
     if distribution == "units":
-        return _UnitsRun(workload, plan, cost_model, speeds or (1.0,) * num_replicas, engine)
+        return _UnitsRun(workload, plan, cost_model, capacity, speeds or (1.0,) * num_replicas, engine)
+    engine["kv_capacity_tokens"] = capacity
     owner = _ROUTERS[distribution](workload, plan, num_replicas)
     return _ApartRun(workload, plan.optimal_prefill_tokens, owner, num_replicas, distribution, cost_model, engine)
 
@@ -163,11 +167,11 @@ class _UnitsRun:
         workload: SimWorkload,
         plan: BatchPlan,
         cost_model: CostModel,
+        capacity: int,
         speeds: tuple[float, ...],
         engine: dict[str, Any],
     ) -> None:
         parts = partition(plan, expected_work(plan, _expected_lens(workload)), len(speeds))
-        capacity = cost_model.kv_capacity_tokens()
         cutter = RunCutter(parts.plan, workload.table, workload.max_new_len, workload.known_len, workload.task)
         feed = ReplicaFeed(cutter.kv_cost, parts.work, parts.bounds, dict.fromkeys(range(len(speeds)), capacity))
         self._speeds = speeds

@@ -63,10 +63,13 @@ def test_rows_in_turn_compute_prefixes_again_and_again() -> None:
     assert by_row.num_computed_prompt_tokens > 1.3 * ours.num_computed_prompt_tokens
 
 
-def test_a_slow_engine_gets_less_and_ends_with_the_others() -> None:
-    result = simulate_replicas(_workload(6000), 3, cost_model=_COST_MODEL, speeds=(1.0, 1.0, 0.4))
-    assert result.num_requests[2] < 0.7 * min(result.num_requests[:2])
-    assert result.alone_share < 0.1
+def test_a_slow_engine_gets_less() -> None:
+    """At 0.4 of the others' speed fewer than half as many rows; what it still runs is the last to end."""
+    result = simulate_replicas(
+        _workload(6000), 3, cost_model=_COST_MODEL, speeds=(1.0, 1.0, 0.4), kv_capacity_tokens=12_000
+    )
+    assert result.num_requests[2] < 0.5 * min(result.num_requests[:2])
+    assert result.alone_share < 0.2
 
 
 def test_a_run_goes_on_from_where_it_was_put_away() -> None:
