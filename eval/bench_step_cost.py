@@ -127,7 +127,7 @@ def _child(engine: str, num_requests: int) -> None:
 
     if engine == "ours-wide":
         jobs.MAX_IN_FLIGHT = 10**9
-        feed_window._WINDOW_POOLS = 10**6
+        feed_window.WINDOW_POOLS = 10**6
     with BatchEngine(model, trace_path=out + ".json", **server_args) as ours:
         if engine == "ours-wide":
             ours.job_options["max_run_requests"] = 10**9

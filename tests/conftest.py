@@ -31,9 +31,10 @@ _GROUPS = {
     "tests/test_scoring_server.py": "leftovers",
     "tests/eval/test_gpu_bench.py": "leftovers",
     "tests/lang": "programs",
+    "tests/distributed": "replicas",
     "tests/server/test_page_browser.py": "browser",
 }
-_ORDER = ("emulated GPU", "one engine", "command", "server", "leftovers", "programs")
+_ORDER = ("emulated GPU", "one engine", "command", "server", "leftovers", "programs", "replicas")
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _STOPPED = 3
 """`outcome.EXIT_STOPPED`, which takes a second to import."""
 _VERBOSE_FLAGS = ("-v", "--verbose", "--log-level")
+_RAY_FLAGS = ("--replicas", "--ray-address")
 
 
 def command(arguments: Sequence[str] | None = None) -> int:
@@ -110,8 +111,9 @@ def begin_engine(arguments: Sequence[str]) -> AbstractContextManager[None]:
     command = arguments[0] if arguments else ""
     if command == "serve":  # this process will host the engine; numpy must not be imported before
         host_imports.prepare_environment()
-    if command not in ("run", "retry") or {"-h", "--help"} & set(arguments):
-        return nullcontext()
+    names = {argument.partition("=")[0] for argument in arguments}
+    if command not in ("run", "retry") or names & {"-h", "--help", *_RAY_FLAGS}:
+        return nullcontext()  # nothing runs, or elsewhere
     return template.held(is_verbose=is_verbose(arguments))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,6 +30,7 @@ from batchllm.cli.outcome import (
     say_failed,
     show,
 )
+from batchllm.cli.replicas import check_replicas, start_replicas
 from batchllm.cli.run_command import RunCommand
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import is_same_output
@@ -111,6 +113,7 @@ def _run_job(
     if command.output == "-" and sys.stdout is None:
         raise ConfigError("-o -: standard output is closed; give a path")
     options = _options(command)
+    check_replicas(command)
     with ExitStack() as stack:
         source = _open_source(command, folder.path, stack)
         rows = _as_hashed(rows_of(command, source), source, source.states())
@@ -293,16 +296,22 @@ def _model_path(command: RunCommand, server_flags: list[str]) -> str:
 def _start_engine(command: RunCommand, journal: Journal) -> Runtime:
     """An engine that draws the seeds of the job's first one, so that a resumed job samples what it would have."""
     seed = journal.notes.get("random_seed")
-    runtime = HostedRuntime(
-        command.model,
-        default_model_path=default_model_path(),
-        flags=command.server_flags,
-        is_verbose=command.verbose or flag_value(list(command.server_flags), "log-level") is not None,
-        **({} if seed is None else {"random_seed": int(seed)}),
-    )
+    server_flags = list(command.server_flags)
+    model_path = _model_path(command, with_config(server_flags))
+    options: dict[str, Any] = {
+        "default_model_path": default_model_path(),
+        "flags": command.server_flags,
+        "is_verbose": command.verbose or flag_value(server_flags, "log-level") is not None,
+    }
+    if seed is not None:
+        options["random_seed"] = int(seed)
+    if command.is_on_ray:
+        runtime: Runtime = start_replicas(command, model_path, options)
+    else:
+        runtime = HostedRuntime(command.model, **options)
     if seed is None:
         journal.note("random_seed", str(runtime.info.random_seed))
-        if runtime.model_path == default_model_path() and command.model is None and not command.demo_model:
+        if model_path == default_model_path() and command.model is None and not command.demo_model:
             say(DEMO_MODEL.format(flag="-m"))
     return runtime
 

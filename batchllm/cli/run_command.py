@@ -18,7 +18,10 @@ from batchllm.offline.outputs import ResultOrder
 from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GroupOrder
 
 _PATHS = ("input", "output", "errors", "report", "trace", "progress_file", "model", "job_dir")
-_OF_RETRY = ("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port", "verbose")
+_OF_RETRY = (
+    *("retry", "max_failures", "grace", "progress", "progress_file", "metrics_port", "verbose"),
+    *("replicas", "min_replicas", "ray_address"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,20 @@ class RunCommand(InputFlags):
     verbose: bool = False
     progress_file: str | None = None
     metrics_port: int | None = None
+    replicas: int = 1
+    min_replicas: int | None = None
+    ray_address: str | None = None
     server_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.job_dir == "":  # it would be the folder that one is in
             raise ConfigError("--job-dir: is empty; give a folder, or leave it out")
+
+    @property
+    def is_on_ray(self) -> bool:
+        """Several engines run it, or one that Ray starts."""
+        return self.replicas != 1 or self.ray_address is not None
 
     @classmethod
     def of_run(cls, args: argparse.Namespace, server_flags: list[str]) -> Self:

@@ -21,6 +21,8 @@ import psutil
 MARK = ".made-by-batchllm"
 SHORT_PARENT = "/tmp"
 """Where folders are made whose names would be too long elsewhere, for sockets."""
+_LONGEST_NAME = "/batchllm-4194304-12345678/"
+_MAX_SOCKET_LEN = 107  # sys/un.h
 _NAME = re.compile(r"batchllm-([0-9]{1,10})-[a-z0-9_]{8}")
 
 
@@ -36,6 +38,17 @@ def make(parent: str | None = None) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"batchllm-{os.getpid()}-", dir=parent))
     mark(folder)
     return folder
+
+
+def place_of_sockets(longest: int) -> str:
+    """Where a folder of sockets is made: among temporary files, if their whole names are short enough there.
+
+    Args:
+        longest: Bytes of the longest name of a socket, from the folder on.
+    """
+    place = tempfile.gettempdir()
+    is_short = len(os.fsencode(place)) + len(_LONGEST_NAME) + longest <= _MAX_SOCKET_LEN
+    return place if is_short else SHORT_PARENT
 
 
 def mark(folder: Path) -> None:

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 
 from batchllm.attention.layout import PrefixPaths, plan_layout
-from batchllm.planner import GROUP_ORDERS, explain, plan_batch
+from batchllm.planner import GROUP_ORDERS, expected_work, explain, partition, plan_batch
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.planner import RunCutter
 from batchllm.planner.shards import TableSource, split_by_prefix
@@ -23,7 +23,7 @@ def compile_ahead(*, with_all: bool = False) -> None:
     """Plan a small job, so that each function is compiled for the types that jobs call it with.
 
     Args:
-        with_all: Compile also what only some jobs need: other group orders, shards, fair plans, summaries.
+        with_all: Compile also what only some jobs need: other group orders, shards, fair plans, units, summaries.
     """
     prompts = [
         [1, group, 2, branch, 3, leaf] for group, branch, leaf in itertools.product(range(4), range(3), range(2))
@@ -40,6 +40,7 @@ def compile_ahead(*, with_all: bool = False) -> None:
         plan_batch(table, page_size=2, namespaces=namespaces, decode_lens=decode_lens, group_order=group_order)
     explain(plan, table)
     fair_order(plan, owners, decode_lens, quantum=1)
+    partition(plan, expected_work(plan, decode_lens), 2)
     split_by_prefix(TableSource(table), max_shard_tokens=40, namespaces=namespaces)
     paths = PrefixPaths()
     leaf = paths.add(paths.add(-1, 8), 16)

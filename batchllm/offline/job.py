@@ -2,7 +2,7 @@
 
 Knows samples, their states and results; not how they are planned, or what they are fed by.
 
-INVARIANT: a sample is waiting, or in flight, or done; done is what was delivered.
+INVARIANT: a sample is waiting, or in flight, or done; done is what was delivered, as an answer or as lost.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class Job:
         has_left: It wants no more results.
         num_left: Samples that are not done.
         service: Tokens computed and decoded for it, beginning where it joined.
+        deaths: Why engines have died while others went on.
         largest_prefixes: Prefixes of its first plan that save it most; ``example_row`` is a row's place in
             the input. Empty before that.
     """
@@ -138,6 +139,8 @@ class Job:
         self.largest_prefixes: Sequence[PrefixSummary] = ()
         self.has_left = False
         self.is_stopping = False
+        self.deaths: list[str] = []
+        self._lost: list[Int64Array] = []
         self.steps: list[StepArray] | None = [] if keep_steps else None
         self.stats = JobStats(plan_s=time.perf_counter() - started)
 
@@ -225,6 +228,10 @@ class Job:
         """Rows with samples that have been submitted and have not finished, ascending. Called from anywhere."""
         return np.unique(self._samples.rows(np.flatnonzero(self._state == _IN_FLIGHT)))
 
+    def rows_lost(self) -> Int64Array:
+        """Rows with samples that were in flight in an engine that died while others went on, ascending."""
+        return np.unique(self._samples.rows(np.concatenate([np.zeros(0, np.int64), *self._lost])))
+
     @property
     def _is_over(self) -> bool:
         return self.has_left or self.num_left == 0 or (self.is_stopping and self._num_in_flight == 0)
@@ -270,6 +277,9 @@ class Job:
         self._state[delivery.withdrawn] = _WAITING
         self._num_in_flight -= len(samples) + len(delivery.withdrawn)
         self.num_left -= len(samples)
+        if delivery.death is not None:
+            self._lose(delivery, delivery.death)
+            return
         stats = delivery.stats
         self.service += stats.num_optimal_prompt_tokens + stats.num_output_tokens
         self.stats += stats
@@ -294,6 +304,16 @@ class Job:
                 num_computed_prompt_tokens=stats.num_computed_prompt_tokens,
             )
         )
+
+    def _lose(self, delivery: Delivery, death: str) -> None:
+        """Samples that no engine will answer in this job: whoever runs it decides what becomes of them."""
+        gone = np.concatenate([delivery.lost, delivery.left_over])
+        self._state[gone] = _DONE
+        self._num_in_flight -= len(delivery.lost)
+        self.num_left -= len(gone)
+        self._lost.append(delivery.lost)
+        self.deaths.append(death)
+        self._news.set()
 
     def keep_steps(self, steps: StepArray) -> None:
         """These have run while it was in the plan. Does nothing where they are not kept."""

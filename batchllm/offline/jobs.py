@@ -21,7 +21,7 @@ import numpy as np
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import JobRows
 from batchllm.offline.joint_plan import JointPlan
-from batchllm.offline.running_plan import RunningPlan
+from batchllm.offline.running_plan import RunningPlan, Window
 from batchllm.offline.runtime import RunRequests, Runtime
 from batchllm.offline.stats import JobStats
 from batchllm.offline.warm_up import largest_step, warm_up
@@ -29,6 +29,7 @@ from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder, plan_batch
 from batchllm.planner.planner import RunCutter
 from batchllm.request import SamplingParams
 from batchllm.scheduler.feed_window import MAX_IN_FLIGHT, FeedWindow
+from batchllm.scheduler.replica_feed import ReplicaFeed
 from batchllm.tokens import TokenTable
 
 _JOIN_PAUSE_S = 0.005
@@ -47,7 +48,7 @@ class Jobs:
     Attributes:
         stats: What all jobs have cost so far; their shares add up to it. Seconds are those of planning only.
         num_plans: Plans made.
-        num_lost_tokens: Prompt tokens that these compute for the sake of fairness only.
+        num_lost_tokens: Prompt tokens that these compute for the sake of fairness, or of several engines, only.
     """
 
     def __init__(
@@ -222,16 +223,19 @@ class Jobs:
         if not all(job.is_admitting for job in jobs):
             return None
         self.num_lost_tokens += plan.plan.num_lost_tokens
-        window = FeedWindow(
-            plan.cutter.kv_cost,
-            info.kv_limit_tokens,
-            max_run_requests=self._max_run_requests,
-            max_in_flight=max_in_flight or MAX_IN_FLIGHT,
-        )
-        running = RunningPlan(self._runtime.open_job(), plan, window)
+        if plan.units is not None:
+            jobs[0].stats.num_cut_tokens += plan.plan.num_lost_tokens
+        running = RunningPlan(self._runtime.open_job(), plan, self._window(plan, max_in_flight or MAX_IN_FLIGHT))
         self._plans[running] = jobs, asyncio.create_task(self._read(running, jobs))
         self._feed(running, jobs)
         return running
+
+    def _window(self, plan: JointPlan, max_in_flight: int) -> Window:
+        info, cost, most = self._runtime.info, plan.cutter.kv_cost, self._max_run_requests
+        if plan.units is None or info.engines is None:
+            return FeedWindow(cost, info.kv_limit_tokens, max_run_requests=most, max_in_flight=max_in_flight)
+        work, bounds = plan.units.work, plan.units.bounds
+        return ReplicaFeed(cost, work, bounds, info.engines, max_run_requests=most, max_in_flight=max_in_flight)
 
     # Who runs alone
 

@@ -19,7 +19,15 @@ from batchllm.offline.job_rows import JobRows
 from batchllm.offline.namespaces import Namespace, adapter_numbers
 from batchllm.offline.runtime import RunRequests, RuntimeInfo
 from batchllm.offline.samples import Samples
-from batchllm.planner import GroupOrder, PrefixSummary, largest_prefixes, plan_batch
+from batchllm.planner import (
+    GroupOrder,
+    Partition,
+    PrefixSummary,
+    expected_work,
+    largest_prefixes,
+    partition,
+    plan_batch,
+)
 from batchllm.planner.fair_order import fair_order
 from batchllm.planner.planner import PlannedRun, RunCutter, copy_runs
 from batchllm.request import NO_TARGET, SamplingParams
@@ -76,6 +84,7 @@ class JointPlan:
         part_at: Position -> number of the part. int32[num_requests].
         sample_at: Position -> number of the sample among its job's. int64[num_requests].
         optimal_at: Position -> prompt tokens that an optimal plan computes there. int32[num_requests].
+        units: The plan in units, where several engines take them; else None.
         largest_prefixes: Of each part that wants them the prefixes that save it most; ``example_row`` is a row's place
             in its input.
     """
@@ -99,13 +108,18 @@ class JointPlan:
         )
         self.plan = best
         self.optimal_at = best.computed_lens()
+        self.units: Partition | None = None
+        if info.engines is not None and len(parts) == 1:
+            self.units = partition(best, expected_work(best, decode_lens), info.num_engines)
         self.part_at: Int32Array
         self.sample_at: Int64Array
         if len(parts) > 1:
             self._make_fair(decode_lens, _QUANTUM_POOLS * info.kv_limit_tokens)
         else:
+            if self.units is not None:
+                self._take_units(self.units)
             self.part_at = np.broadcast_to(np.int32(0), len(table))
-            self.sample_at = best.order if parts[0].left is None else parts[0].left[best.order]
+            self.sample_at = self.plan.order if parts[0].left is None else parts[0].left[self.plan.order]
         self.largest_prefixes = [self._largest_prefixes(number) for number in range(len(parts))]
         self.cutter = RunCutter(self.plan, table, max_new_len, known_len, _joined_tasks(parts))
         del decode_lens, namespaces
@@ -123,6 +137,12 @@ class JointPlan:
         self.part_at, self.sample_at = part_of[plan.order], sample_of[plan.order]
         self.optimal_at = optimal_len[plan.order]
 
+    def _take_units(self, units: Partition) -> None:
+        optimal_len = np.empty(self.plan.num_requests, np.int32)
+        optimal_len[self.plan.order] = self.optimal_at
+        self.plan = units.plan
+        self.optimal_at = optimal_len[self.plan.order]
+
     def _largest_prefixes(self, number: int) -> Sequence[PrefixSummary]:
         part = self._parts[number]
         if not part.wants_prefixes:
@@ -134,8 +154,13 @@ class JointPlan:
         places = part.rows.index[part.row_numbers[planned]]
         return [replace(prefix, example_row=place) for prefix, place in zip(prefixes, places.tolist(), strict=True)]
 
-    def requests(self, run: PlannedRun) -> RunRequests:
-        """The run with how its jobs say that it be sampled: the sampling parameters that occur in it, no others."""
+    def requests(self, run: PlannedRun, engine: int = 0) -> RunRequests:
+        """The run with how its jobs say that it be sampled: the sampling parameters that occur in it, no others.
+
+        Args:
+            run: The run.
+            engine: Number of the engine that it is for.
+        """
         positions = slice(run.first_position, run.first_position + len(run))
         sample_at = self.sample_at[positions]
         kinds, seeds = np.empty(len(run), np.int64), np.empty(len(run), np.int64)
@@ -159,6 +184,7 @@ class JointPlan:
             seeds=seeds.tolist(),
             namespaces=None if namespaces is None else namespaces.tolist(),
             targets=None if targets is None else targets.tolist(),
+            engine=engine,
         )
 
     def _kind(self, number: int, first_kind: Int64Array) -> SamplingParams:

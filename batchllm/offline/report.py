@@ -34,6 +34,8 @@ class RunReport:
     """The fewest that any schedule can compute for these rows, as they were planned when they got their result
     (`BatchPlan.computed_lens`)."""
     num_output_tokens: int
+    num_cut_tokens: int = 0
+    """Prompt tokens that the plan has computed more than once so that each of several engines has its share."""
     elapsed_s: float
     """The whole job, reading to last line written."""
     num_retractions: int
@@ -112,6 +114,7 @@ class RunReport:
                 f"{self.num_optimal_prompt_tokens:,}",
                 f"reuse {self.optimal_reuse:.1%}",
             ),
+            *([("  for several engines", f"{self.num_cut_tokens:,}", "more")] if self.num_cut_tokens else []),
             ("output tokens", f"{self.num_output_tokens:,}", ""),
             ("peak KV tokens", f"{self.peak_kv_tokens:,}", f"of {self.kv_capacity_tokens:,}"),
             ("retractions", f"{self.num_retractions:,}", ""),

@@ -210,12 +210,16 @@ class Runner:
         try:
             with self._stop.heeded():
                 self._run_job(job, self.runtime)
+            if job.deaths:
+                unfinished = self._answers.unfinished(work.rows)
+                self._blame(job.deaths, queue.split_after_death(work, unfinished, job.rows_lost()))
         except EngineDiedError as death:
             if self._stop.is_set:  # the same signal may have ended both, and nothing more would run
                 self._journal.event("engine_death", str(death))
                 return
             unfinished = self._answers.unfinished(work.rows)
-            self._recover(death, queue.split_after_death(work, unfinished, job.rows_in_flight()))
+            suspects = np.union1d(job.rows_in_flight(), job.rows_lost())
+            self._recover(death, queue.split_after_death(work, unfinished, suspects))
         finally:
             # Those are of attempts; rows are counted when they get their result.
             self.stats += replace(job.stats, num_prompt_tokens=0, num_output_tokens=0, num_optimal_prompt_tokens=0)
@@ -241,15 +245,32 @@ class Runner:
                 job.stop_admitting()
         self._recorder.commit()  # it may be long until the next rows finish
 
-    def _recover(self, death: EngineDiedError, poison: list[int]) -> None:
-        """Record what the engine's death has settled, and start another."""
-        assert self.runtime is not None
-        self._journal.event("engine_death", str(death))
+    def _condemn(self, death: str, poison: list[int]) -> None:
+        """Record what an engine's death has settled."""
+        self._journal.event("engine_death", death)
         for row in poison:
             error = RowError(f"the engine died each time this row ran alone: {death}", code="engine_died")
             self._answers.fail(row, reject(self._spool.read(row), error, status_code=500))
             self.restarts.condemned()
         self._recorder.commit()
+
+    def _blame(self, deaths: list[str], poison: list[int]) -> None:
+        """Engines have died while others went on, and others take their places: nothing is started here.
+
+        Raises:
+            EngineDiedError: It has been so again and again, and nothing was answered between.
+        """
+        for death in deaths[:-1]:
+            self._condemn(death, [])
+        self._condemn(deaths[-1], poison)
+        self.restarts.num_deaths += len(deaths) - 1
+        self.restarts.next_pause_s(EngineDiedError(deaths[-1]))
+        self._progress.set_num_engine_restarts(self.restarts.num_deaths)
+
+    def _recover(self, death: EngineDiedError, poison: list[int]) -> None:
+        """Record what the engine's death has settled, and start another."""
+        assert self.runtime is not None
+        self._condemn(str(death), poison)
         self.runtime.shutdown()
         self._progress.set_state("starting")
         reason: EngineError = death

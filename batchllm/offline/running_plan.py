@@ -8,16 +8,16 @@ INVARIANT: what the runtime has counted is divided among the parts so that their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from batchllm.offline.joint_plan import JointPlan, by_part
-from batchllm.offline.runtime import FinishedRequests, RunRequests
+from batchllm.offline.runtime import FinishedRequests, LostEngine, RunRequests
 from batchllm.offline.stats import JobStats
 from batchllm.request import Completion
 from batchllm.scheduler.counters import JobCounters
-from batchllm.scheduler.feed_window import FeedWindow
 from batchllm.tokens import Int64Array
 
 
@@ -31,6 +31,9 @@ class Delivery:
         completions: Answers of these samples.
         optimal_lens: Prompt tokens that an optimal schedule computes for each.
         withdrawn: Samples that have not run.
+        lost: Samples that were in flight in an engine that died.
+        left_over: Samples that only that engine could have had next.
+        death: Why it has died; None where none has.
         stats: What the message says that the part has cost.
     """
 
@@ -40,6 +43,27 @@ class Delivery:
     optimal_lens: list[int]
     withdrawn: Int64Array
     stats: JobStats
+    lost: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    left_over: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    death: str | None = None
+
+
+class Window(Protocol):
+    """Says what of a plan goes out next, and to which engine: `FeedWindow` and `ReplicaFeed`."""
+
+    @property
+    def engine(self) -> int:
+        """The engine that what was taken last is for."""
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def take_next(self) -> tuple[int, int] | None: ...
+
+    def finish(self, positions: Sequence[int]) -> None: ...
+
+    def lose(self, engine: int) -> tuple[int, int]:
+        """An engine is gone: positions ``[first, last)`` that nobody else can have."""
 
 
 class RunningPlan:
@@ -55,12 +79,12 @@ class RunningPlan:
         is_settled: What was withdrawn is back.
     """
 
-    def __init__(self, job_id: int, plan: JointPlan, window: FeedWindow) -> None:
+    def __init__(self, job_id: int, plan: JointPlan, window: Window) -> None:
         self.job_id = job_id
         self.is_settled = False
         self._plan: JointPlan | None = plan
-        self._window: FeedWindow | None = window  # None with the plan
-        self._is_in_flight = np.zeros(len(plan.part_at), bool)
+        self._window: Window | None = window  # None with the plan
+        self._engine_at = np.full(len(plan.part_at), -1, np.int32)  # where each position is in flight, -1: it is not
         self._part_at, self._sample_at, self._optimal_at = plan.part_at, plan.sample_at, plan.optimal_at
         self._kept: Int64Array | None = None  # positions that the arrays are of, once they are not of all
         self._num_in_flight = 0
@@ -92,28 +116,31 @@ class RunningPlan:
             return None
         positions = slice(*bounds)
         self._num_in_flight += bounds[1] - bounds[0]
-        self._is_in_flight[positions] = True
+        engine = self._window.engine
+        self._engine_at[positions] = engine
         samples = self._sample_at[positions]
-        requests = self._plan.requests(self._plan.cutter.cut(*bounds))
+        requests = self._plan.requests(self._plan.cutter.cut(*bounds), engine)
         return requests, [(part, samples[own]) for part, own in by_part(self._part_at[positions])]
 
     def withdraw(self) -> None:
         """Nothing more goes out. What is needed of the plan is where its requests in flight belong."""
-        self._kept = np.flatnonzero(self._is_in_flight)
+        self._kept = np.flatnonzero(self._engine_at >= 0)
         self._part_at, self._sample_at = self._part_at[self._kept], self._sample_at[self._kept]
         self._optimal_at = self._optimal_at[self._kept]
         self._plan = self._window = None
-        self._is_in_flight = self._is_in_flight[:0]
+        self._engine_at = self._engine_at[self._kept]
 
     def finish(self, finished: FinishedRequests) -> list[Delivery]:
-        """These have come back."""
+        """These have come back, or an engine is gone."""
+        if finished.lost is not None:
+            return self._lose(finished.lost)
         self._num_in_flight -= len(finished.positions)
         if self._window is not None:
-            self._is_in_flight[finished.positions] = False
             self._window.finish(finished.positions)
         places = np.array(finished.positions, np.int64)
         if self._kept is not None:
             places = np.searchsorted(self._kept, places)
+        self._engine_at[places] = -1
         groups = [
             (part, places[own], [finished.completions[i] for i in np.arange(len(places))[own].tolist()])
             for part, own in by_part(self._part_at[places])
@@ -136,6 +163,32 @@ class RunningPlan:
             stats = JobStats.of(own)
             stats.num_computed_prompt_tokens = share
             deliveries.append(self._delivery(*group, stats))
+        return deliveries
+
+    def _lose(self, engine: LostEngine) -> list[Delivery]:
+        lost = np.flatnonzero(self._engine_at == engine.number)
+        self._engine_at[lost] = -1
+        self._num_in_flight -= len(lost)
+        left_over = lost[:0]
+        if self._window is not None:
+            self._window.finish(lost.tolist())
+            left_over = np.arange(*self._window.lose(engine.number))
+        deliveries = []
+        for part in np.unique(self._part_at[np.append(lost, left_over)]).tolist() or [0]:
+            places, others = (p[self._part_at[p] == part] for p in (lost, left_over))
+            deliveries.append(
+                Delivery(
+                    part=part,
+                    samples=lost[:0],
+                    completions=[],
+                    optimal_lens=[],
+                    withdrawn=lost[:0],
+                    stats=JobStats(),
+                    lost=self._sample_at[places],
+                    left_over=self._sample_at[others],
+                    death=engine.reason,
+                )
+            )
         return deliveries
 
     def _delivery(self, part: int, places: Int64Array, completions: list[Completion], stats: JobStats) -> Delivery:

@@ -45,6 +45,9 @@ class RuntimeInfo:
         embeds: The model makes vectors of prompts, and does nothing else; None where rows of both kinds are taken.
         max_dimensions: Numbers of such a vector; None where it cannot be shortened.
         dimensions: The lengths that it may be shortened to; empty for any.
+        num_engines: Engines that are to run a job together. The other numbers are those of the smallest of them.
+        engines: Of each that runs now, by its number, ``kv_limit_tokens``: a mapping that changes as they come and go.
+            None where there is one for good.
     """
 
     model_name: str
@@ -66,6 +69,8 @@ class RuntimeInfo:
     embeds: bool | None = False
     max_dimensions: int | None = None
     dimensions: tuple[int, ...] = ()
+    num_engines: int = 1
+    engines: Mapping[int, int] | None = None
 
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""
@@ -84,6 +89,7 @@ class RunRequests:
         namespaces: Namespace of each request; None if all are in the default one.
         targets: Of each request the token that would follow its prompt, whose score ends its scores, -1 for none; None
             where none has one.
+        engine: Number of the engine that runs it, where there are several.
     """
 
     run: PlannedRun
@@ -92,6 +98,20 @@ class RunRequests:
     seeds: Sequence[int]
     namespaces: list[str] | None
     targets: list[int] | None = None
+    engine: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LostEngine:
+    """One of several engines is gone, and the others go on: its requests in flight will have no answers.
+
+    Attributes:
+        number: Its number.
+        reason: Why.
+    """
+
+    number: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +123,14 @@ class FinishedRequests:
         completions: One per position; their ``index`` and ``sample`` are still 0.
         counters: What the job has cost so far.
         steps: Forward steps since the last of these, ``start_s`` on the monotonic clock. `STEP_DTYPE` ``[num_steps]``.
+        lost: An engine that is gone; None for none.
     """
 
     positions: list[int]
     completions: list[Completion]
     counters: JobCounters
     steps: StepArray
+    lost: LostEngine | None = None
 
 
 class PromptTokenizer(Protocol):

@@ -23,6 +23,8 @@ class JobStats(JobCounters):
     num_optimal_prompt_tokens: int = 0
     """The fewest that these samples could need, as they were planned."""
     num_output_tokens: int = 0
+    num_cut_tokens: int = 0
+    """Prompt tokens that plans have computed more than once so that each of several engines has its share."""
     start_s: float = 0.0
     """Waiting for engines to start."""
     read_s: float = 0.0

@@ -6,7 +6,7 @@ first full step comes. Skipped where it would cost more than `MAX_SHARE` of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def largest_step(info: RuntimeInfo, plan: BatchPlan) -> StepShape | None:
     if info.max_step_tokens is None or info.max_running is None:
         return None
     num_tokens = min(info.max_step_tokens, info.kv_limit_tokens // 2, plan.optimal_prefill_tokens)
-    if num_tokens > MAX_SHARE * plan.optimal_prefill_tokens:
+    if info.num_engines * num_tokens > MAX_SHARE * plan.optimal_prefill_tokens:
         return None
     num_rows = min(info.max_running, plan.num_requests, num_tokens, info.kv_limit_tokens // 4)
     num_rows = max(num_rows, -(-num_tokens // (info.context_len - _NUM_STEPS)))
@@ -54,24 +54,31 @@ def largest_step(info: RuntimeInfo, plan: BatchPlan) -> StepShape | None:
 
 
 async def warm_up(runtime: Runtime, shape: StepShape) -> None:
-    """Run a step of this size, and, unless the engine embeds, one in which all its requests decode.
+    """Run a step of this size in every engine, and, unless it embeds, one in which all its requests decode.
 
     Raises:
         EngineError: The engine does not survive it.
     """
+    engines = [0] if runtime.info.engines is None else list(runtime.info.engines)
+    num_rows = shape.num_rows * len(engines)
     job_id = runtime.open_job()
     num_finished = 0
     try:
-        runtime.submit(job_id, _requests(runtime.info, shape))
-        while num_finished < shape.num_rows:
-            num_finished += len((await runtime.receive(job_id)).positions)
+        requests = _requests(runtime.info, shape)
+        for engine in engines:
+            runtime.submit(job_id, replace(requests, engine=engine))
+        while num_finished < num_rows:
+            finished = await runtime.receive(job_id)
+            if finished.lost is not None:
+                raise EngineDiedError(finished.lost.reason)
+            num_finished += len(finished.positions)
     except EngineDiedError as death:
         raise EngineError(
             f"the engine cannot run the largest step of this job, {shape.num_tokens} prompt tokens of {shape.num_rows} "
             f"rows: lower --chunked-prefill-size, --max-running-requests or --max-total-tokens ({death})"
         ) from death
     finally:
-        runtime.close_job(job_id, is_complete=num_finished == shape.num_rows)
+        runtime.close_job(job_id, is_complete=num_finished == num_rows)
 
 
 def _requests(info: RuntimeInfo, shape: StepShape) -> RunRequests:

@@ -7,6 +7,7 @@ Invariant: a plan is exact, validated and deterministic, and attains the optimum
 from batchllm.planner.explain import PlanSummary, PrefixSummary, explain, largest_prefixes
 from batchllm.planner.group_cut import GroupCut, exact_cut, greedy_cut
 from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GROUP_ORDERS, GroupOrder, order_groups
+from batchllm.planner.partition import Partition, expected_work, partition
 from batchllm.planner.plan import BatchPlan
 from batchllm.planner.planner import plan_batch
 
@@ -16,12 +17,15 @@ __all__ = [
     "BatchPlan",
     "GroupCut",
     "GroupOrder",
+    "Partition",
     "PlanSummary",
     "PrefixSummary",
     "exact_cut",
+    "expected_work",
     "explain",
     "greedy_cut",
     "largest_prefixes",
     "order_groups",
+    "partition",
     "plan_batch",
 ]

@@ -16,10 +16,10 @@ import numpy as np
 from batchllm.tokens import Int64Array
 
 # KV pools' worth of requests on their way. One is what runs; the other is what may start when it ends.
-_WINDOW_POOLS = 2
+WINDOW_POOLS = 2
 MAX_IN_FLIGHT = 8192
 # More follows only when this share of the window is free, so that runs are long and messages few.
-_REFILL_SHARE = 0.25
+REFILL_SHARE = 0.25
 
 
 class FeedWindow:
@@ -46,11 +46,16 @@ class FeedWindow:
         self._kv_cost = kv_cost
         self._cumulative_cost = np.zeros(len(kv_cost) + 1, np.int64)
         np.cumsum(kv_cost, out=self._cumulative_cost[1:])
-        self._window_cost = _WINDOW_POOLS * kv_capacity_tokens
+        self._window_cost = WINDOW_POOLS * kv_capacity_tokens
         self._max_run_requests, self._max_in_flight = max_run_requests, max_in_flight
         self._next_position = 0
         self._cost_in_flight = 0
         self.num_in_flight = 0
+
+    @property
+    def engine(self) -> int:
+        """All goes to the same one."""
+        return 0
 
     @property
     def is_done(self) -> bool:
@@ -80,10 +85,14 @@ class FeedWindow:
         self.num_in_flight -= len(positions)
         self._cost_in_flight -= int(self._kv_cost[positions].sum())
 
+    def lose(self, engine: int) -> tuple[int, int]:
+        """Where there is one engine, its end is the end of the plan; nothing is left over for another one."""
+        return 0, 0
+
     def _has_room(self) -> bool:
         if self.num_in_flight == 0:
             return True
         return (
-            self._cost_in_flight <= (1 - _REFILL_SHARE) * self._window_cost
-            and self.num_in_flight <= (1 - _REFILL_SHARE) * self._max_in_flight
+            self._cost_in_flight <= (1 - REFILL_SHARE) * self._window_cost
+            and self.num_in_flight <= (1 - REFILL_SHARE) * self._max_in_flight
         )

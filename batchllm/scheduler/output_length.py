@@ -29,6 +29,17 @@ _REFRESH_SHARE = 0.02
 _GOLDEN = 0.6180339887498949
 
 
+def draw(position: int) -> float:
+    """The draw of the request at a position: those of neighbours are far apart, and all together are spread evenly."""
+    return (0.5 + position * _GOLDEN) % 1.0
+
+
+def draws(positions: Int64Array) -> Float64:
+    """The draws of several, float64, of the shape given."""
+    spread: Float64 = np.mod(0.5 + positions * _GOLDEN, 1.0, dtype=np.float64)
+    return spread
+
+
 class OutputEstimate:
     """What is known of one request's output length.
 
@@ -47,8 +58,42 @@ class OutputEstimate:
         self.max_new_len = max_new_len
         self.known_len = min(known_len, max_new_len)
         self.kind = kind
-        self.draw = (0.5 + position * _GOLDEN) % 1.0
+        self.draw = draw(position)
         self.predicted_len = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EstimateColumns:
+    """What is known of the output lengths of many requests, as columns.
+
+    Attributes:
+        max_new_len: As in `OutputEstimate`, int64[num_requests]; so are the others.
+        known_len: int64[num_requests].
+        kind: int64[num_requests].
+        draw: float64[num_requests].
+    """
+
+    max_new_len: Int64Array
+    known_len: Int64Array
+    kind: Int64Array
+    draw: Float64
+
+    @classmethod
+    def of(cls, estimates: Sequence[OutputEstimate]) -> EstimateColumns:
+        """The columns of some requests."""
+        return cls(
+            np.array([estimate.max_new_len for estimate in estimates], np.int64),
+            np.array([estimate.known_len for estimate in estimates], np.int64),
+            np.array([estimate.kind for estimate in estimates], np.int64),
+            np.array([estimate.draw for estimate in estimates], np.float64),
+        )
+
+    def at(self, places: Int64Array) -> EstimateColumns:
+        """Those of some of the requests."""
+        return EstimateColumns(self.max_new_len[places], self.known_len[places], self.kind[places], self.draw[places])
+
+
+Estimates = Sequence[OutputEstimate] | EstimateColumns
 
 
 @dataclass(slots=True)
@@ -85,7 +130,17 @@ class PredictionError:
 class _Kind:
     """Finished lengths of one kind, and the distribution made of them."""
 
-    __slots__ = ("cut", "finished", "is_known", "mean_up_to", "num_finished", "num_since", "parent", "survival")
+    __slots__ = (
+        "cut",
+        "fallen",
+        "finished",
+        "is_known",
+        "mean_up_to",
+        "num_finished",
+        "num_since",
+        "parent",
+        "survival",
+    )
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
@@ -96,6 +151,7 @@ class _Kind:
         self.is_known = False
         # Probability to generate more than l tokens, by l; of the last one for all beyond.
         self.survival: Float64 = np.ones(1)
+        self.fallen = -self.survival  # ascending, to be searched
         self.mean_up_to: Float64 = np.zeros(1)
 
     @property
@@ -114,16 +170,26 @@ class _Kind:
         left += np.bincount(np.minimum(running, last + 1), minlength=last + 2)
         at_risk = left[::-1].cumsum()[::-1]
         self.survival = np.cumprod(1.0 - ended / np.maximum(at_risk, 1.0))
+        self.fallen = -self.survival
         self.mean_up_to = np.concatenate([[0.0], self.survival.cumsum()])
 
     def quantiles(self, num_generated: Int64Array, draws: Float64, max_new_len: Int64Array) -> Int64Array:
         last = len(self.survival) - 1
         now = self.survival[np.minimum(num_generated, last)]
-        expected = np.searchsorted(-self.survival, -now * (1.0 - draws), "left")
+        expected = np.searchsorted(self.fallen, -now * (1.0 - draws), "left")
         # Beyond all that is known, or nothing known of any that came so far: at the limit.
         expected = np.where((expected > last) | (now <= 0.0), max_new_len, np.maximum(expected, num_generated + 1))
         quantiles: Int64Array = np.minimum(expected, max_new_len).astype(np.int64)
         return quantiles
+
+    def quantile(self, num_generated: int, draw: float, max_new_len: int) -> int:
+        """The same of one request."""
+        last = len(self.survival) - 1
+        now = float(self.survival[min(num_generated, last)])
+        expected = int(np.searchsorted(self.fallen, -now * (1.0 - draw), "left"))
+        if expected > last or now <= 0.0:
+            return max_new_len
+        return min(max(expected, num_generated + 1), max_new_len)
 
     def mean_len(self, max_new_len: int) -> float:
         """Mean of a length that is cut at ``max_new_len``."""
@@ -186,7 +252,7 @@ class OutputLengths:
             kind = self._kinds[self._stand_in(estimate.kind)]
             estimate.predicted_len = kind.mean_len(estimate.max_new_len)
 
-    def refresh(self, estimates: Sequence[OutputEstimate], num_generated: Sequence[int]) -> None:
+    def refresh(self, estimates: Estimates, num_generated: Sequence[int] | Int64Array) -> None:
         """Bring the distributions up to date, given all that runs. Does nothing while little has finished."""
         if not self._kinds[0].is_due:
             return
@@ -196,39 +262,56 @@ class OutputLengths:
             if self._kinds[number].is_due and (number == 0 or self._kinds[number].num_finished >= MIN_FINISHED)
         }
         self._touched -= due
-        running: dict[int, list[int]] = {number: [] for number in due}
-        for estimate, generated in zip(estimates, num_generated, strict=True):
-            number = estimate.kind
+        kinds = _columns(estimates).kind
+        generated = np.asarray(num_generated, np.int64)
+        within = {number: np.zeros(len(kinds), np.bool_) for number in due}
+        for kind in np.unique(kinds).tolist():
+            number, of_kind = kind, kinds == kind
             while number >= 0:
                 if number in due:
-                    running[number].append(generated)
+                    within[number] |= of_kind
                 number = self._kinds[number].parent
-        for number, lens in running.items():
-            self._kinds[number].refresh(np.array(lens, np.int64))
+        for number, of_kind in within.items():
+            self._kinds[number].refresh(generated[of_kind])
 
-    def expected_lens(self, estimates: Sequence[OutputEstimate], num_generated: Sequence[int]) -> Int64Array:
+    def expected_lens(self, estimates: Estimates, num_generated: Sequence[int] | Int64Array) -> Int64Array:
         """Tokens that each will have generated in all, given how many it has now and that it goes on.
 
         Returns:
             int64[num_requests], more than ``num_generated`` and at most ``max_new_len`` (or one more than generated).
         """
-        generated = np.array(num_generated, np.int64)
-        max_new_len = np.array([estimate.max_new_len for estimate in estimates], np.int64)
-        expected = np.array([estimate.known_len for estimate in estimates], np.int64)
-        expected = np.where(expected > generated, expected, np.where(expected > 0, max_new_len, 0))
+        generated = np.asarray(num_generated, np.int64)
+        columns = _columns(estimates)
+        known, max_new_len = columns.known_len, columns.max_new_len
+        expected = np.where(known > generated, known, np.where(known > 0, max_new_len, 0))
         learned = np.flatnonzero(expected == 0)
         if len(learned):
-            kinds = np.array([self._stand_in(estimates[i].kind) for i in learned.tolist()])
-            draws = np.array([estimates[i].draw for i in learned.tolist()])
+            kinds, place = np.unique(columns.kind[learned], return_inverse=True)
+            kinds = np.array([self._stand_in(number) for number in kinds.tolist()])[place]
+            draws = columns.draw[learned]
             for number in np.unique(kinds).tolist():
                 of_kind = kinds == number
                 rows = learned[of_kind]
                 kind = self._kinds[number]
                 expected[rows] = kind.quantiles(generated[rows], draws[of_kind], max_new_len[rows])
-        return np.maximum(expected, generated + 1)
+        lens: Int64Array = np.maximum(expected, generated + 1)
+        return lens
+
+    def expected_len(self, estimate: OutputEstimate, num_generated: int) -> int:
+        """The same of one request."""
+        known, limit = estimate.known_len, estimate.max_new_len
+        if known:
+            expected = known if known > num_generated else limit
+        else:
+            expected = self._kinds[self._stand_in(estimate.kind)].quantile(num_generated, estimate.draw, limit)
+        return max(expected, num_generated + 1)
 
     def _stand_in(self, number: int) -> int:
         """The nearest kind, itself or an ancestor, of which enough is known."""
         while number > 0 and not self._kinds[number].is_known:
             number = self._kinds[number].parent
         return number
+
+
+def _columns(estimates: Estimates) -> EstimateColumns:
+    return estimates if isinstance(estimates, EstimateColumns) else EstimateColumns.of(estimates)

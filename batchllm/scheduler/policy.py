@@ -130,7 +130,7 @@ class _Step:
         cached_len = reusable_len(found.resident_len, request.share_len, page_size)
         led_tokens = sum(map(view.ledger.num_tokens, found.missing_ids))
         estimate, num_generated = request.output, request.num_generated
-        expected_len = int(view.lengths.expected_lens([estimate], [num_generated])[0])
+        expected_len = view.lengths.expected_len(estimate, num_generated)
         # The prefill itself samples the first token, and the last one is never stored.
         remaining_len = min(expected_len - num_generated - 1, request.total_len - request.prefill_len)
         remaining_len += view.release_lag

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchllm.scheduler.admission import RunningKv
-from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
+from batchllm.scheduler.output_length import EstimateColumns, Estimates, OutputLengths
 from batchllm.scheduler.token_batching import decode_lag
 from batchllm.tokens import Int64Array
 
@@ -36,7 +36,7 @@ class PromptInPieces:
 
 def project(
     lengths: OutputLengths,
-    estimates: Sequence[OutputEstimate],
+    estimates: Estimates,
     *,
     prompt_len: Sequence[int] | Int64Array,
     num_generated: Sequence[int] | Int64Array,
@@ -63,9 +63,10 @@ def project(
         in_pieces: The last request, where its prompt is not yet complete.
         fixed_remaining: Decode steps left of requests outside any plan, -1 for planned ones. None: all are planned.
     """
-    generated = [int(count) for count in num_generated]
-    lengths.refresh(estimates, generated)
-    expected = lengths.expected_lens(estimates, generated)
+    generated = np.asarray(num_generated, np.int64)
+    columns = estimates if isinstance(estimates, EstimateColumns) else EstimateColumns.of(estimates)
+    lengths.refresh(columns, generated)
+    expected = lengths.expected_lens(columns, generated)
     stored = np.array(stored_len, np.int64)
     shared = np.array(shared_len, np.int64)
     lag = np.full(len(stored), release_lag, np.int64)
@@ -79,10 +80,9 @@ def project(
     if fixed_remaining is not None:
         fixed = np.array(fixed_remaining, np.int64)
         remaining = np.where(fixed >= 0, fixed, remaining)
-    is_guess = [e < o.max_new_len and not o.known_len for e, o in zip(expected.tolist(), estimates, strict=True)]
     return RunningKv(
         -(-stored // page_size) * page_size - shared,
         np.maximum(remaining, 0) + lag,
-        np.array(is_guess, np.bool_),
+        (expected < columns.max_new_len) & (columns.known_len == 0),
         longest_total_len,
     )

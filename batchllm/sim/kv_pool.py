@@ -119,6 +119,11 @@ class StepRecorder:
         )
         self._elapsed_s += seconds
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of all steps so far."""
+        return self._elapsed_s
+
     def trace(self, label: str) -> StepTrace:
         """All steps so far."""
         return StepTrace(

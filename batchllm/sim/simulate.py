@@ -13,14 +13,16 @@ import numpy as np
 from batchllm.errors import ConfigError
 from batchllm.perf_model import CostModel, StepWork
 from batchllm.planner import DEFAULT_GROUP_ORDER, BatchPlan, GroupOrder, plan_batch
-from batchllm.planner.planner import max_over_ranges
-from batchllm.sim.kv_pool import Outcome, StepRecorder
+from batchllm.planner.planner import RunCutter, max_over_ranges
+from batchllm.scheduler.feed_window import FeedWindow
+from batchllm.sim.kv_pool import Columns, Outcome, StepRecorder
 from batchllm.sim.lru_tree import LruTree
 from batchllm.sim.one_level import OneLevelScheduler
 from batchllm.sim.planned import PlannedScheduler
 from batchllm.sim.result import SimResult
 from batchllm.sim.sglang_fcfs import SglangScheduler
 from batchllm.sim.vllm_fcfs import VllmScheduler
+from batchllm.sim.window import PlanWindow
 from batchllm.sim.workload import SimWorkload
 
 SchedulerName = Literal["batchllm", "one-level", "sglang-fcfs", "sglang-sorted", "vllm-fcfs", "vllm-sorted"]
@@ -91,10 +93,12 @@ def simulate(
             group_order=group_order,
             share_lens=workload.share_lens,
         )
+        cutter = RunCutter(plan, workload.table, workload.max_new_len, workload.known_len, workload.task)
         planned = PlannedScheduler(
-            workload,
-            plan,
+            PlanWindow(plan, cutter, FeedWindow(cutter.kv_cost, capacity)),
+            Columns.of(workload, plan.order),
             recorder,
+            page_size=page_size,
             chunk_tokens=chunk_tokens,
             is_mixed=is_mixed,
             max_running=max_running,

@@ -7,16 +7,17 @@ Invariant: the window is in plan order.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from operator import attrgetter
+from typing import Protocol
 
 import numpy as np
 
 from batchllm.planner import BatchPlan
 from batchllm.planner.planner import RunCutter
 from batchllm.prefix_cache import PinLedger
-from batchllm.scheduler.feed_window import FeedWindow
-from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
-from batchllm.sim.workload import SimWorkload
+from batchllm.scheduler.output_length import EstimateColumns, OutputEstimate, OutputLengths, draws
+from batchllm.tokens import Int64Array
 
 _plan_order = attrgetter("plan_order")
 
@@ -78,31 +79,49 @@ class PlannedRequest:
         return self.prefill_len if self._share_len is None else self._share_len
 
 
+class Feed(Protocol):
+    """Says which positions of a plan come next: all of them to one engine, or to each of several its own."""
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing of it runs, and nothing more will come."""
+
+    def take_next(self) -> tuple[int, int] | None:
+        """Positions ``[first, last)`` that come now; None where none do."""
+
+    def finish(self, positions: Sequence[int]) -> None:
+        """These have finished."""
+
+
 class PlanWindow:
     """Walks the plan and keeps requests coming.
 
     Args:
-        workload: The rows.
         plan: The plan of the rows.
+        cutter: Knows limits, lengths and tasks of the rows.
+        feed: Says what comes next.
+
+    Attributes:
         ledger: Told of each prefix when its first consumer comes.
         lengths: Knows kinds of requests.
-        kv_capacity_tokens: Slots of the KV pool.
+        waiting: What has come and has not been admitted.
+        kind: Kind of each position's output, once it has come, int64[num_requests].
     """
 
-    def __init__(
-        self,
-        workload: SimWorkload,
-        plan: BatchPlan,
-        ledger: PinLedger,
-        lengths: OutputLengths,
-        kv_capacity_tokens: int,
-    ) -> None:
+    def __init__(self, plan: BatchPlan, cutter: RunCutter, feed: Feed) -> None:
         self._plan = plan
-        self._ledger = ledger
-        self._lengths = lengths
-        self._cutter = RunCutter(plan, workload.table, workload.max_new_len, workload.known_len, workload.task)
-        self._feed = FeedWindow(self._cutter.kv_cost, kv_capacity_tokens)
+        self._cutter = cutter
+        self._feed = feed
+        self.ledger = PinLedger()
+        self.lengths = OutputLengths()
         self.waiting: list[PlannedRequest] = []
+        self.kind = np.zeros(plan.num_requests, np.int64)
+
+    def estimates(self, positions: Int64Array) -> EstimateColumns:
+        """What is known of the output lengths of some that have come."""
+        max_new_len = self._cutter.max_new_len[positions].astype(np.int64)
+        known_len = np.minimum(self._cutter.known_len[positions], max_new_len)
+        return EstimateColumns(max_new_len, known_len, self.kind[positions], draws(positions))
 
     @property
     def longest_total_len(self) -> int:
@@ -141,7 +160,7 @@ class PlanWindow:
         plan, cutter = self._plan, self._cutter
         first_prefix, last_prefix = np.searchsorted(plan.first, [first, last]).tolist()
         for prefix_id in range(first_prefix, last_prefix):
-            self._ledger.add(
+            self.ledger.add(
                 prefix_id,
                 parent_id=int(plan.parent[prefix_id]),
                 start_len=int(plan.start_len[prefix_id]),
@@ -152,10 +171,11 @@ class PlanWindow:
             )
         for position in range(first, last):
             task = int(cutter.task[position])
+            self.kind[position] = self.lengths.kind(task) if task >= 0 else 0
             output = OutputEstimate(
                 max_new_len=int(cutter.max_new_len[position]),
                 known_len=int(cutter.known_len[position]),
-                kind=self._lengths.kind(task) if task >= 0 else 0,
+                kind=int(self.kind[position]),
                 position=position,
             )
             request = PlannedRequest(

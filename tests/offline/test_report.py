@@ -63,6 +63,7 @@ def test_the_dict_has_exactly_the_documented_names() -> None:
         "reuse",
         "optimal_reuse",
         "num_output_tokens",
+        "num_cut_tokens",
         "elapsed_s",
         "prompt_tokens_per_s",
         "output_tokens_per_s",

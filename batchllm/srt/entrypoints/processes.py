@@ -25,7 +25,7 @@ from batchllm.srt.platforms.fork_safety import launch_state, process_state
 _LOADS_PREFIX = "sglang_loads_batchllm-"
 _SHARED_MEMORY = Path("/dev/shm")
 _GRACE_S = 5
-_MAX_FOLDER_LEN = 107 - len("/batchllm-4194304-12345678/tmp12345678")  # of a socket's whole name: sys/un.h
+_SOCKET_LEN = len("tmp12345678")
 _STOP_TIMEOUT_S = 30
 
 
@@ -55,7 +55,7 @@ class EngineProcesses:
         """
         if self._socket_dir is None:
             _remove_files_of_the_dead()
-            self._socket_dir = str(own_folder.make(_socket_parent()))
+            self._socket_dir = str(own_folder.make(own_folder.place_of_sockets(_SOCKET_LEN)))
         self._kill_children()
         before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
         before_us = {child.pid for child in psutil.Process().children()}
@@ -134,15 +134,9 @@ class _Spawning(SpawnContext):
         pass
 
 
-def _socket_parent() -> str:
-    """Where the folder of the sockets is made: among temporary files, if their names are short enough there."""
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_LEN else own_folder.SHORT_PARENT
-
-
 def _remove_files_of_the_dead() -> None:
     """What is left of engines whose process was killed before it could remove its own."""
-    own_folder.remove_dead([tempfile.gettempdir(), _socket_parent()])
+    own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
     for path in _SHARED_MEMORY.glob(f"{_LOADS_PREFIX}*-*"):
         pid = path.name.removeprefix(_LOADS_PREFIX).partition("-")[0]
         if not pid.isdecimal() or psutil.pid_exists(int(pid)):

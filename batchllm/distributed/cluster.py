@@ -1,0 +1,196 @@
+"""Ray for a job: one of its own, which starts and ends with it, or one that is there.
+
+INVARIANT: what was started here is ended by `Cluster.close`, and its files are removed. A driver that is killed takes
+its processes along, and the folder is removed by the next engine on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from batchllm.errors import ConfigError, EngineError
+from batchllm.host import own_folder
+
+_CONNECT_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 20.0
+_STORE_BYTES = 200 * 2**20
+_SOCKET_LEN = len("session_2026-11-29_15-10-00_000000_4194304/sockets/plasma_store")
+_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # one for this process: Ray reads it once
+    "RAY_enable_metrics_collection": "0",
+}
+"""Of a Ray that is started here: nothing is told to others, and only who has the token may speak to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What an engine takes of its node: CPUs and GPUs."""
+
+    num_cpus: int
+    num_gpus: int
+
+    @property
+    def words(self) -> str:
+        """As a person says it."""
+        return f"{self.num_gpus} GPUs" if self.num_gpus else f"{self.num_cpus} CPU cores"
+
+
+class Cluster:
+    """A connection to Ray.
+
+    Args:
+        address: Of a Ray that is there: "auto" or what Ray takes; None starts one here.
+        is_verbose: Whether what Ray and its actors print goes to standard error.
+
+    Attributes:
+        ray: The package.
+        is_own: It was started here.
+
+    Raises:
+        ConfigError: Ray is not installed, or the address is not reached.
+        EngineError: It did not start.
+    """
+
+    def __init__(self, address: str | None, *, is_verbose: bool = False) -> None:
+        self.is_own = address is None
+        self._folder: str | None = None
+        _check_reachable(address)
+        with _environment(_VARIABLES if self.is_own else {}):
+            self.ray = _imported()
+            if self.ray.is_initialized():
+                raise ConfigError(
+                    "this process is connected to a Ray already; end that connection first, ray.shutdown()"
+                )
+            options: dict[str, Any] = {"log_to_driver": is_verbose, "logging_level": logging.ERROR}
+            if self.is_own:
+                own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
+                self._folder = str(own_folder.make(own_folder.place_of_sockets(_SOCKET_LEN)))
+                options |= {
+                    "num_cpus": num_cores(),
+                    "include_dashboard": False,
+                    "object_store_memory": _STORE_BYTES,
+                    "_temp_dir": self._folder,
+                }
+            else:
+                options |= {"address": address}
+            try:
+                self.ray.init(**options)
+            except BaseException as error:
+                self.close()
+                if not isinstance(error, Exception):
+                    raise
+                if self.is_own:
+                    raise EngineError(f"Ray did not start: {_first_line(error)}") from error
+                raise ConfigError(f"--ray-address {address}: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        """Leave Ray; end it, and remove its files, if it was started here. Doing it twice does nothing."""
+        if self._folder is None:
+            self.ray.shutdown()
+            return
+        own = [process for process in psutil.Process().children(recursive=True) if self._is_of_folder(process)]
+        self.ray.shutdown()
+        _, alive = psutil.wait_procs(own, timeout=_STOP_TIMEOUT_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
+
+    def _is_of_folder(self, process: psutil.Process) -> bool:
+        """It is one that Ray has started: its command line or its parent's names the folder."""
+        with contextlib.suppress(psutil.Error):
+            return any(str(self._folder) in " ".join(p.cmdline()) for p in (process, *process.parents()[:1]))
+        return False
+
+    def resources(self, num_engines: int, gpus_per_engine: int) -> Resources:
+        """What each of some engines may take.
+
+        Args:
+            num_engines: Engines that are to run.
+            gpus_per_engine: GPUs of each, where the cluster has GPUs.
+
+        Raises:
+            ConfigError: There are fewer GPUs, or fewer cores, than they need.
+        """
+        total = self.ray.cluster_resources()
+        num_cpus, num_gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+        where = "this machine" if self.is_own else "the Ray cluster"
+        if num_gpus:
+            if num_engines * gpus_per_engine > num_gpus:
+                raise ConfigError(
+                    f"--replicas {num_engines}: {where} has {num_gpus} GPUs, and each replica needs {gpus_per_engine}; "
+                    f"ask for {num_gpus // gpus_per_engine} at most"
+                )
+            return Resources(num_cpus=0, num_gpus=gpus_per_engine)
+        if num_engines > num_cpus:
+            raise ConfigError(f"--replicas {num_engines}: {where} has {num_cpus} CPU cores; ask for {num_cpus} at most")
+        return Resources(num_cpus=num_cpus // num_engines, num_gpus=0)
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _imported() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(
+            "several replicas need Ray, which is not installed: pip install 'sglang-batchllm[ray]'"
+        ) from None
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself waits for minutes.
+
+    Raises:
+        ConfigError: Nobody listens there.
+    """
+    if address is None or address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--ray-address {address}: must be auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--ray-address {address}: nothing is reached there: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that Ray's processes inherit and this process reads while it imports Ray; as they were at the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,120 @@
+"""An engine in a Ray actor as the driver sees it. On the driver's event loop.
+
+Knows: the actor's methods, and how Ray says that it is gone. Must not know: jobs, plans, other engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from batchllm.distributed.actor import EngineActor, Message, Output, Software, Started
+from batchllm.distributed.cluster import Cluster, Resources
+from batchllm.errors import BatchLLMError, EngineError
+from batchllm.offline.runtime import Runtime
+
+_STOP_TIMEOUT_S = 40.0
+
+
+class Replica:
+    """An actor with an engine, or on the way to it.
+
+    Args:
+        number: Its number; no two of a driver have the same.
+        cluster: Where it is to be.
+        resources: What it takes of its node.
+        start: Starts the engine, in the actor.
+        software: What is to be on its node.
+
+    Attributes:
+        number: As given.
+        jobs: Jobs that it has been told of.
+        started: Numbers of the engine, once it has started.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        cluster: Cluster,
+        resources: Resources,
+        start: Callable[[], Runtime],
+        software: Software | None,
+    ) -> None:
+        self.number = number
+        self.jobs: set[int] = set()
+        self.started: Started | None = None
+        self._ray = cluster.ray
+        self._num_sent = 0
+        actor = self._ray.remote(EngineActor).options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            max_restarts=0,
+            max_concurrency=1000,
+            scheduling_strategy="SPREAD",
+        )
+        self._actor = actor.remote(start, software)
+
+    async def start(self) -> Started:
+        """Wait until the engine has started.
+
+        Raises:
+            BatchLLMError: It does not; says why, and on which node.
+        """
+        try:
+            started: Started | BatchLLMError = await self._actor.start.remote()
+        except self._ray.exceptions.RayError as error:
+            raise EngineError(f"an engine did not start: {words_of(error)}") from error
+        if isinstance(started, BatchLLMError):
+            raise started
+        self.started = started
+        return started
+
+    def send(self, message: Message) -> None:
+        """Send a message; they arrive in this order. That the actor is gone, `receive` says."""
+        self._actor.send.remote(self._num_sent, message)
+        self._num_sent += 1
+
+    async def receive(self) -> list[Output]:
+        """Wait for what has finished.
+
+        Raises:
+            EngineError: The actor is gone.
+        """
+        try:
+            outputs: list[Output] = await self._actor.receive.remote()
+        except self._ray.exceptions.RayError as error:
+            raise EngineError(words_of(error)) from error
+        return outputs
+
+    async def call_tokenizer(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Result of a method of the engine's tokenizer.
+
+        Raises:
+            EngineError: The actor is gone.
+            Exception: What the method raises.
+        """
+        try:
+            return await self._actor.call_tokenizer.remote(method, args, kwargs)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self._ray.exceptions.RayError as error:
+            raise EngineError(words_of(error)) from error
+
+    async def shutdown(self) -> None:
+        """End the engine, if it still answers, and the actor."""
+        with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
+            await asyncio.wait_for(self._actor.shutdown.remote(), _STOP_TIMEOUT_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the actor at once; the processes of its engine end with it."""
+        self._ray.kill(self._actor)
+
+
+def words_of(error: Exception) -> str:
+    """What Ray says of an actor, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = getattr(error, "error_msg", None) or " ".join(lines)
+    return " ".join(str(reason).split())[:400] or type(error).__name__

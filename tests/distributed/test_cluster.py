@@ -1,0 +1,90 @@
+"""What is said before anything runs where replicas cannot: no Ray, nobody there, too few cores, another node."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from batchllm.cli import main
+from batchllm.default_model import default_model_path
+from batchllm.distributed.actor import Software
+from batchllm.distributed.cluster import Cluster, num_cores
+from batchllm.errors import ConfigError
+from tests.cli.jobs import rows_of, write_rows
+from tests.distributed.conftest import HeldCluster
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a job of three rows with these flags; it must end with status 2 and leave nothing. Returns what it says."""
+
+    def run(*flags: str) -> str:
+        source, out = write_rows(tmp_path / "in.jsonl", rows_of(3)), tmp_path / "out.jsonl"
+        assert main(["run", "-i", str(source), "-o", str(out), *flags]) == 2
+        assert set(os.listdir(tmp_path)) == {"in.jsonl"}
+        return capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--replicas", "0"), "--replicas 0: must be at least 1"),
+        (("--replicas", "2", "--min-replicas", "3"), "--min-replicas 3: must be from 1 to the 2 of --replicas"),
+        (("--replicas", "2", "--trace", "T.json"), "--trace: the steps of several engines are not on one clock"),
+        (("--ray-address", "nowhere"), "--ray-address nowhere: must be auto, HOST:PORT or ray://HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(refused: Refused, flags: tuple[str, ...], words: str) -> None:
+    assert words in refused(*flags)
+
+
+def test_without_ray_the_extra_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'sglang-batchllm[ray]'" in refused("--replicas", "2")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_is_is_named_at_once(refused: Refused, scheme: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        address = f"{scheme}127.0.0.1:{unused.getsockname()[1]}"
+        assert f"--ray-address {address}: nothing is reached there" in refused("--ray-address", address)
+
+
+def test_another_version_on_a_node_is_named_with_the_node() -> None:
+    here = Software.here(default_model_path())
+    other = Software(versions=here.versions | {"sglang": "0.0.1"}, model_path=here.model_path, model=here.model)
+    with pytest.raises(ConfigError, match=r"node far: sglang is .*, and 0\.0\.1 where the job was started"):
+        other.check_here("far")
+    here.check_here("far")
+
+
+def test_a_model_that_a_node_lacks_is_named_with_the_node(tmp_path: Path) -> None:
+    here = Software.here(default_model_path())
+    there = Software(versions=here.versions, model_path=str(tmp_path / "model"), model=here.model)
+    with pytest.raises(ConfigError, match=r"node far: .*/model is not there"):
+        there.check_here("far")
+
+
+def test_another_model_at_the_same_path_is_named_with_the_node() -> None:
+    here = Software.here(default_model_path())
+    other = Software(versions=here.versions, model_path=here.model_path, model="another")
+    with pytest.raises(ConfigError, match=r"node far: the model at .* is not the one"):
+        other.check_here("far")
+
+
+def test_more_replicas_than_cores_are_refused(cluster: HeldCluster) -> None:
+    num = num_cores()
+    with pytest.raises(ConfigError, match=f"--replicas {num + 1}: this machine has {num} CPU cores; ask for {num}"):
+        Cluster.resources(cluster, num + 1, 1)
+    assert Cluster.resources(cluster, num, 1).num_cpus == 1
+    assert Cluster.resources(cluster, 1, 1).num_cpus == num

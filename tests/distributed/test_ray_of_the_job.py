@@ -1,0 +1,129 @@
+"""A Ray that starts and ends with a job, and one with two nodes: what is left, whoever is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.cli.jobs import read_lines, recorded_rows, rows_of, write_rows
+from tests.distributed import ray_engines
+from tests.distributed.ray_engines import asked_for
+
+NUM_ROWS = 300
+_ROOT = Path(__file__).parents[2]
+_TIMEOUT_S = 240
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "t").mkdir()
+    (tmp_path / "home").mkdir()
+    return write_rows(tmp_path / "in.jsonl", rows_of(NUM_ROWS))
+
+
+def _start(base: Path, delay_s: float, *flags: str) -> subprocess.Popen[str]:
+    """The command on engines that answer at once, in a process, a temporary folder and a home of its own."""
+    command = ["run", "-i", str(base / "in.jsonl"), "-o", str(base / "out.jsonl"), *flags]
+    return subprocess.Popen(
+        [sys.executable, ray_engines.__file__, str(base / "engines"), str(delay_s), *command],
+        env=os.environ | {"TMPDIR": str(base / "t"), "HOME": str(base / "home"), "PYTHONPATH": str(_ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _processes_of(base: Path) -> list[psutil.Process]:
+    """Processes that were started with this temporary folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("TMPDIR") == str(base / "t"):
+                found.append(process)
+        except psutil.Error:
+            continue  # gone, or somebody else's
+    return found
+
+
+def _wait_until(condition: Any) -> None:
+    limit = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def _num_asked(base: Path) -> int:
+    return sum(rows.total() for rows in asked_for(base / "engines"))
+
+
+def test_a_driver_that_is_killed_leaves_no_process_and_its_job_goes_on(source: Path, tmp_path: Path) -> None:
+    """Twice: no row that was acknowledged runs again, each is answered once, and nothing is left on disk."""
+    out, engines = tmp_path / "out.jsonl", tmp_path / "engines"
+    for _ in range(2):
+        before = sum(asked_for(engines), Counter())
+        recorded = recorded_rows(Path(f"{out}.job")) if Path(f"{out}.job").exists() else set()
+        driver = _start(tmp_path, 0.02, "--replicas", "2")
+        num_recorded = len(recorded)
+        _wait_until(lambda n=num_recorded: len(recorded_rows(Path(f"{out}.job"))) > n if _has_begun(out) else False)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate()
+        _wait_until(lambda: not _processes_of(tmp_path))
+        again = sum(asked_for(engines), Counter()) - before
+        assert not {int(row) for row in again if row != "start"} & recorded
+    recorded = recorded_rows(Path(f"{out}.job"))
+    before = sum(asked_for(engines), Counter())
+    driver = _start(tmp_path, 0.0, "--replicas", "2")
+    _, words = driver.communicate(timeout=_TIMEOUT_S)
+    assert driver.returncode == 0, words
+    again = sum(asked_for(engines), Counter()) - before
+    assert {int(row) for row in again if row != "start"} == set(range(NUM_ROWS)) - recorded
+    assert [line["text"] for line in read_lines(out)] == [f"after {i}" for i in range(NUM_ROWS)]
+    assert not _processes_of(tmp_path)
+    assert not os.listdir(tmp_path / "t") and os.listdir(tmp_path / "home") == [".cache"]  # of models
+    assert not Path("/tmp/ray").exists()
+
+
+def _has_begun(out: Path) -> bool:
+    return (Path(f"{out}.job") / "journal.db").exists()
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, a core each."""
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # names of sockets are short
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        (Path(folder) / "ray").mkdir()
+        cluster = Cluster(initialize_head=False)
+        nodes = [cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=10**8) for _ in range(2)]
+        processes = [info.process for node in nodes for infos in node.all_processes.values() for info in infos]
+        yield cluster, nodes
+        cluster.shutdown()
+        for process in processes:  # as in `HeldCluster.end`
+            process.wait()
+
+
+def test_a_node_that_is_lost_takes_no_row_along(two_nodes: Any, source: Path, tmp_path: Path) -> None:
+    """The engine on it is gone, there is no place for another one, and the other answers what is left."""
+    cluster, nodes = two_nodes
+    driver = _start(tmp_path, 0.02, "--replicas", "2", "--ray-address", cluster.address)
+    engines = tmp_path / "engines"
+    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)))
+    cluster.remove_node(nodes[1])
+    _, words = driver.communicate(timeout=_TIMEOUT_S)
+    assert driver.returncode == 0, words
+    assert [line["text"] for line in read_lines(tmp_path / "out.jsonl")] == [f"after {i}" for i in range(NUM_ROWS)]
+    assert "is gone" in words
