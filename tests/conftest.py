@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from batchllm.host import template
 from tests.sizes import THOROUGH_VARIABLE
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests under nohup tests the same
 _SCHEDULER_TITLE = b"sglang::scheduler"
 _LOOK_EVERY_S = 0.3
 

@@ -65,7 +65,7 @@ def _flush(status: int) -> int:
         _discard(sys.stdout)
     except OSError as error:
         _discard(sys.stdout)
-        print(f"batchllm: standard output: {error.strerror}", file=sys.stderr)
+        print(f"batchllm: standard output: {error.strerror}; give it another place", file=sys.stderr)
         status = status or 2
     try:
         if sys.stderr is not None:
