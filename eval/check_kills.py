@@ -201,9 +201,12 @@ def _compare(folder: Path, num_rows: int) -> dict[str, Any]:
         for input_line, one, other in zip(_lines(folder / "alone" / "in.jsonl"), killed_lines, lines, strict=True)
         if (one["text"], one["output_ids"]) != (other["text"], other["output_ids"])
     ]
-    found = {"rows answered once": len(killed_lines), "answers that differ from an undisturbed run": len(parting)}
+    found: dict[str, Any] = {
+        "rows answered once": len(killed_lines),
+        "answers that differ from an undisturbed run": len(parting),
+    }
     if parting:
-        found["the largest gap between two tokens where such answers part"] = _largest_gap(folder, parting)
+        found["the largest gap between two tokens where such answers part"] = f"{_largest_gap(folder, parting):.1e}"
     return found
 
 
