@@ -88,3 +88,24 @@ def test_the_template_has_one_thread_and_no_cuda_context() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "None"
+
+
+_END = """
+import atexit
+from batchllm.srt.entrypoints import template
+
+class Imported:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+imported = Imported()
+atexit.register(print, "at exit")
+print("said before")
+template._exit()
+"""
+
+
+def test_a_fork_ends_in_order_and_takes_nothing_apart_of_what_was_imported() -> None:
+    """What was to be done at the end is done, and what was said is written."""
+    done = subprocess.run([sys.executable, "-c", _END], capture_output=True, text=True, check=True)
+    assert done.stdout == "said before\nat exit\n"

@@ -18,6 +18,7 @@ from batchllm.host import own_folder
 from batchllm.srt import compat, plugin
 from batchllm.srt.entrypoints import processes
 from batchllm.srt.layers import sampler
+from batchllm.srt.managers.scheduler import BatchScheduler
 from batchllm.srt.mem_cache import radix_cache
 from batchllm.srt.mem_cache.allocator import CpuTokenAllocator
 from batchllm.srt.platforms.platform_cpu import CpuPlatform, activate
@@ -182,3 +183,13 @@ def test_files_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monkeyp
     own.end(None)
     assert [path.name for path in temporary.iterdir()] == [f"batchllm-{alive}-abcdefgh"]
     assert [path.name for path in memory.iterdir()] == [f"sglang_loads_batchllm-{alive}-x_1.shm"]
+
+
+def test_a_scheduler_that_is_asked_to_end_does_not_sleep_before_it_does() -> None:
+    """SGLang looks whether to end once its idle loop has slept, for a second or until somebody asks for something."""
+    slept: list[bool] = []
+    scheduler: Any = BatchScheduler.__new__(BatchScheduler)
+    scheduler.idle_sleeper = SimpleNamespace(maybe_sleep=lambda: slept.append(scheduler.gracefully_exit))
+    for scheduler.gracefully_exit in (False, True):
+        scheduler.maybe_sleep_on_idle()
+    assert slept == [False]
