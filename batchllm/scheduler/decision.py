@@ -38,7 +38,7 @@ class Decision:
 
 
 class SettledDecision:
-    """A decision that admits nothing stays true until something changes: it need not be made in every step."""
+    """A decision for want of room stays true until KV becomes free: it need not be made in every step."""
 
     def __init__(self) -> None:
         self._decision: Decision | None = None
@@ -53,5 +53,5 @@ class SettledDecision:
         self._decision, self._num_running = decision, num_running
 
     def invalidate(self) -> None:
-        """Requests, KV or prefixes have changed."""
+        """Requests or prefixes have changed, or KV has become free."""
         self._decision = None

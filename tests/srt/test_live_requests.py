@@ -254,6 +254,27 @@ def test_a_live_request_that_waits_for_another_does_not_stop_a_job(engine: Batch
 # A plan over what waits
 
 
+@pytest.mark.parametrize("max_new_tokens", [0, 1])
+def test_live_requests_that_end_with_their_prompt_do_not_stop_a_job(engine: BatchEngine, max_new_tokens: int) -> None:
+    """Their pieces take the whole of several steps, and no row decodes when they are gone."""
+    job = job_of(engine, [_ids(600 + i, 20) for i in range(6)])
+
+    async def both() -> tuple[list[dict[str, Any]], dict[int, list[int]]]:
+        await tell_manager(engine, "send", PauseGenerationReqInput(mode="in_place"))
+        live = [
+            asyncio.ensure_future(live_answer(engine, _ids(700 + i, 1000), max_new_tokens=max_new_tokens))
+            for i in range(2)
+        ]
+        planned = asyncio.ensure_future(answers_of(job))
+        await asyncio.sleep(0.5)  # all have been sent
+        await tell_manager(engine, "send", ContinueGenerationReqInput(torch_empty_cache=False))
+        return list(await asyncio.gather(*live)), await asyncio.wait_for(planned, 60)
+
+    live, planned = run(engine, both())
+    assert [len(answer["output_ids"]) for answer in live] == [max_new_tokens] * 2
+    assert sorted(planned) == list(range(6))
+
+
 def test_what_a_burst_of_live_requests_shares_is_computed_once(engine: BatchEngine) -> None:
     """Shuffled groups, far more than the pool holds: as many prompt tokens as a plan of them all computes."""
     prompts = _groups(10, num_groups=12, group_size=12, shared_len=300, private_len=20)

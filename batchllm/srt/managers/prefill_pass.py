@@ -158,8 +158,7 @@ class PrefillPass:
         view = make_view(scheduler, running_batch.reqs, budget - self._chunk_tokens(budget))
         decision = self._policy.decide(view)
         self._settled.invalidate()
-        # Under a bound the next step may have more time than this one.
-        if not decision.admissions and (scheduler.coserving is None or decision.lacks_room):
+        if decision.lacks_room:  # what lacks only the budget of this step may have that of the next
             self._settled.keep(decision, num_running)
         return decision
 

@@ -24,7 +24,6 @@ from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.utils import TypeBasedDispatcher
 
-from batchllm.scheduler.decision import SettledDecision
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt.constrained.grammars import bound_cache, bounded_compilers, quiet_row_faults
@@ -88,7 +87,7 @@ class BatchScheduler(Scheduler):
         has_metrics = self.server_args.enable_metrics and self.ps.tp_rank == 0
         has_bound = self.server_args.max_tbt_ms is not None
         self.metrics = SchedulerMetrics(has_bound=has_bound) if has_metrics else None
-        settled = SettledDecision()
+        settled = self.tree_cache.settled
         runs = RunReader(
             self.tree_cache.ledger,
             self.output_lengths,

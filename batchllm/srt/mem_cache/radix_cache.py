@@ -34,6 +34,7 @@ from sglang.srt.mem_cache.registry import TreeCacheBuildContext, registered_radi
 from batchllm.errors import ConfigError
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger, PrefixState
 from batchllm.scheduler.admission import reusable_len
+from batchllm.scheduler.decision import SettledDecision
 from batchllm.srt.managers.schedule_batch import PlannedReq
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
 from batchllm.tokens import page_floor
@@ -91,6 +92,7 @@ class PlannedRadixCache(RadixCache):
 
     Attributes:
         readers: Who reads which nodes; told of those that go. Nobody until it is set.
+        settled: The scheduler's last decision, if it lacked room: it ends when a request frees its KV.
         num_given_up_tokens: Tokens of planned prefixes that were given up for live requests.
         yields_to_live: Whether eviction may go on with pinned prefixes once no planned request runs.
     """
@@ -106,6 +108,7 @@ class PlannedRadixCache(RadixCache):
         self._purge_at = _MIN_PURGE
         self.num_given_up_tokens = 0
         self.readers = SharedPrefixes.empty()
+        self.settled = SettledDecision()
         self.yields_to_live = False
         super().__init__(params)
 
@@ -220,6 +223,7 @@ class PlannedRadixCache(RadixCache):
 
         SGLang calls this for a retracted request too: that one keeps its claim on its prefixes.
         """
+        self.settled.invalidate()
         if not isinstance(req, PlannedReq):
             super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
             return
