@@ -214,6 +214,7 @@ class HostedRuntime:
         self._check_owner()
         call = messages.Call(next(self._numbers), target, method, messages.packed((args, kwargs)))
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # who waits may be cancelled; what was asked is not
         self._calls[call.number] = future
         if self._death is not None:
             self._fail_calls(self._death)
@@ -296,7 +297,9 @@ class HostedRuntime:
                 case messages.Piece(number):
                     self.loop.call_soon_threadsafe(self._deliver, self._pieces, number, message)
                 case messages.Reply(number, result, error):
-                    future = self._calls.pop(number)
+                    future = self._calls.pop(number, None)  # None: the engine has died since it was asked
+                    if future is None:
+                        continue
                     if error is None:
                         future.set_result(result)
                     else:

@@ -104,6 +104,20 @@ def test_an_engine_is_used_where_an_event_loop_runs(engine: BatchEngine, expecte
     assert asyncio.run(cell()) == expected
 
 
+def test_what_an_engine_was_asked_cannot_be_cancelled(engine: BatchEngine, expected: list[list[int]]) -> None:
+    """Who waits may be; the answer comes all the same, and finds a place."""
+    asked = engine.runtime.call_soon("manager", "get_internal_state")
+
+    async def cancel_the_wait() -> None:
+        waiting = asyncio.ensure_future(asyncio.wrap_future(asked))
+        await asyncio.sleep(0)
+        waiting.cancel()
+
+    asyncio.run(cancel_the_wait())
+    assert asked.result(60)
+    assert _answers(engine) == expected
+
+
 @pytest.mark.parametrize("victim", ["engine", pytest.param("scheduler", marks=pytest.mark.thorough), "detokenizer"])
 def test_a_process_that_is_killed_fails_what_runs_and_what_comes(engines: None, victim: str) -> None:
     """At once, whichever it is, while the engine is idle; the driver goes on, and no process and no folder stays.

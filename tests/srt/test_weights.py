@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+
+import psutil
 import pytest
 import torch
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from transformers import AutoModelForCausalLM
 
 from batchllm import BatchEngine, default_model
-from tests.srt.live import GREEDY, run, tell_manager
+from tests.srt.live import GREEDY, live_answer, run, tell_manager
 
 pytestmark = pytest.mark.engine
 
@@ -31,6 +36,34 @@ def test_weights_that_are_loaded_answer_from_then_on_and_none_under_a_batch(engi
     for path, answers in ((other, [ids.tolist() for ids in expected]), (default_model.default_model_path(), before)):
         assert _load(engine, path)[0]
         assert _greedy(engine, prompts) == answers
+
+
+@pytest.fixture
+def one_core(engine: BatchEngine) -> Iterator[None]:
+    """All threads of the engine on one core: who is told something runs before who has told it."""
+    cores = os.sched_getaffinity(0)
+    host = psutil.Process(engine.runtime.host_pid)
+    processes = [psutil.Process(), host, *host.children(recursive=True)]
+    threads = [thread.id for process in processes for thread in process.threads()]
+    for thread in threads:
+        os.sched_setaffinity(thread, {min(cores)})
+    yield
+    for thread in threads:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(thread, cores)
+
+
+def test_an_engine_is_idle_as_soon_as_it_has_answered(engine: BatchEngine, one_core: None) -> None:
+    """What it does only beside no request, it does then."""
+
+    async def outcomes() -> list[bool]:
+        found = []
+        for i in range(40):
+            await live_answer(engine, [5, 6, 7 + i], max_new_tokens=1)
+            found.append((await tell_manager(engine, "flush_cache")).success)
+        return found
+
+    assert run(engine, outcomes()) == [True] * 40
 
 
 def _load(engine: BatchEngine, path: str) -> tuple[bool, str, int]:

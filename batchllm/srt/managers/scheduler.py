@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    FlushCacheReqInput,
+    ReleaseMemoryOccupationReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,
     UpdateWeightsFromIPCReqInput,
@@ -50,6 +52,13 @@ from batchllm.srt.managers.step_recorder import StepRecorder
 from batchllm.srt.mem_cache.radix_cache import PlannedRadixCache
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
 from batchllm.srt.server_args import kv_limit_tokens
+
+_WEIGHT_UPDATES = (
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromTensorReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+)
 
 
 class BatchScheduler(Scheduler):
@@ -121,13 +130,10 @@ class BatchScheduler(Scheduler):
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
         handlers = self._request_dispatcher._mapping
-        for kind in (
-            UpdateWeightFromDiskReqInput,
-            UpdateWeightsFromTensorReqInput,
-            UpdateWeightsFromDistributedReqInput,
-            UpdateWeightsFromIPCReqInput,
-        ):
+        for kind in _WEIGHT_UPDATES:
             handlers[kind] = partial(self._update_weights, handlers[kind])
+        for kind in (*_WEIGHT_UPDATES, FlushCacheReqInput, ReleaseMemoryOccupationReqInput):
+            handlers[kind] = partial(self._ask_when_idle, handlers[kind])
         control_faults.guard(handlers)
         self._request_dispatcher += TypeBasedDispatcher(
             [
@@ -148,9 +154,22 @@ class BatchScheduler(Scheduler):
         control_faults.guard_profiler(self.profiler_manager)
 
     def _update_weights(self, update: Callable[[Any], Any], message: Any) -> Any:
-        result = update(message)
-        forget_packed_weights(self.tp_worker.model_runner.model)
-        return result
+        try:
+            return update(message)
+        finally:  # some may have been loaded before the fault
+            forget_packed_weights(self.tp_worker.model_runner.model)
+
+    def _ask_when_idle(self, handler: Callable[[Any], Any], message: Any) -> Any:
+        """SGLang refuses this beside requests, and takes those for such that have just been answered: until the next
+        step they are in the last one.
+        """
+        batches = [batch for batch in (self.running_batch, self.last_batch) if batch is not None]
+        if all(req.finished() for batch in batches for req in batch.reqs):
+            while self.enable_overlap and self.result_queue:
+                self.process_batch_result(*self.result_queue.popleft())
+            self.running_batch.filter_batch()
+            self.last_batch = None
+        return handler(message)
 
     def pause_generation(self, recv_req: Any) -> None:
         if self.coserving is not None:
