@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchllm.kernels.row_blocks import empty_rows
+
 # What torch calls the instruction sets, best first, each with those that run on it too.
 _LEVELS = ("avx512", "avx2", "default")
 
@@ -168,8 +170,8 @@ class CpuKernels:
         self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """RMS norm over the last dimension; with a residual, that of ``residual += x``, in place."""
-        out = torch.empty_like(x)
         size = x.shape[-1]
+        out = empty_rows(x.shape, x.dtype)
         self._functions["rms_norm", x.dtype](
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
@@ -184,7 +186,7 @@ class CpuKernels:
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         """``silu(x[..., :n]) * x[..., n:]`` of a contiguous [..., 2 n]."""
         size = x.shape[-1] // 2
-        out = x.new_empty(*x.shape[:-1], size)
+        out = empty_rows((*x.shape[:-1], size), x.dtype)
         self._functions["silu_and_mul", x.dtype](x.data_ptr(), out.data_ptr(), out.numel() // max(1, size), size)
         return out
 

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from batchllm import BatchEngine
 from batchllm.kernels.cpu import CpuKernels, load
+from batchllm.kernels.row_blocks import empty_rows, padded_rows
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
 from batchllm.srt.layers import cpu_ops
 from batchllm.srt.layers.step_layout import why_unsupported
@@ -288,8 +289,11 @@ def test_the_product_of_a_row_does_not_depend_on_those_beside_it(dtype: torch.dt
     torch.testing.assert_close(expected, layer(x))
     shapes = set()
     for num_rows in [*range(1, 140), 300, 513, 7]:
-        output = cpu_ops._linear(UnquantizedLinearMethod(), layer, x[:num_rows], layer.bias)
-        assert output.is_contiguous()
-        assert torch.equal(output, expected[:num_rows])
-        shapes.add(cpu_ops._padded_rows(num_rows))
+        roomy = empty_rows((num_rows, 256), dtype)
+        roomy[:] = x[:num_rows]
+        for rows in (x[:num_rows], x[:num_rows].clone(), roomy):
+            output = cpu_ops._linear(UnquantizedLinearMethod(), layer, rows, layer.bias)
+            assert output.is_contiguous()
+            assert torch.equal(output, expected[:num_rows])
+        shapes.add(padded_rows(num_rows))
     assert len(shapes) < 30

@@ -23,6 +23,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
 
+from batchllm.kernels import row_blocks
 from batchllm.kernels.cpu import CpuKernels, load
 from batchllm.srt.layers.wanted_rows import WANTED
 from batchllm.srt.platforms.platform_cpu import CpuPlatform
@@ -79,9 +80,6 @@ def _add_gated(
 
 
 _PACKED = "_batchllm_packed"
-_BUFFERS: dict[torch.dtype, torch.Tensor] = {}
-"""For the input of a matrix product, by type. A new tensor each time costs as much as the product: its memory comes
-from the kernel, a page at a time."""
 
 
 def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -102,43 +100,6 @@ def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> to
     return output
 
 
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with rows behind it, whatever they hold, of ``[_padded_rows(len(x)), x.shape[1]]``; until the next call."""
-    if x.dim() != 2 or x.dtype not in _DTYPES or x.device.type != "cpu":
-        return x
-    num_rows = _padded_rows(len(x))
-    if num_rows == len(x):
-        return x
-    num_elements = num_rows * x.shape[1]
-    buffer = _BUFFERS.get(x.dtype)
-    if buffer is None or len(buffer) < num_elements:
-        buffer = _BUFFERS[x.dtype] = x.new_zeros(num_elements)
-    padded = buffer[:num_elements].view(num_rows, x.shape[1])
-    padded[: len(x)] = x
-    return padded
-
-
-_ROW_BLOCKS = ((96, 6), (192, 12), (384, 24), (768, 48))
-"""Up to so many rows a product has a multiple of so many: an eighth too many at most."""
-_LARGE_ROW_BLOCK = 108
-"""Of larger ones: steps of 2,048 and 4,096 tokens, which are full chunks, are all but a multiple of it."""
-
-
-def _padded_rows(num_rows: int) -> int:
-    """Rows that a matrix product is computed for.
-
-    oneDNN compiles code for each number of rows, a millisecond and half a megabyte a layer shape, and keeps it of 1,024
-    shapes. Steps have any number of rows: with all of them the code is compiled again and again, and memory grows for
-    hours. Its kernels compute six rows at a time, and add up the last three or fewer of others in another order: with
-    multiples of six a row's product does not depend on how many rows are beside it. (In layers of more than 512 float32
-    inputs those of more than 336 rows differ from those of fewer on some processors.)
-    """
-    if num_rows <= 4:
-        return 4
-    block = next((block for most, block in _ROW_BLOCKS if num_rows <= most), _LARGE_ROW_BLOCK)
-    return -(-num_rows // block) * block
-
-
 def forget_packed_weights(model: torch.nn.Module) -> None:
     """Weights have been loaded into the model's tensors, which do not know it: SGLang writes to their ``data``."""
     for module in model.modules():
@@ -148,7 +109,7 @@ def forget_packed_weights(model: torch.nn.Module) -> None:
 def _linear(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     wanted = WANTED.take(x)
     rows = x if wanted is None else wanted
-    padded = _padded(rows)
+    padded = row_blocks.padded(rows)
     output = _packed_linear(layer, padded, bias)
     if output is None:
         output = _stock_linear(self, layer, padded, bias)
@@ -161,7 +122,7 @@ def _compute_lm_head(
 ) -> torch.Tensor:
     if not _is_plain_lm_head(lm_head) or self.rl_on_policy_target is not None:
         return _stock_lm_head(self, hidden_states, lm_head, embedding_bias)
-    padded = _padded(hidden_states)
+    padded = row_blocks.padded(hidden_states)
     output = _packed_linear(lm_head, padded, None)
     if output is None:
         output = _stock_lm_head(self, padded, lm_head, embedding_bias)
