@@ -166,6 +166,8 @@ def _text(results: list[dict[str, Any]], step_ms: float, args: argparse.Namespac
             rows.append([trace, slo, *(of_system[system] for system in args.systems.split(","))])
     text = f"Requests a second. A decode step of 32 rows takes {step_ms:.1f} ms on stock SGLang: the bounds are "
     text += " and ".join(f"{factor * step_ms:.0f} ms ({slo})" for slo, factor in SLOS.items())
+    factor = 2**0.5**args.bisections
+    text += f". Rates that were tried differ by a factor of {factor:.2f}: a system at the next one is level"
     return f"{text}.\n\n" + compare.table(["trace", "bound", *args.systems.split(",")], rows)
 
 
