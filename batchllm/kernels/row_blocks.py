@@ -12,6 +12,8 @@ _BLOCKS = ((96, 6), (192, 12), (384, 24), (768, 48))
 """Up to so many rows a product has a multiple of so many: an eighth too many at most."""
 _LARGE_BLOCK = 108
 """Of larger ones: steps of 2,048 and 4,096 tokens, which are full chunks, are all but a multiple of it."""
+_WHOLE = "_batchllm_whole"
+"""Of a tensor with room behind it: the tensor that it is the first rows of."""
 _DTYPES = (torch.float32, torch.bfloat16)
 _BUFFERS: dict[torch.dtype, torch.Tensor] = {}
 """For inputs that have no room behind them, by type. A new tensor each time costs as much as the product."""
@@ -37,20 +39,26 @@ def empty_rows(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the CPU; of ``[num_rows, width]``, with room for `padded_rows` behind its own, zeros there."""
     if len(shape) != 2:
         return torch.empty(shape, dtype=dtype)
-    num_rows, width = shape
-    rows = torch.empty((padded_rows(num_rows), width), dtype=dtype)
-    num_own_bytes = num_rows * width * rows.itemsize
-    if rows.nbytes == num_own_bytes:
+    num_own, width = shape
+    num_rows = padded_rows(num_own)
+    rows = torch.empty((num_rows, width), dtype=dtype)
+    if num_rows == num_own:
         return rows
-    ctypes.memset(rows.data_ptr() + num_own_bytes, 0, rows.nbytes - num_own_bytes)
-    return rows[:num_rows]
+    row_bytes = width * dtype.itemsize
+    ctypes.memset(rows.data_ptr() + num_own * row_bytes, 0, (num_rows - num_own) * row_bytes)
+    own = rows.narrow(0, 0, num_own)
+    setattr(own, _WHOLE, rows)
+    return own
 
 
 def padded(x: torch.Tensor) -> torch.Tensor:
     """``x`` with rows behind it, whatever they hold: ``[padded_rows(len(x)), x.shape[1]]``, until the next call.
 
-    No element is copied where the storage of ``x`` goes on behind it, as that of `empty_rows` does.
+    No element is copied where `empty_rows` has made ``x``, or where its storage goes on behind it.
     """
+    whole: torch.Tensor | None = getattr(x, _WHOLE, None)
+    if whole is not None:
+        return whole
     if x.dim() != 2 or x.dtype not in _DTYPES or x.device.type != "cpu":
         return x
     (num_own, width), num_rows = x.shape, padded_rows(len(x))
