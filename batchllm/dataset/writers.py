@@ -25,10 +25,13 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
 from batchllm.errors import BatchLLMError, ConfigError
+from batchllm.trace.whole_file import temporary_beside
 
 BUFFER_BYTES = 1 << 18
 """Lines are handed on in pieces of about this size."""
 
+JOB_SUFFIX = ".job"
+"""What the folder of a job is called behind the name of its output."""
 _PathLike = str | os.PathLike[str]
 
 
@@ -52,6 +55,9 @@ def check_writable(path: _PathLike, flag: str, *, input_path: _PathLike | None =
         raise ConfigError(f"{flag} {path}: is not a regular file and cannot be replaced")
     if not target.parent.is_dir():
         raise ConfigError(f"{flag} {path}: there is no directory {target.parent}; create it first")
+    num_bytes, limit = len(os.fsencode(target.name)), os.pathconf(target.parent, "PC_NAME_MAX") - len(JOB_SUFFIX)
+    if num_bytes > limit:
+        raise ConfigError(f"{flag} {path}: the name has {num_bytes} bytes, and {limit} are possible there; shorten it")
     if target.exists() and not os.access(target, os.W_OK):
         raise ConfigError(f"{flag} {path}: is read-only; change its mode or write elsewhere")
     try:
@@ -297,8 +303,7 @@ class _Place(ABC):
 class _LocalFile(_Place):
     def __init__(self, path: str) -> None:
         self._path = Path(os.path.realpath(path))
-        # Two jobs that write the same file at once do not write into each other's.
-        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_beside(self._path)
         self.folder = self._path.parent
 
     def open(self) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def temporary_beside(target: Path) -> Path:
+    """Where a file is written until it is complete: short however long its name is, and another in each process."""
+    return target.with_name(f".{zlib.crc32(os.fsencode(target.name)):08x}.{os.getpid()}.tmp")
 
 
 def write_whole(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
@@ -14,8 +20,7 @@ def write_whole(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
         OSError: The folder cannot be written. Nothing is left behind, and an older file stays.
     """
     target = Path(path)
-    # Two processes that write the same file at once do not write into each other's.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(target)
     try:
         with temporary.open("wb") as stream:
             stream.writelines(parts)
