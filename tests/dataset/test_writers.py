@@ -362,7 +362,7 @@ def test_every_name_that_a_file_and_its_job_can_have_is_written(tmp_path: Path) 
         with open_writer(str(tmp_path / name)) as writer:
             writer.write(plain(0))
         assert read_back(tmp_path / name) == [plain(0)]
-    with pytest.raises(ConfigError, match="-o .*: the name has 252 bytes, and 251 are possible there; shorten it"):
+    with pytest.raises(ConfigError, match=r"-o .*: the name has 252 bytes, and 251 are possible there; shorten it"):
         check_output(str(tmp_path / ("o" * 252)), "-o")
 
 
