@@ -38,7 +38,7 @@ namespace {
 
 constexpr int kPanel = 64;              // outputs
 constexpr int kGate = kPanel / 2;       // of a gated panel the first half is of the gate, the second what it lets through
-constexpr int kDepth = 512;             // inputs of a panel that are in the cache at a time
+constexpr int kDepth = 256;             // inputs of a panel that are in the cache at a time
 constexpr int kBlockBytes = 768 << 10;  // of a block's rows in float32
 constexpr int kMaxBlockRows = 240;
 constexpr int kMinBlockRows = 24;
@@ -226,6 +226,8 @@ class Linear {
                 Fetch part = fetch;
                 part.from += done * fetch.piece_stride;
                 part.num_pieces = std::min(share, fetch.num_pieces - done);
+                const bool is_last = k + depth_ >= num_inputs_;
+                if (is_last) fetch_out(first + row, rows, panel, column);
                 const float* x = work.rows.data() + row * row_len() + k;
                 float* sum = work.sum + row * kPanel;
                 const int columns = width_ / kLanes;
@@ -233,30 +235,42 @@ class Linear {
                     multiply<false>(rows, x, row_len(), weight, kPanel, sum, kPanel, depth, columns, part);
                 else
                     multiply<true>(rows, x, row_len(), weight, kPanel, sum, kPanel, depth, columns, part);
-                if (k + depth_ >= num_inputs_)  // at once: the processor writes them while it multiplies the next rows
+                if (is_last)  // at once: the processor writes them while it multiplies the next rows
                     for (int i = 0; i < rows; ++i) write(first + row + i, panel, column, sum + i * kPanel);
             }
         }
     }
 
+    Scalar* out(int row, int panel, int column) const {
+        const int first = layer_.is_gated ? panel * kGate : panel * kPanel + column;
+        return static_cast<Scalar*>(layer_.out) + row * layer_.out_stride + first;
+    }
+
+    // Brings in what `write` will overwrite, or the processor would wait for it then.
+    void fetch_out(int row, int num_rows, int panel, int column) const {
+        const int bytes = (layer_.is_gated ? kGate : width_) * sizeof(Scalar);
+        for (int i = 0; i < num_rows; ++i)
+            for (int byte = 0; byte < bytes; byte += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(out(row + i, panel, column)) + byte, 1);
+    }
+
     void write(int row, int panel, int column, float* sum) const {
-        Scalar* out = static_cast<Scalar*>(layer_.out) + row * layer_.out_stride;
         const Scalar* bias = static_cast<const Scalar*>(layer_.bias);
         if (bias != nullptr)
             for (int i = 0; i < width_; ++i)
                 sum[i] += to_float(bias[source_row(panel, column + i, num_outputs_, layer_.is_gated)]);
-        int first = panel * kPanel + column, end = std::min(first + width_, num_outputs_);
+        int count = std::min(width_, num_outputs_ - panel * kPanel - column);
         if (layer_.is_gated) {
-            first = panel * kGate;
-            end = std::min(first + kGate, num_outputs_ / 2);
+            count = std::min(kGate, num_outputs_ / 2 - panel * kGate);
             for (int i = 0; i < kGate; i += kLanes) {
                 const Vec gate = load(sum + i);
                 store(sum + i, gate * sigmoid(gate) * load(sum + kGate + i));
             }
         }
-        int i = first;
-        for (; i + kLanes <= end; i += kLanes) store(out + i, load(sum + i - first));
-        for (; i < end; ++i) out[i] = from_float<Scalar>(sum[i - first]);
+        Scalar* to = out(row, panel, column);
+        int i = 0;
+        for (; i + kLanes <= count; i += kLanes) store(to + i, load(sum + i));
+        for (; i < count; ++i) to[i] = from_float<Scalar>(sum[i]);
     }
 
     const BatchllmLinear& layer_;
