@@ -152,6 +152,8 @@ class CpuKernels:
     def pack(self, weight: torch.Tensor, is_gated: bool = False) -> PackedWeight:
         """What `linear` reads fastest, of a weight [outputs, inputs]."""
         num_outputs, num_inputs = weight.shape
+        if weight.stride(1) != 1:
+            raise ValueError(f"a weight whose rows are not contiguous: strides {weight.stride()}")
         data = weight.new_empty(self._packed_size(num_outputs, num_inputs, is_gated))
         self._functions["pack", weight.dtype](
             weight.data_ptr(), weight.stride(0), data.data_ptr(), num_outputs, num_inputs, is_gated

@@ -97,3 +97,5 @@ def test_what_does_not_belong_together_is_refused(kernels: CpuKernels) -> None:
         kernels.linear(x, weight, torch.ones(4))
     with pytest.raises(ValueError, match="a weight of"):
         kernels.unpack(kernels.pack(weight), torch.ones(5, 9))
+    with pytest.raises(ValueError, match="rows are not contiguous"):
+        kernels.pack(torch.ones(8, 5).T)

@@ -100,8 +100,9 @@ def mark_layers(model: torch.nn.Module) -> None:
             isinstance(module, LinearBase) and isinstance(module.quant_method, UnquantizedLinearMethod)
         ):
             those = tuple(owners[id(module.weight)])
+            is_plain = type(module.weight) is torch.nn.Parameter and module.weight.is_contiguous()
             # An adapter's layer has its base layer's weight and leaves computing with it to that.
-            if all(owner is module or getattr(owner, "base_layer", None) is module for owner in those):
+            if is_plain and all(owner is module or getattr(owner, "base_layer", None) is module for owner in those):
                 setattr(module, _OWNERS, those)
         if type(module).__name__ in _GATED_MLPS and isinstance(module.act_fn, SiluAndMul):
             gate_up = module.gate_up_proj
