@@ -39,7 +39,7 @@ def test_weights_that_are_loaded_answer_from_then_on_and_none_under_a_batch(engi
 
 
 def test_weights_are_told_as_the_checkpoint_has_them(engine: BatchEngine) -> None:
-    """Although they are packed between two steps, those of two layers as one; answers are the same before and behind."""
+    """Although they are packed between two steps, and answers are the same before and behind."""
     before = _greedy(engine, [[5, 6, 7, 8, 9]])
     state = AutoModelForCausalLM.from_pretrained(default_model.default_model_path(), dtype=torch.float32).state_dict()
     for name in (
