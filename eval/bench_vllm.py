@@ -1,6 +1,6 @@
 """End to end on a CPU: ours against vLLM's CPU engine, with its prompts sorted and as they come, and stock SGLang.
 
-The 28M model, a pool of 8,192 tokens, chunks of 2,048, one compute thread, float32, greedy. Sorting the prompts is a
+The 28M model, a pool of 8,192 tokens, chunks of 2,048, greedy. Sorting the prompts is a
 strong rival: vLLM shares blocks among requests of one step, and whole groups come one after the other. The three
 alternate, and stock SGLang runs once. The output tokens of each are compared with those of vLLM, sorted. Makes
 `.venv-vllm` with `eval/setup_vllm` if it is not there. Every process (one engine, all workloads) ends in writing the
@@ -8,6 +8,7 @@ files anew, so that a crash loses only its own. Takes half an hour.
 
     python eval/bench_vllm.py --out eval/results/vllm.md
     python eval/bench_vllm.py --rounds 1 --workloads shared skewed
+    python eval/bench_vllm.py --dtype bfloat16 --threads 2 --engines sorted ours
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _WORKLOADS = {
     "skewed": "skewed(0, 24, 8, 384, 2.08, 1.2)",
 }
 _SORTED, _GIVEN, _OURS, _STOCK = ("vllm", "sorted"), ("vllm", "given"), ("ours", "fcfs"), ("stock", "dfs-weight")
+_ENGINES = {"sorted": _SORTED, "given": _GIVEN, "ours": _OURS, "stock": _STOCK}
 _WORDS = {_SORTED: "vLLM, sorted", _GIVEN: "vLLM", _OURS: "ours", _STOCK: "stock SGLang, dfs-weight"}
 _ROOT = Path(__file__).parent.parent
 _VLLM_PYTHON = str(_ROOT / ".venv-vllm" / "bin" / "python")
@@ -42,8 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of vLLM and ours in turn")
     parser.add_argument("--workloads", nargs="+", choices=_WORKLOADS, default=list(_WORKLOADS))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and KV")
+    parser.add_argument("--threads", type=int, default=1, help="that compute, of each engine")
+    parser.add_argument("--engines", nargs="+", choices=_ENGINES, default=list(_ENGINES))
     parser.add_argument("--out")
     args = parser.parse_args()
+    if args.engines[0] != "sorted":
+        parser.error("--engines: sorted must be the first, the others' output tokens are compared with its")
     subprocess.run([str(_ROOT / "eval" / "setup_vllm")], check=True)
     expressions = [_WORKLOADS[name] for name in args.workloads]
     model = cached_model_path(SHAPE_28M)
@@ -51,23 +58,27 @@ def main() -> None:
     references: dict[str, Outputs] = {}
     for round_ in range(args.rounds):
         is_last = round_ == args.rounds - 1
-        for engine in (_SORTED, _GIVEN, _OURS, *([_STOCK] if is_last else [])):
-            done = _run(engine, expressions, model, round_, references)
+        for engine in (_ENGINES[name] for name in args.engines):
+            if engine == _STOCK and not is_last:
+                continue
+            flags = ["--model", model, "--threads", str(args.threads)]
+            flags += ["--server-args", json.dumps({"dtype": args.dtype})]
+            done = _run(engine, expressions, flags, round_, references)
             results += done
-            compare.write(args.out, "vLLM, end to end on a CPU", _text(results, args.workloads), results)
+            text = f"{args.dtype}, {args.threads} compute threads.\n\n{_text(results, args.workloads)}"
+            compare.write(args.out, "vLLM, end to end on a CPU", text, results)
             if len(done) < len(expressions):
                 raise RuntimeError(f"{_WORDS[engine]} ended after {len(done)} of {len(expressions)} workloads")
 
 
 def _run(
-    engine: tuple[str, str], expressions: list[str], model: str, round_: int, references: dict[str, Outputs]
+    engine: tuple[str, str], expressions: list[str], flags: list[str], round_: int, references: dict[str, Outputs]
 ) -> list[compare.Result]:
     """Results of one process, each with how many output tokens differ from the reference: vLLM's of this round."""
     name, policy = engine
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outputs.jsonl")
-        flags = ["--model", model, "--pool", "8192", "--chunk", "2048", "--threads", "1"]
-        flags += ["--policy", policy, "--outputs", str(path)]
+        flags = [*flags, "--pool", "8192", "--chunk", "2048", "--policy", policy, "--outputs", str(path)]
         python = _VLLM_PYTHON if name == "vllm" else sys.executable
         results = compare.measure(name, expressions, *flags, python=python)
         all_outputs: list[Outputs] = [json.loads(line) for line in path.read_text().splitlines()]

@@ -14,7 +14,7 @@
 
 #include <omp.h>
 
-#include "vector.h"
+#include "multiply.h"
 
 extern "C" {
 
@@ -67,82 +67,6 @@ constexpr int kMinBlockVectors = 32;
 constexpr int kTasksPerThread = 2;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// C[rows x columns vectors] (+)= A[rows x depth] B[depth x columns vectors], kept in registers.
-template <int kRows, int kColumns, bool kAccumulate>
-inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth) {
-    Vec sum[kRows][kColumns];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) sum[i][j] = kAccumulate ? load(c + i * ldc + j * kLanes) : Vec{};
-    for (int k = 0; k < depth; ++k) {
-        Vec right[kColumns];
-#pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) right[j] = load(b + k * ldb + j * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-            Vec left = broadcast(a[i * lda + k]);
-#pragma GCC unroll 8
-            for (int j = 0; j < kColumns; ++j) sum[i][j] += left * right[j];
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
-}
-
-template <int kColumns, bool kAccumulate>
-inline void multiply_columns(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                             int depth) {
-    int i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows)
-        multiply_tile<kTileRows, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth);
-    for (; i + 2 <= rows; i += 2)
-        multiply_tile<2, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth);
-    for (; i < rows; ++i)
-        multiply_tile<1, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth);
-}
-
-// C (+)= A B; columns in vectors, `ldb` and `ldc` in elements.
-template <bool kAccumulate>
-inline void multiply(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth,
-                     int columns) {
-    int j = 0;
-    for (; j + kTileColumns <= columns; j += kTileColumns)
-        multiply_columns<kTileColumns, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth);
-    if (j + 2 <= columns && kTileColumns > 2) {
-        multiply_columns<2, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth);
-        j += 2;
-    }
-    for (; j < columns; ++j)
-        multiply_columns<1, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth);
-}
-
-template <int kStride>
-inline void interleave(Vec* rows) {
-    for (int i = 0; i < kLanes; ++i) {
-        if (i & kStride) continue;
-        Vec low = rows[i], high = rows[i + kStride];
-        IntVec from_low, from_high;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            bool is_odd = lane & kStride;
-            from_low[lane] = is_odd ? lane - kStride + kLanes : lane;
-            from_high[lane] = is_odd ? lane + kLanes : lane + kStride;
-        }
-        rows[i] = __builtin_shuffle(low, high, from_low);
-        rows[i + kStride] = __builtin_shuffle(low, high, from_high);
-    }
-}
-
-// In place: element j of row i becomes element i of row j.
-inline void transpose(Vec* rows) {
-    interleave<1>(rows);
-    interleave<2>(rows);
-    if constexpr (kLanes > 4) interleave<4>(rows);
-    if constexpr (kLanes > 8) interleave<8>(rows);
-}
-
 // What a task works with: the query vectors of its rows for each of its KV heads, and their running softmax.
 template <int kHeadDim>
 class Workspace {
@@ -154,7 +78,6 @@ class Workspace {
     std::vector<float> sum;
     std::vector<float> maximum;
     std::vector<float> weight;
-    float unused;
     alignas(64) float score[kBlockVectors * kTileTokens];
     alignas(64) float key[kHeadDim * kTileTokens];  // transposed
     alignas(64) float value[kTileTokens * kHeadDim];
@@ -208,7 +131,7 @@ class BlockAttention {
                 const Scalar* from = static_cast<const Scalar*>(layer_.query) + step_.row_token[row] * layer_.query_stride +
                                      static_cast<int64_t>(head) * group_ * kHeadDim;
                 float* to = query(head, (row - begin_) * group_);
-                for (int i = 0; i < group_ * kHeadDim; ++i) to[i] = to_float(from[i]) * layer_.scale;
+                for (int i = 0; i < group_ * kHeadDim; i += kLanes) store(to + i, load(from + i) * layer_.scale);
             }
         const int num_vectors = num_vectors_ * (last_head_ - first_head_);
         std::fill_n(work_.sum.begin(), num_vectors * kHeadDim, 0.0f);
@@ -225,7 +148,7 @@ class BlockAttention {
                     const int vector = (row - begin_) * group_ + h;
                     const float inverse = 1.0f / work_.weight[at(head, vector)];
                     const float* from = sum(head, vector);
-                    for (int i = 0; i < kHeadDim; ++i) to[h * kHeadDim + i] = from_float<Scalar>(from[i] * inverse);
+                    for (int i = 0; i < kHeadDim; i += kLanes) store(to + h * kHeadDim + i, load(from + i) * inverse);
                 }
             }
     }
@@ -263,18 +186,12 @@ class BlockAttention {
     // Reads a word of each cache line, all heads of a token after one another: head by head, as they are worked on, the
     // processor sees no stream, and memory gives a third of its speed. Prefetch instructions do not help as much.
     void fetch(const Tile& tile) {
-        constexpr int kLine = 64 / sizeof(Scalar);
-        const int width = (last_head_ - first_head_) * kHeadDim;
-        float sum = 0;
-        for (int t = 0; t < tile.num_tokens; ++t) {
-            const Scalar* row = key(first_head_, tile.slots[t]);
-            for (int i = 0; i < width; i += kLine) sum += to_float(row[i]);
-        }
-        for (int t = 0; t < tile.num_tokens; ++t) {
-            const Scalar* row = value(first_head_, tile.slots[t]);
-            for (int i = 0; i < width; i += kLine) sum += to_float(row[i]);
-        }
-        *static_cast<volatile float*>(&work_.unused) = sum;
+        const int bytes = (last_head_ - first_head_) * kHeadDim * sizeof(Scalar);
+        const auto touch = [bytes](const Scalar* row) {
+            for (int i = 0; i < bytes; i += 64) static_cast<void>(reinterpret_cast<const volatile char*>(row)[i]);
+        };
+        for (int t = 0; t < tile.num_tokens; ++t) touch(key(first_head_, tile.slots[t]));
+        for (int t = 0; t < tile.num_tokens; ++t) touch(value(first_head_, tile.slots[t]));
     }
 
     void attend_packed(const Tile& tile) {

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchllm.kernels.row_blocks import empty_rows
-
 # What torch calls the instruction sets, best first, each with those that run on it too.
 _LEVELS = ("avx512", "avx2", "default")
 
@@ -66,7 +64,26 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Linear(ctypes.Structure):
+    _fields_ = [  # ctypes reads a plain list
+        ("rows", _P),
+        ("rows_stride", _I64),
+        ("weight", _P),
+        ("weight_stride", _I64),
+        ("bias", _P),
+        ("out", _P),
+        ("out_stride", _I64),
+        ("num_rows", _I64),
+        ("num_inputs", _I64),
+        ("num_outputs", _I64),
+        ("is_gated", _I32),
+    ]
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
+    "linear": [ctypes.POINTER(_Linear)],
+    "pack": [_P, _I64, _P, _I64, _I64, _I32],
+    "unpack": [_P, _P, _I64, _I64, _I64, _I32],
     "attention": [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)],
     "rms_norm": [_P, _P, _P, _P, _I64, _I64, _F32],
     "silu_and_mul": [_P, _P, _I64, _I64],
@@ -103,6 +120,21 @@ class AttentionStep:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A linear layer's weight as the kernel reads it, in as many bytes.
+
+    Attributes:
+        data: The numbers, 1-D, of the weight's dtype.
+        shape: The weight's: outputs, inputs.
+        is_gated: The layer's first half of outputs goes through SiLU and is multiplied with the second half.
+    """
+
+    data: torch.Tensor
+    shape: tuple[int, int]
+    is_gated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CpuKernels:
     """The kernels of one instruction set.
 
@@ -115,6 +147,70 @@ class CpuKernels:
     level: str
     _functions: dict[tuple[str, torch.dtype], Any]
     _store_rows: Any
+    _packed_size: Any
+
+    def pack(self, weight: torch.Tensor, is_gated: bool = False) -> PackedWeight:
+        """What `linear` reads fastest, of a weight [outputs, inputs]."""
+        num_outputs, num_inputs = weight.shape
+        if weight.stride(1) != 1:
+            raise ValueError(f"a weight whose rows are not contiguous: strides {weight.stride()}")
+        data = weight.new_empty(self._packed_size(num_outputs, num_inputs, is_gated))
+        self._functions["pack", weight.dtype](
+            weight.data_ptr(), weight.stride(0), data.data_ptr(), num_outputs, num_inputs, is_gated
+        )
+        return PackedWeight(data, (num_outputs, num_inputs), is_gated)
+
+    def unpack(self, packed: PackedWeight, weight: torch.Tensor) -> None:
+        """Write a packed weight into a tensor of its shape and dtype."""
+        if tuple(weight.shape) != packed.shape or weight.dtype != packed.data.dtype or weight.stride(1) != 1:
+            raise ValueError(f"a weight of {packed.shape} {packed.data.dtype} into {weight.shape} {weight.dtype}")
+        self._functions["unpack", weight.dtype](
+            packed.data.data_ptr(), weight.data_ptr(), weight.stride(0), *packed.shape, packed.is_gated
+        )
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x @ weight.T + bias``, added up in float32; of a weight packed as gated, SwiGLU's activation of that.
+
+        A row's result does not depend on how many rows there are.
+
+        Args:
+            x: [num_rows, num_inputs].
+            weight: Packed, or [num_outputs, num_inputs] of the same dtype.
+            bias: [num_outputs] of the same dtype.
+
+        Returns:
+            [num_rows, num_outputs], or half as many outputs where the weight is gated.
+
+        Raises:
+            ValueError: Shapes or dtypes do not belong together.
+        """
+        is_packed = isinstance(weight, PackedWeight)
+        data = weight.data if isinstance(weight, PackedWeight) else weight
+        is_gated = isinstance(weight, PackedWeight) and weight.is_gated
+        num_outputs, num_inputs = weight.shape
+        if x.shape[1] != num_inputs or data.dtype != x.dtype or x.stride(1) != 1 or data.stride(-1) != 1:
+            raise ValueError(f"a product of {x.dtype} {tuple(x.shape)} with {data.dtype} {tuple(weight.shape)}")
+        if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != x.dtype):
+            raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} for {num_outputs} outputs of {x.dtype}")
+        out = x.new_empty(len(x), num_outputs // 2 if is_gated else num_outputs)
+        if len(x):
+            layer = _Linear(
+                rows=x.data_ptr(),
+                rows_stride=x.stride(0),
+                weight=data.data_ptr(),
+                weight_stride=0 if is_packed else data.stride(0),
+                bias=None if bias is None else bias.data_ptr(),
+                out=out.data_ptr(),
+                out_stride=out.stride(0),
+                num_rows=len(x),
+                num_inputs=num_inputs,
+                num_outputs=num_outputs,
+                is_gated=is_gated,
+            )
+            self._functions["linear", x.dtype](layer)
+        return out
 
     def attention(
         self,
@@ -171,7 +267,7 @@ class CpuKernels:
     ) -> torch.Tensor:
         """RMS norm over the last dimension; with a residual, that of ``residual += x``, in place."""
         size = x.shape[-1]
-        out = empty_rows(x.shape, x.dtype)
+        out = torch.empty_like(x)
         self._functions["rms_norm", x.dtype](
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
@@ -186,7 +282,7 @@ class CpuKernels:
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         """``silu(x[..., :n]) * x[..., n:]`` of a contiguous [..., 2 n]."""
         size = x.shape[-1] // 2
-        out = empty_rows((*x.shape[:-1], size), x.dtype)
+        out = x.new_empty(*x.shape[:-1], size)
         self._functions["silu_and_mul", x.dtype](x.data_ptr(), out.data_ptr(), out.numel() // max(1, size), size)
         return out
 
@@ -282,4 +378,6 @@ def _bind(level: str, library: ctypes.CDLL) -> CpuKernels:
             functions[name, dtype] = function
     store_rows = library["batchllm_store_rows"]
     store_rows.argtypes, store_rows.restype = _STORE_ROWS_ARGUMENTS, None
-    return CpuKernels(level, functions, store_rows)
+    packed_size = library["batchllm_packed_size"]
+    packed_size.argtypes, packed_size.restype = [_I64, _I64, _I32], _I64
+    return CpuKernels(level, functions, store_rows, packed_size)

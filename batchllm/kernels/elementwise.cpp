@@ -8,24 +8,7 @@
 namespace batchllm {
 namespace {
 
-constexpr int64_t kMinParallelElements = 1 << 15;  // below, waking threads takes longer than the work
-
-// 1 / (1 + e^-x), for any x.
-inline Vec sigmoid(Vec x) {
-    const Vec zero = Vec{};
-    const IntVec is_negative = x < zero;
-    const Vec e = exp_negative(is_negative ? x : -x);
-    const Vec high = 1.0f / (e + 1.0f);
-    return is_negative ? e * high : high;
-}
-
-inline void store(float* p, Vec v) { batchllm::store(p, v); }
-inline void store(BFloat16* p, Vec v) {
-    const UnsignedVec bits = reinterpret_cast<UnsignedVec&>(v);
-    const UnsignedVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const UnsignedVec is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    *reinterpret_cast<HalfVec*>(p) = __builtin_convertvector(is_nan ? UnsignedVec{} + 0x7fc0u : rounded, HalfVec);
-}
+constexpr int64_t kMinParallelElements = 1 << 17;  // below, waking threads takes longer than the work
 
 template <typename Scalar>
 void rms_norm_row(const Scalar* x, Scalar* residual, const Scalar* weight, Scalar* out, int64_t size, float epsilon) {
@@ -169,6 +152,7 @@ void batchllm_rotary_embedding_bfloat16(const int64_t* positions, void* query, v
 // cache[slots[t]] = rows[t], rows of `row_bytes` bytes; strides in bytes.
 void batchllm_store_rows(const void* rows, int64_t row_stride, void* cache, int64_t cache_stride, const int64_t* slots,
                          int64_t num_rows, int64_t row_bytes) {
+#pragma omp parallel for if (num_rows * row_bytes >= batchllm::kMinParallelElements * 4)
     for (int64_t t = 0; t < num_rows; ++t)
         std::memcpy(static_cast<char*>(cache) + slots[t] * cache_stride,
                     static_cast<const char*>(rows) + t * row_stride, row_bytes);

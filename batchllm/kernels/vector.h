@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace batchllm {
 
 #if defined(__AVX512F__)
@@ -39,11 +43,34 @@ inline float to_float(BFloat16 x) {
 }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+// The compiler makes several instructions of a conversion between vectors of 16 and 32 bits.
+inline UnsignedVec widen(const BFloat16* p) {
+#if defined(__AVX512F__)
+    return (UnsignedVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return (UnsignedVec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), UnsignedVec);
+#endif
+}
+inline void narrow(BFloat16* p, UnsignedVec v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)v));
+#else
+    *reinterpret_cast<HalfVec*>(p) = __builtin_convertvector(v, HalfVec);
+#endif
+}
 inline Vec load(const BFloat16* p) {
-    UnsignedVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), UnsignedVec) << 16;
+    UnsignedVec bits = widen(p) << 16;
     return reinterpret_cast<Vec&>(bits);
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline void store(BFloat16* p, Vec v) {  // rounded as by `from_float`
+    const UnsignedVec bits = reinterpret_cast<UnsignedVec&>(v);
+    const UnsignedVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const UnsignedVec is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    narrow(p, is_nan ? UnsignedVec{} + 0x7fc0u : rounded);
+}
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -110,6 +137,15 @@ inline Vec exp_negative(Vec x) {
     Vec scale = reinterpret_cast<Vec&>(exponent);
     Vec result = p * scale;
     return is_zero ? Vec{} : result;
+}
+
+// 1 / (1 + e^-x), for any x.
+inline Vec sigmoid(Vec x) {
+    const Vec zero = Vec{};
+    const IntVec is_negative = x < zero;
+    const Vec e = exp_negative(is_negative ? x : -x);
+    const Vec high = 1.0f / (e + 1.0f);
+    return is_negative ? e * high : high;
 }
 
 }  // namespace batchllm

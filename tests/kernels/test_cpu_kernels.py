@@ -13,7 +13,7 @@ from tests.kernels.levels import LEVELS, kernels_of, num_threads
 DTYPES = [torch.float32, torch.bfloat16]
 
 # Sizes below, at, and between multiples of all widths of vectors. The last is given to several threads.
-SHAPES = [(3, 1), (3, 15), (3, 16), (3, 33), (400, 201)]
+SHAPES = [(3, 1), (3, 15), (3, 16), (3, 33), (700, 201)]
 
 
 @pytest.fixture(params=LEVELS)
@@ -107,7 +107,7 @@ def _rotated(x: torch.Tensor, angle: torch.Tensor, rotary_dim: int, is_neox: boo
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (64, 32), (64, 20), (80, 80), (16, 2)])
-@pytest.mark.parametrize("num_tokens", [3, 400])
+@pytest.mark.parametrize("num_tokens", [3, 900])
 def test_rotary_embedding_turns_queries_and_keys_within_a_wider_tensor(
     kernels: CpuKernels, num_tokens: int, head_dim: int, rotary_dim: int, is_neox: bool, dtype: torch.dtype
 ) -> None:
@@ -136,12 +136,13 @@ def test_rotary_embedding_turns_queries_and_keys_within_a_wider_tensor(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [0, 1, 50])
+@pytest.mark.parametrize("num_tokens", [0, 1, 50, 8000])
 def test_store_rows_writes_the_slots_and_no_other(kernels: CpuKernels, num_tokens: int, dtype: torch.dtype) -> None:
     """From a view into a wider tensor, into a cache of its own and into one that is interleaved with another."""
     rows = _random(num_tokens, 8 * 17, dtype=dtype)[:, 17 : 3 * 17].view(num_tokens, 2, 17)
-    slots = torch.randperm(100, generator=torch.Generator().manual_seed(1))[:num_tokens]
-    for cache in (torch.zeros(100, 2, 17, dtype=dtype), torch.zeros(100, 2, 2, 17, dtype=dtype)[:, 1]):
+    num_slots = 2 * num_tokens + 1
+    slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(1))[:num_tokens]
+    for cache in (torch.zeros(num_slots, 2, 17, dtype=dtype), torch.zeros(num_slots, 2, 2, 17, dtype=dtype)[:, 1]):
         expected = cache.clone()
         expected[slots] = rows
         kernels.store_rows(rows, cache, slots)

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from batchllm import BatchEngine
 from batchllm.kernels.cpu import CpuKernels, load
-from batchllm.kernels.row_blocks import empty_rows, padded_rows
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX, PinLedger
 from batchllm.srt.layers import cpu_ops
 from batchllm.srt.layers.step_layout import why_unsupported
@@ -232,20 +230,6 @@ def test_a_layer_that_is_not_ours_says_why(change: dict[str, Any], reason: str) 
     assert reason in str(why_unsupported(layer, q, keys))
 
 
-def test_a_packed_weight_is_made_anew_when_the_weight_changes() -> None:
-    """Weights may be updated in place or replaced while the engine lives."""
-    layer = torch.nn.Linear(48, 32, bias=False).requires_grad_(False)
-    x = torch.randn(5, 48)
-    for _ in range(2):
-        torch.testing.assert_close(cpu_ops._packed_linear(layer, x, None), layer(x))
-        layer.weight.mul_(2)
-        torch.testing.assert_close(cpu_ops._packed_linear(layer, x, None), layer(x))
-        layer.weight = torch.nn.Parameter(torch.randn(32, 48), requires_grad=False)
-    bias = torch.randn(32)
-    torch.testing.assert_close(cpu_ops._packed_linear(layer, x, bias), layer(x) + bias)
-    assert cpu_ops._packed_linear(layer.bfloat16(), x.bfloat16(), None) is None
-
-
 def test_a_norm_that_is_not_ours_is_left_to_sglang() -> None:
     """Options of SGLang's norm that the kernel does not know must not be ignored."""
     kernels = load()
@@ -278,22 +262,3 @@ def test_a_position_beyond_the_rotary_table_raises() -> None:
     q = torch.zeros(1, 64)
     with pytest.raises(IndexError, match="position 16 of 16"):
         cpu_ops._rotary_embedding(kernels)(rotary, torch.tensor([16]), q, q.clone())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_of_a_row_does_not_depend_on_those_beside_it(dtype: torch.dtype) -> None:
-    """They are computed for few numbers of rows; what is behind the rows in the buffer is of earlier calls."""
-    layer = torch.nn.Linear(256, 96, dtype=dtype).requires_grad_(False)
-    x = torch.randn(1000, 256, dtype=dtype)
-    expected = cpu_ops._linear(UnquantizedLinearMethod(), layer, x, layer.bias)
-    torch.testing.assert_close(expected, layer(x))
-    shapes = set()
-    for num_rows in [*range(1, 140), 300, 513, 7]:
-        roomy = empty_rows((num_rows, 256), dtype)
-        roomy[:] = x[:num_rows]
-        for rows in (x[:num_rows], x[:num_rows].clone(), roomy):
-            output = cpu_ops._linear(UnquantizedLinearMethod(), layer, rows, layer.bias)
-            assert output.is_contiguous()
-            assert torch.equal(output, expected[:num_rows])
-        shapes.add(padded_rows(num_rows))
-    assert len(shapes) < 30

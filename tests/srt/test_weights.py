@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
-from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+from sglang.srt.managers.io_struct import GetWeightsByNameReqInput, UpdateWeightFromDiskReqInput
 from transformers import AutoModelForCausalLM
 
 from batchllm import BatchEngine, default_model
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 
 def test_weights_that_are_loaded_answer_from_then_on_and_none_under_a_batch(engine: BatchEngine) -> None:
-    """What is computed with is kept packed beside them, and must not outlive them."""
+    """What is computed with is packed, and must not outlive them."""
     prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
     before = _greedy(engine, prompts)
     other = default_model.cached_model_path(default_model.DEFAULT, seed=1)
@@ -36,6 +36,22 @@ def test_weights_that_are_loaded_answer_from_then_on_and_none_under_a_batch(engi
     for path, answers in ((other, [ids.tolist() for ids in expected]), (default_model.default_model_path(), before)):
         assert _load(engine, path)[0]
         assert _greedy(engine, prompts) == answers
+
+
+def test_weights_are_told_as_the_checkpoint_has_them(engine: BatchEngine) -> None:
+    """Although they are packed between two steps, and answers are the same before and behind."""
+    before = _greedy(engine, [[5, 6, 7, 8, 9]])
+    state = AutoModelForCausalLM.from_pretrained(default_model.default_model_path(), dtype=torch.float32).state_dict()
+    for name in (
+        "lm_head",
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.0.self_attn.o_proj",
+    ):
+        message = GetWeightsByNameReqInput(name=f"{name}.weight", truncate_size=3)
+        told = run(engine, tell_manager(engine, "get_weights_by_name", message))
+        assert torch.equal(torch.tensor(told), state[f"{name}.weight"][:3])
+    assert _greedy(engine, [[5, 6, 7, 8, 9]]) == before
 
 
 @pytest.fixture

@@ -15,9 +15,6 @@ from tqdm import tqdm
 from batchllm.host.logs import ERRORS_FD_VARIABLE, FOLDER_VARIABLE
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MMAP_THRESHOLD_BYTES = 32 << 20  # the most that glibc takes
-_TRIM_THRESHOLD_BYTES = 1 << 30
 
 
 def begin(name: str) -> None:
@@ -55,20 +52,6 @@ def end_with_parent(parent_pid: int) -> None:
 def outlive_parent() -> None:
     """Take `end_with_parent` back."""
     _set_death_signal(0)
-
-
-def keep_freed_memory() -> None:
-    """Keep what this process frees for its next allocation, as far as a GB.
-
-    Each step of a model on a CPU makes tensors of the same sizes as the one before. glibc gives large ones back to the
-    kernel, which clears every page anew: 5 % of the time of a batch (``mallopt(3)``). What the user has set stays.
-    """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have none
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
 
 
 def _set_death_signal(number: int) -> None:

@@ -20,7 +20,6 @@ from batchllm.attention.layout import AttentionLayout
 from batchllm.errors import EngineError
 from batchllm.kernels.cpu import CpuKernels
 from batchllm.kernels.cpu import load as load_kernels
-from batchllm.kernels.row_blocks import empty_rows
 from batchllm.srt.layers.step_layout import SharesPrefixes, StepPlanner, why_unsupported
 from batchllm.srt.layers.wanted_rows import WANTED, last_rows, narrowed
 
@@ -104,7 +103,7 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
             WANTED.narrow(self._wanted_rows, len(q))
             q = q.index_select(0, self._wanted_rows)
             attention = self._attention_of_last_rows(layer, q)
-        output = empty_rows(q.shape, q.dtype)
+        output = torch.empty(q.shape, dtype=q.dtype)
         heads = (-1, layer.tp_q_head_num, layer.head_dim)
         attention.run(q.view(heads), keys, values, output.view(heads))
         return WANTED.put_back(output) if is_narrowed else output

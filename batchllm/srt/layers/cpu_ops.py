@@ -1,9 +1,7 @@
-"""What lies between the attention layers on a CPU: linear layers through oneDNN's packed weights, and compiled norms,
-activations and rotary embeddings; torch for two operators that SGLang has as Triton kernels only. Runs in the
-scheduler's process.
+"""What lies between the attention layers on a CPU: linear layers (`cpu_linear`), and compiled norms, activations and
+rotary embeddings; torch for two operators that SGLang has as Triton kernels only. Runs in the scheduler's process.
 
-(Upstream: ``srt/layers/utils/multi_platform.py``, ``layernorm.py``, ``activation.py``, ``rotary_embedding/base.py``,
-``quantization/unquant.py``.)
+(Upstream: ``srt/layers/utils/multi_platform.py``, ``layernorm.py``, ``activation.py``, ``rotary_embedding/base.py``.)
 """
 
 from __future__ import annotations
@@ -18,14 +16,11 @@ from sglang.kernels.ops.elementwise import elementwise
 from sglang.srt.layers import logits_processor
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.logits_processor import LogitsProcessor, should_apply_lm_head_quant_method
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
 
-from batchllm.kernels import row_blocks
 from batchllm.kernels.cpu import CpuKernels, load
-from batchllm.srt.layers.wanted_rows import WANTED
+from batchllm.srt.layers import cpu_linear
 from batchllm.srt.platforms.platform_cpu import CpuPlatform
 
 _DISPATCH_KEY = CpuPlatform().get_dispatch_key_name()
@@ -33,15 +28,11 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _ADD_GATED = "fused_gate_sigmoid_mul_add"
-# SGLang's own, for whatever ours does not take.
-_stock_linear = UnquantizedLinearMethod.apply
-_stock_lm_head = LogitsProcessor._compute_lm_head
 
 
 def install() -> None:
     """Register our operators with SGLang in this process."""
-    UnquantizedLinearMethod.apply = _linear
-    LogitsProcessor._compute_lm_head = _compute_lm_head
+    cpu_linear.install()
     logits_processor.fused_softcap = _cap_logits
     elementwise.fused_gate_sigmoid_mul_add = _add_gated
     for module in sys.modules.values():  # those that have imported it by name
@@ -79,62 +70,6 @@ def _add_gated(
     output.add_(torch.sigmoid(hidden_states @ gate_weight)[:, None] * shared_output)
 
 
-_PACKED = "_batchllm_packed"
-
-
-def _packed_linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """``F.linear`` through oneDNN's packed weights, 1.1 to 2 times as fast as MKL on AMD processors; None where it does
-    not apply. bfloat16 goes through oneDNN by itself.
-
-    The packed copy is kept beside the weight until that is replaced or changed, or `forget_packed_weights`.
-    """
-    weight = layer.weight
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return None
-    state = (weight.data_ptr(), weight._version)
-    packed = getattr(layer, _PACKED, None)
-    if packed is None or packed[0] != state:
-        packed = (state, torch.ops.mkldnn._reorder_linear_weight(weight.data, None))
-        setattr(layer, _PACKED, packed)
-    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[1], bias, "none", [], "")
-    return output
-
-
-def forget_packed_weights(model: torch.nn.Module) -> None:
-    """Weights have been loaded into the model's tensors, which do not know it: SGLang writes to their ``data``."""
-    for module in model.modules():
-        module.__dict__.pop(_PACKED, None)
-
-
-def _linear(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    wanted = WANTED.take(x)
-    rows = x if wanted is None else wanted
-    padded = row_blocks.padded(rows)
-    output = _packed_linear(layer, padded, bias)
-    if output is None:
-        output = _stock_linear(self, layer, padded, bias)
-    output = output[: len(rows)]
-    return output if wanted is None else WANTED.put_back(output)
-
-
-def _compute_lm_head(
-    self: Any, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    if not _is_plain_lm_head(lm_head) or self.rl_on_policy_target is not None:
-        return _stock_lm_head(self, hidden_states, lm_head, embedding_bias)
-    padded = row_blocks.padded(hidden_states)
-    output = _packed_linear(lm_head, padded, None)
-    if output is None:
-        output = _stock_lm_head(self, padded, lm_head, embedding_bias)
-    return output[: len(hidden_states)]
-
-
-def _is_plain_lm_head(lm_head: Any) -> bool:
-    is_lora = hasattr(lm_head, "set_lora")
-    quant_method = getattr(lm_head, "quant_method", None)
-    return hasattr(lm_head, "weight") and not is_lora and not should_apply_lm_head_quant_method(lm_head, quant_method)
-
-
 def _rms_norm(kernels: CpuKernels) -> Callable[..., Any]:
     def forward(
         self: Any,
@@ -164,6 +99,8 @@ def _rms_norm(kernels: CpuKernels) -> Callable[..., Any]:
 
 def _silu_and_mul(kernels: CpuKernels) -> Callable[..., Any]:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if cpu_linear.is_activated(x):
+            return x
         if x.dtype in _DTYPES and x.is_contiguous():
             return kernels.silu_and_mul(x)
         return self.forward_native(x)

@@ -15,8 +15,12 @@ from typing import Any
 import numpy as np
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    CheckWeightsReqInput,
     FlushCacheReqInput,
+    GetWeightsByNameReqInput,
     ReleaseMemoryOccupationReqInput,
+    RpcReqInput,
+    SendWeightsToRemoteInstanceReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,
     UpdateWeightsFromIPCReqInput,
@@ -29,7 +33,7 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt.constrained.grammars import bound_cache, bounded_compilers, quiet_row_faults
-from batchllm.srt.layers.cpu_ops import forget_packed_weights
+from batchllm.srt.layers.cpu_linear import choose_products, mark_layers, restore_weights
 from batchllm.srt.layers.step_layout import SharesPrefixes
 from batchllm.srt.managers import control_faults, live_sampling
 from batchllm.srt.managers.coserving import Coserving
@@ -51,6 +55,8 @@ from batchllm.srt.managers.step_measurement import start_coserving
 from batchllm.srt.managers.step_recorder import StepRecorder
 from batchllm.srt.mem_cache.radix_cache import PlannedRadixCache
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
+from batchllm.srt.platforms.cpu_memory import keep_freed_memory
+from batchllm.srt.platforms.cpu_threads import set_num_threads
 from batchllm.srt.server_args import kv_limit_tokens
 
 _WEIGHT_UPDATES = (
@@ -58,6 +64,12 @@ _WEIGHT_UPDATES = (
     UpdateWeightsFromTensorReqInput,
     UpdateWeightsFromDistributedReqInput,
     UpdateWeightsFromIPCReqInput,
+)
+_WEIGHT_READERS = (
+    GetWeightsByNameReqInput,
+    CheckWeightsReqInput,
+    SendWeightsToRemoteInstanceReqInput,
+    RpcReqInput,  # saves the model
 )
 
 
@@ -77,6 +89,13 @@ class BatchScheduler(Scheduler):
     num_live_adapters = 1
     """Places for adapters that no plan takes, since live requests would wait for one until the plan has ended."""
 
+    def __init__(self, server_args: Any, port_args: Any, gpu_id: int, *args: Any, **kwargs: Any) -> None:
+        if server_args.device == "cpu":
+            keep_freed_memory()
+            set_num_threads(server_args, gpu_id)
+            choose_products()
+        super().__init__(server_args, port_args, gpu_id, *args, **kwargs)
+
     def init_running_status(self) -> None:
         super().init_running_status()
         quiet_row_faults()
@@ -90,6 +109,7 @@ class BatchScheduler(Scheduler):
             self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token), self.page_size
         )
         self.tree_cache.readers = self.shared_prefixes
+        mark_layers(self.tp_worker.model_runner.model)
         self.attention = self.tp_worker.model_runner.attn_backend
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
@@ -130,8 +150,8 @@ class BatchScheduler(Scheduler):
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
         handlers = self._request_dispatcher._mapping
-        for kind in _WEIGHT_UPDATES:
-            handlers[kind] = partial(self._update_weights, handlers[kind])
+        for kind in (*_WEIGHT_UPDATES, *_WEIGHT_READERS):
+            handlers[kind] = partial(self._with_weights, handlers[kind])
         for kind in (*_WEIGHT_UPDATES, FlushCacheReqInput, ReleaseMemoryOccupationReqInput):
             handlers[kind] = partial(self._ask_when_idle, handlers[kind])
         control_faults.guard(handlers)
@@ -153,11 +173,9 @@ class BatchScheduler(Scheduler):
         super().init_profiler()
         control_faults.guard_profiler(self.profiler_manager)
 
-    def _update_weights(self, update: Callable[[Any], Any], message: Any) -> Any:
-        try:
-            return update(message)
-        finally:  # some may have been loaded before the fault
-            forget_packed_weights(self.tp_worker.model_runner.model)
+    def _with_weights(self, handler: Callable[[Any], Any], message: Any) -> Any:
+        restore_weights(self.tp_worker.model_runner.model)
+        return handler(message)
 
     def _ask_when_idle(self, handler: Callable[[Any], Any], message: Any) -> Any:
         """SGLang refuses this beside requests, and takes those for such that have just been answered: until the next

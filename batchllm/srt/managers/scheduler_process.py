@@ -57,8 +57,6 @@ def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchSched
     # What we warn of is rare and worth a line, whatever level SGLang's own many lines have.
     level = logging.getLevelNamesMapping().get(server_args.log_level.upper(), logging.WARNING)
     logging.getLogger("batchllm").setLevel(min(logging.WARNING, level))
-    if server_args.device == "cpu":
-        child_process.keep_freed_memory()
     if server_args.shares_attention:
         attention_backend.register()
         cpu_ops.install()
