@@ -17,11 +17,12 @@ class LayerShape:
     Attributes:
         num_heads: Query heads; a multiple of ``num_kv_heads``.
         num_kv_heads: KV heads.
-        head_dim: Elements of a head of queries, keys and values.
+        head_dim: Elements of a head of queries and keys.
         dtype: Type of queries, caches and output.
         scale: Factor of query-key products.
         logit_cap: Each scaled score becomes ``cap * tanh(score / cap)``; 0: it stays.
         window: Tokens that a token sees, itself included; 0: all before it.
+        value_dim: Elements of a head of values and output, where they are not ``head_dim``; 0: they are.
 
     Raises:
         ValueError: Query heads are no multiple of KV heads.
@@ -34,10 +35,16 @@ class LayerShape:
     scale: float
     logit_cap: float = 0.0
     window: int = 0
+    value_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} KV heads")
+
+    @property
+    def output_dim(self) -> int:
+        """Elements of a head of values and output."""
+        return self.value_dim or self.head_dim
 
 
 class StepAttention(Protocol):
@@ -59,8 +66,8 @@ class StepAttention(Protocol):
         Args:
             query: [at least num_query_tokens, num_heads, head_dim]; tokens may have any stride.
             key_cache: [num_slots, num_kv_heads, head_dim]; tokens may have any stride.
-            value_cache: As ``key_cache``.
-            output: As ``query``; rows beyond the layout's query tokens are left as they are.
+            value_cache: As ``key_cache``, of ``output_dim`` elements.
+            output: As ``query``, of ``output_dim`` elements; rows beyond the layout's query tokens stay as they are.
 
         Raises:
             ValueError: A tensor is not what was planned for.

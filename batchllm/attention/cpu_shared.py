@@ -82,9 +82,11 @@ def make_cpu_attention(shape: LayerShape) -> tuple[StepAttention, str | None]:
     if isinstance(kernels, str):
         return TorchSharedAttention(shape), kernels
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype)
-    if cpu.supports_heads(*heads):
+    if shape.output_dim == shape.head_dim and cpu.supports_heads(*heads):
         return CompiledSharedAttention(kernels, shape), None
     reason = "the compiled kernels do not take {} heads over {} of {} elements of {}".format(*heads)
+    if shape.output_dim != shape.head_dim:
+        reason += f" with values of {shape.output_dim}"
     return TorchSharedAttention(shape), reason
 
 

@@ -27,7 +27,7 @@ def attention(
         q: [num_query_tokens, num_heads, head_dim], any float dtype, as the caches.
         k_cache: [num_slots, num_kv_heads, head_dim]; query head ``h`` reads KV head
             ``h // (num_heads // num_kv_heads)``.
-        v_cache: [num_slots, num_kv_heads, head_dim].
+        v_cache: [num_slots, num_kv_heads, value_dim].
         table: int32[rows, positions] KV slots.
         layout: The step.
         scale: What query-key products are multiplied with.
@@ -35,9 +35,9 @@ def attention(
         window: Tokens that a token sees, itself included; 0: all before it.
 
     Returns:
-        float64[num_query_tokens, num_heads, head_dim].
+        float64[num_query_tokens, num_heads, value_dim].
     """
-    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=torch.float64, device=q.device)
     for s, (row, kv_len) in enumerate(zip(layout.table_rows.tolist(), layout.kv_len.tolist(), strict=True)):
         first, last = layout.qo_indptr[s : s + 2].tolist()
         slots = table[row, :kv_len].long()

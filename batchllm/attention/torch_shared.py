@@ -75,7 +75,7 @@ class TorchSharedAttention:
 
     def __init__(self, shape: LayerShape) -> None:
         self._shape = shape
-        self._num_heads, self._num_kv_heads, self._head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self._num_heads, self._num_kv_heads = shape.num_heads, shape.num_kv_heads
         self._num_tokens = 0
         self._batches: list[_Batch] = []
 
@@ -92,7 +92,7 @@ class TorchSharedAttention:
 
     def _sizes_of_position(self) -> int:
         """Numbers that keys and values of a position are."""
-        return 2 * self._num_kv_heads * self._head_dim
+        return self._num_kv_heads * (self._shape.head_dim + self._shape.output_dim)
 
     def _make_batch(self, pieces: _Cuts, tokens: Int64Array, positions: Int64Array, table: torch.Tensor) -> _Batch:
         num_rows, length = int(pieces.num_rows.max()), pieces.end - pieces.start
@@ -122,7 +122,7 @@ class TorchSharedAttention:
         """Attention of one layer; as of `StepAttention`."""
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         scaled = query[: self._num_tokens].to(dtype) * self._shape.scale
-        out = torch.empty_like(scaled, memory_format=torch.contiguous_format)
+        out = scaled.new_empty(*scaled.shape[:2], self._shape.output_dim)
         lse = out.new_empty(out.shape[:2])
         for batch in self._batches:
             part = self._attend(scaled, key_cache, value_cache, batch)
@@ -135,13 +135,13 @@ class TorchSharedAttention:
     def _attend(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: _Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [B * n, num_heads, head_dim] and log-sum-exp [B * n, num_heads] over the positions of a batch."""
+        """Output [B * n, num_heads, output_dim] and log-sum-exp [B * n, num_heads] over the positions of a batch."""
         num_pieces, num_positions = batch.slots.shape
         logit_cap, window = self._shape.logit_cap, self._shape.window
         heads, group = self._num_kv_heads, self._num_heads // self._num_kv_heads
         num_rows = len(batch.tokens) // num_pieces
-        rows = query.index_select(0, batch.tokens).view(num_pieces, num_rows, heads, group, self._head_dim)
-        rows = rows.transpose(1, 2).reshape(num_pieces, heads, num_rows * group, self._head_dim)
+        rows = query.index_select(0, batch.tokens).view(num_pieces, num_rows, heads, group, -1)
+        rows = rows.transpose(1, 2).reshape(num_pieces, heads, num_rows * group, -1)
         scores = rows @ self._gather(key_cache, batch, query.dtype).transpose(-1, -2)
         if logit_cap:
             scores = torch.tanh(scores / logit_cap) * logit_cap
@@ -159,17 +159,17 @@ class TorchSharedAttention:
         # The weight of the largest score is 1 / sum(exp(score - maximum)): no second pass of exponentials.
         lse = maximum - weights.amax(-1).log()
         out = weights @ self._gather(value_cache, batch, query.dtype)
-        out = out.view(num_pieces, heads, num_rows, group, self._head_dim).transpose(1, 2)
+        out = out.view(num_pieces, heads, num_rows, group, -1).transpose(1, 2)
         lse = lse.view(num_pieces, heads, num_rows, group).transpose(1, 2)
-        return out.reshape(-1, self._num_heads, self._head_dim), lse.reshape(-1, self._num_heads)
+        return out.reshape(-1, self._num_heads, self._shape.output_dim), lse.reshape(-1, self._num_heads)
 
     def _gather(self, cache: torch.Tensor, batch: _Batch, dtype: torch.dtype) -> torch.Tensor:
-        """[B, num_kv_heads, m, head_dim]."""
+        """[B, num_kv_heads, m, elements of a head]."""
         num_pieces, num_positions = batch.slots.shape
         if cache.is_contiguous():
             # Rows of one head each come out in the order of the product, and `index_select` copies them whole.
-            rows = cache.view(-1, self._head_dim).index_select(0, batch.cache_rows)
-            return rows.view(num_pieces, self._num_kv_heads, num_positions, self._head_dim).to(dtype)
+            rows = cache.view(-1, cache.shape[-1]).index_select(0, batch.cache_rows)
+            return rows.view(num_pieces, self._num_kv_heads, num_positions, -1).to(dtype)
         return cache[batch.slots].to(dtype).transpose(1, 2)
 
 

@@ -165,7 +165,7 @@ def _model_config(model_path: str, server_args: dict[str, Any]) -> ModelConfig:
     """
     given = {theirs: server_args[ours] for ours, theirs in _CONFIG_ARGUMENTS.items() if ours in server_args}
     try:
-        return ModelConfig(model_path, **{"trust_remote_code": False} | given)
+        return ModelConfig(model_path, **{"trust_remote_code": False} | _one_kv_size() | given)
     except Exception as error:  # whatever it is: the model's own file is what was read
         raise ConfigError(f"-m {model_path}: {model_support.no_config(model_path)}: {_one_line(error)}") from error
 
@@ -174,6 +174,21 @@ def _check_model(config: ModelConfig, model_path: str, server_args: dict[str, An
     is_on_cpu = server_args.get("device") == "cpu" or not _has_accelerator()
     is_ours = server_args.get("attention_backend", ATTENTION_BACKEND) == ATTENTION_BACKEND
     model_support.check(config, model_path=model_path, is_on_cpu=is_on_cpu, has_our_operators=is_ours)
+    if is_on_cpu:
+        _check_ranks(config, model_path, server_args.get("tp_size", 1))
+
+
+def _check_ranks(config: ModelConfig, model_path: str, num_ranks: Any) -> None:
+    """SGLang would add heads to a model until ranks can share them, but loads such a model with ``sgl_kernel`` only."""
+    if not isinstance(num_ranks, int) or num_ranks < 1:
+        raise ConfigError(f"--tp-size {num_ranks}: must be a number of ranks, at least 1")
+    num_heads, num_kv_heads = config.num_attention_heads, config.get_total_num_kv_heads()
+    if num_heads % num_ranks or num_kv_heads % num_ranks:
+        most = math.gcd(num_heads, num_kv_heads)
+        raise ConfigError(
+            f"--tp-size {num_ranks}: the {num_heads} heads and {num_kv_heads} KV heads of -m {model_path} must be "
+            f"multiples of it on a CPU; take {most}, or a divisor of it"
+        )
 
 
 def _one_line(error: Exception) -> str:
@@ -249,7 +264,11 @@ def _defaults(model_path: str) -> dict[str, Any]:
         "sampling_backend": "pytorch",
     }
     if not _has_accelerator():
-        defaults |= {"device": "cpu", "max_total_tokens": _CPU_KV_TOKENS, "lora_backend": adapter_files.CPU_BACKEND}
+        defaults |= _one_kv_size() | {
+            "device": "cpu",
+            "max_total_tokens": _CPU_KV_TOKENS,
+            "lora_backend": adapter_files.CPU_BACKEND,
+        }
         if _is_float32(model_path):
             # SGLang's "auto" would make it bfloat16, which a CPU computes no faster and less exactly.
             defaults["dtype"] = "float32"
@@ -257,6 +276,11 @@ def _defaults(model_path: str) -> dict[str, Any]:
         # On CPU mixed steps win nothing: decoding rows alone fill it, and SGLang's own attention is quadratic there.
         defaults["enable_mixed_chunk"] = True
     return defaults
+
+
+def _one_kv_size() -> dict[str, Any]:
+    """On a CPU layers with a window keep all KV, like the others: plans pin it, and attention sees to the window."""
+    return {} if _has_accelerator() else {"disable_hybrid_swa_memory": True}
 
 
 def _has_accelerator() -> bool:

@@ -314,6 +314,20 @@ def test_other_heads_and_dtypes_fall_back_to_torch_and_say_so(
     check_close(_run(made, case), _expected(case), "reference" if dtype == torch.float64 else "cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_values_may_be_the_beginning_of_keys(name: str, dtype: torch.dtype) -> None:
+    """As latent attention keeps them: one head for all query heads, and no copy for the values."""
+    case = make_case(9, dtype=dtype, **CASES[name] | {"num_heads": 6, "num_kv_heads": 1, "head_dim": 72})
+    case = dataclasses.replace(case, v_cache=case.k_cache[..., :40])
+    made, reason = make_cpu_attention(case.shape(value_dim=40))
+    assert reason is not None and reason.endswith("with values of 40")
+    output = torch.full((*case.q.shape[:2], 40), torch.nan, dtype=dtype)
+    made.plan(case.layout, case.table)
+    made.run(case.q, case.k_cache, case.v_cache, output)
+    check_close(output, _expected(case), "cpu")
+
+
 def test_without_kernels_the_loaders_sentence_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "load", lambda: "no compiled kernels (avx2 was not built): install a compiler")
     made, reason = make_cpu_attention(LayerShape(4, 2, 64, torch.float32, 1.0))

@@ -43,37 +43,55 @@ def _ask(folder: Path, architecture: str, model_type: str, changes: dict[str, An
     make_server_args(str(folder), skip_tokenizer_init=True, load_format="dummy", **server_args)
 
 
-REFUSED = [
-    ("MistralForCausalLM", "mistral", _WINDOW, "sliding_window 64: SGLang ignores"),
-    ("Ministral3ForCausalLM", "ministral3", _WINDOW, "sliding_window 64: SGLang ignores"),
-    ("MixtralForCausalLM", "mixtral", _WINDOW, "sliding_window 64: SGLang ignores"),
-    ("Phi3ForCausalLM", "phi3", _WINDOW, "sliding_window 64: SGLang ignores"),
-    ("Starcoder2ForCausalLM", "starcoder2", _WINDOW, "sliding_window 64: SGLang ignores"),
-    (
-        "Qwen2ForCausalLM",
-        "qwen2",
-        _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
-        "sliding_window 64: SGLang ignores",
-    ),
-    (
-        "Qwen3ForCausalLM",
-        "qwen3",
-        _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
-        "sliding_window 64: SGLang ignores",
-    ),
-    (
-        "Qwen3MoeForCausalLM",
-        "qwen3_moe",
-        _WINDOW | {"use_sliding_window": True},
-        "sliding_window 64: SGLang ignores",
-    ),
-    ("Cohere2ForCausalLM", "cohere2", _WINDOW, "sliding_window 64: SGLang makes the window a token longer"),
+_USED = _WINDOW | {"use_sliding_window": True, "max_window_layers": 1}
+_IGNORED, _MISREAD = "sliding_window 64: SGLang ignores", "sliding_window 64: SGLang makes the window a token longer"
+# What our attention computes on a CPU, and SGLang's own does not.
+OURS = [
+    ("MistralForCausalLM", "mistral", _WINDOW, _IGNORED),
+    ("Ministral3ForCausalLM", "ministral3", _WINDOW, _IGNORED),
+    ("MixtralForCausalLM", "mixtral", _WINDOW, _IGNORED),
+    ("Phi3ForCausalLM", "phi3", _WINDOW, _IGNORED),
+    ("Starcoder2ForCausalLM", "starcoder2", _WINDOW, _IGNORED),
+    ("Qwen2ForCausalLM", "qwen2", _USED, _IGNORED),
+    ("Qwen2MoeForCausalLM", "qwen2_moe", _USED, _IGNORED),
+    ("Qwen3ForCausalLM", "qwen3", _USED, _IGNORED),
+    ("Qwen3MoeForCausalLM", "qwen3_moe", _USED, _IGNORED),
+    ("MistralModel", "mistral", _WINDOW, _IGNORED),
+    ("Qwen3Model", "qwen3", _USED, _IGNORED),
+    ("Cohere2ForCausalLM", "cohere2", _WINDOW, _MISREAD),
     (
         "SmolLM3ForCausalLM",
         "smollm3",
         _WINDOW | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
         "sliding_window 64: SGLang has no such model",
     ),
+    (
+        "Gemma2ForCausalLM",
+        "gemma2",
+        _WINDOW
+        | {"hidden_act": "gelu_pytorch_tanh", "layer_types": ["full_attention", "sliding_attention"]}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "layer_types ['full_attention', 'sliding_attention']: SGLang gives every other layer a window",
+    ),
+    ("DeepseekV2ForCausalLM", "deepseek_v2", {}, "kv_lora_rank 512: SGLang hands the prompts"),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {}, "kv_lora_rank 512: SGLang hands the prompts"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "model_type", "changes", "said"), OURS)
+def test_what_our_attention_computes_is_refused_without_it(
+    architecture: str, model_type: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Windows, and keys and values that are kept compressed. `tests/srt/test_architectures.py` runs these models."""
+    _ask(tmp_path, architecture, model_type, changes)
+    with pytest.raises(ConfigError) as refused:
+        _ask(tmp_path, architecture, model_type, changes, attention_backend="torch_native")
+    message = str(refused.value)
+    assert message.startswith(f"-m {tmp_path}: {architecture} with ")
+    assert said in message and "\n" not in message and "; drop --attention-backend, or " in message
+
+
+REFUSED = [
     ("LlamaForCausalLM", "llama", {"mlp_bias": True}, "mlp_bias true: SGLang leaves the bias out"),
     ("GraniteForCausalLM", "granite", {"attention_bias": True}, "attention_bias true"),
     ("CohereForCausalLM", "cohere", {"attention_bias": True}, "attention_bias true"),
@@ -96,7 +114,6 @@ REFUSED = [
     ("Gemma2ForCausalLM", "gemma2", {}, "no hidden_act"),
     ("LlamaForCausalLM", "llama", _AWQ, "quantization awq"),
     ("LlamaForCausalLM", "llama", _FP8, "quantization fp8"),
-    ("DeepseekV3ForCausalLM", "deepseek_v3", {}, "kv_lora_rank 512: multi-head latent attention"),
     ("FalconH1ForCausalLM", "falcon_h1", {}, "state-space or linear-attention layers"),
     ("Qwen3NextForCausalLM", "qwen3_next", {}, "state-space or linear-attention layers"),
     ("Lfm2ForCausalLM", "lfm2", {}, "state-space or linear-attention layers"),
@@ -107,8 +124,6 @@ REFUSED = [
     ("T5ForConditionalGeneration", "t5", {}, "an encoder before its decoder"),
     ("BertModel", "bert", {}, "plans are for models that generate text, or embed"),
     ("LlamaForSequenceClassification", "llama", {}, "plans are for models that generate text, or embed"),
-    ("MistralModel", "mistral", _WINDOW, "sliding_window 64: SGLang ignores"),
-    ("Qwen3Model", "qwen3", _WINDOW | {"use_sliding_window": True, "max_window_layers": 1}, "sliding_window 64"),
     ("Qwen2ForCausalLM", "qwen2", {"is_causal": False}, "is_causal false: SGLang computes causal attention"),
     ("Qwen2ForRewardModel", "qwen2", {}, "plans are for models that generate text, or embed"),
 ]
@@ -136,11 +151,11 @@ def test_what_is_refused(
         ("LlamaForCausalLM", "llama", {"mlp_bias": True}, {"model_impl": "transformers"}),
         ("MistralForCausalLM", "mistral", {"sliding_window": None}, {}),
         ("MistralForCausalLM", "mistral", {"sliding_window": 512}, {}),
-        ("MistralForCausalLM", "mistral", _WINDOW, {"context_length": 64}),
+        ("MistralForCausalLM", "mistral", _WINDOW, {"context_length": 64, "attention_backend": "torch_native"}),
         ("Qwen2ForCausalLM", "qwen2", _WINDOW, {}),
         ("Qwen2ForCausalLM", "qwen2", _WINDOW | {"use_sliding_window": True, "max_window_layers": 2}, {}),
         ("Qwen2MoeForCausalLM", "qwen2_moe", {}, {}),
-        ("Cohere2ForCausalLM", "cohere2", _WINDOW, {"context_length": 64}),
+        ("MellumForCausalLM", "mellum", _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}, {}),
         ("Gemma2ForCausalLM", "gemma2", _WINDOW | {"hidden_act": "gelu_pytorch_tanh"}, {}),
         ("Gemma2ForCausalLM", "gemma2", {}, {"json_model_override_args": '{"hidden_act": "gelu_pytorch_tanh"}'}),
         ("Gemma3ForCausalLM", "gemma3_text", _WINDOW, {}),
@@ -170,9 +185,10 @@ def test_a_model_that_pools_otherwise_does_not_embed(architecture: str, model_ty
 
 
 def test_the_remedy_for_a_window_is_accepted_and_a_token_more_is_not(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give --context-length 64"):
-        _ask(tmp_path, "MistralForCausalLM", "mistral", _WINDOW, context_length=65)
-    _ask(tmp_path, "MistralForCausalLM", "mistral", _WINDOW, context_length=64)
+    backend = "torch_native"
+    with pytest.raises(ConfigError, match="drop --attention-backend, or give --context-length 64"):
+        _ask(tmp_path, "MistralForCausalLM", "mistral", _WINDOW, context_length=65, attention_backend=backend)
+    _ask(tmp_path, "MistralForCausalLM", "mistral", _WINDOW, context_length=64, attention_backend=backend)
 
 
 def test_the_remedy_for_dynamic_rope_is_accepted(tmp_path: Path) -> None:

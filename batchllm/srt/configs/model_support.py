@@ -36,7 +36,8 @@ class Fault:
     Attributes:
         find: What in a configuration is at fault, e.g. ``sliding_window 4096``; None if nothing is.
         reason: What SGLang does with it.
-        remedy: What to do; ``{window}`` stands for the window.
+        remedy: What to do; ``{window}`` stands for the window, ``{ours}`` for dropping a flag that declines our
+            attention, where that would do.
         source: Where upstream does it.
         architectures: SGLang's own models that have the fault; None for all, and for those of its adapter.
     """
@@ -71,7 +72,8 @@ def check(config: Any, *, model_path: str, is_on_cpu: bool, has_our_operators: b
     for fault in FAULTS:
         value = fault.applies(model)
         if value is not None:
-            remedy = fault.remedy.format(window=model.window_len, max_len=model.get("max_position_embeddings"))
+            values = {"window": model.window_len, "max_len": model.get("max_position_embeddings")}
+            remedy = fault.remedy.format(**values, ours=traits.drop_backend(model))
             raise ConfigError(f"-m {model_path}: {model.architecture} with {value}: {fault.reason}; {remedy}")
 
 
@@ -99,7 +101,7 @@ def _names(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_SHORTER = "give --context-length {window}, or less, or " + ELSEWHERE
+_SHORTER = "{ours}give --context-length {window}, or less, or " + ELSEWHERE
 
 IGNORE_WINDOWS = _names(
     *("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration", "MistralForCausalLM", "MistralModel"),
@@ -138,10 +140,11 @@ FAULTS: tuple[Fault, ...] = (
         "mem_cache/kv_cache_builder.py; configs/hybrid_arch.py::mambaish_config",
     ),
     Fault(
-        traits.on_cpu(traits.latent_attention),
-        "multi-head latent attention gives wrong answers on a CPU",
-        "run it on a GPU",
-        "layers/attention/torch_native_backend.py",
+        traits.latent_attention,
+        "SGLang hands the prompts of multi-head latent attention to an attention that a CPU has not, and the answers "
+        "would be wrong",
+        "{ours}run it on a GPU",
+        "models/deepseek_common/attention_backend_handler.py::handle_attention_triton",
     ),
     Fault(
         traits.on_cpu(traits.quantization),
@@ -150,14 +153,14 @@ FAULTS: tuple[Fault, ...] = (
         "layers/quantization/__init__.py",
     ),
     Fault(
-        traits.window,
+        traits.window_not_ours,
         "SGLang ignores the window, and tokens would see more than the model was trained to",
         _SHORTER,
         "models/llama.py, models/qwen2.py, ...: LlamaAttention.__init__ gives RadixAttention no window",
         IGNORE_WINDOWS,
     ),
     Fault(
-        traits.window,
+        traits.window_not_ours,
         "SGLang makes the window a token longer than it is",
         _SHORTER,
         "models/commandr.py::CohereAttention.__init__: sliding_window, where others give sliding_window - 1",

@@ -12,8 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs.hybrid_arch import mambaish_config
-from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.configs.model_config import AttentionArch, is_hybrid_swa_model
 from sglang.srt.model_loader.utils import resolve_transformers_arch
+
+from batchllm.srt.configs import model_windows
+
+LATENT_ON_CPU = frozenset({"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"})
+"""SGLang's own models with latent attention that answer with our attention as Hugging Face's do; they were compared
+(``tests/srt/test_architectures.py``)."""
+
+_ONE_KV_SIZE = frozenset({"MellumForCausalLM"})
+"""Models that SGLang keeps KV of two sizes for, but need not: compared without."""
 
 _OTHER_HEADS = (
     "Embedding",
@@ -85,9 +94,25 @@ def window(model: Model) -> str | None:
     return None if model.window_len is None else f"sliding_window {model.window_len}"
 
 
+def window_not_ours(model: Model) -> str | None:
+    """The same, where our attention does not take the window from the configuration itself."""
+    return None if _obeys_windows(model) else window(model)
+
+
+def _obeys_windows(model: Model) -> bool:
+    return model.is_on_cpu and model.has_our_operators and model.architecture in model_windows.OBEYED
+
+
+def drop_backend(model: Model) -> str:
+    """The beginning of a remedy, where our attention computes what is at fault and was declined; else empty."""
+    computed = model_windows.OBEYED | LATENT_ON_CPU
+    is_declined = model.is_on_cpu and not model.has_our_operators and model.architecture in computed
+    return "drop --attention-backend, or " if is_declined else ""
+
+
 def window_of_adapter(model: Model) -> str | None:
     """The same, in a model that SGLang has no code of its own for."""
-    return None if model.is_native else window(model)
+    return None if model.is_native else window_not_ours(model)
 
 
 def rope_scaling(model: Model) -> str | None:
@@ -179,7 +204,8 @@ def unknown(model: Model) -> str | None:
 
 def unpinnable_cache(model: Model) -> str | None:
     """What a model keeps of a prompt, where that is not one row of keys and values a token."""
-    if model.config.is_hybrid_swa:
+    is_hybrid = is_hybrid_swa_model(model.config.hf_config.architectures, model.config.hf_text_config)
+    if model.config.is_hybrid_swa or (is_hybrid and model.architecture not in _ONE_KV_SIZE):
         return "a KV cache of two sizes for its sliding windows"
     return None if mambaish_config(model.config) is None else "state-space or linear-attention layers"
 
@@ -190,9 +216,11 @@ def on_cpu(find: Callable[[Model], str | None]) -> Callable[[Model], str | None]
 
 
 def latent_attention(model: Model) -> str | None:
-    """Keys and values that are kept compressed."""
-    is_mla = model.config.attention_arch == AttentionArch.MLA
-    return f"kv_lora_rank {model.get('kv_lora_rank')}" if is_mla else None
+    """Keys and values that are kept compressed, on a CPU, but for models that were read and compared there."""
+    if not model.is_on_cpu or model.config.attention_arch != AttentionArch.MLA:
+        return None
+    is_compared = model.has_our_operators and model.is_native and model.architecture in LATENT_ON_CPU
+    return None if is_compared else f"kv_lora_rank {model.get('kv_lora_rank')}"
 
 
 def quantization(model: Model) -> str | None:
@@ -230,4 +258,5 @@ def layer_types_of_gemma2(model: Model) -> str | None:
     """Layers that do not take turns as they usually do."""
     types = model.get("layer_types") or []
     usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(len(types))]
-    return None if model.window_len is None or types == usual else f"layer_types {types}"
+    is_fine = model.window_len is None or types == usual or _obeys_windows(model)
+    return None if is_fine else f"layer_types {types}"

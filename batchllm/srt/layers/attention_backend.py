@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.layers import rotary_embedding
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -20,6 +22,7 @@ from batchllm.attention.layout import AttentionLayout
 from batchllm.errors import EngineError
 from batchllm.kernels.cpu import CpuKernels
 from batchllm.kernels.cpu import load as load_kernels
+from batchllm.srt.configs.model_windows import layer_windows
 from batchllm.srt.layers.step_layout import SharesPrefixes, StepPlanner, why_unsupported
 from batchllm.srt.layers.wanted_rows import WANTED, last_rows, narrowed
 
@@ -43,6 +46,10 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
         self._of_layer: dict[int, StepAttention | None] = {}
         config = model_runner.model_config
         self._architectures: list[str] = config.hf_config.architectures or []
+        self._windows = layer_windows(config.hf_text_config, self._architectures[0]) if self._architectures else None
+        self._has_latent_kv = config.attention_arch == AttentionArch.MLA
+        if self._has_latent_kv:
+            _absorb_always()
         self._last_layer_id: int = config.num_hidden_layers - 1
         self._wanted_rows: torch.Tensor | None = None
         self._last_attention: StepAttention | None = None
@@ -103,14 +110,15 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
             WANTED.narrow(self._wanted_rows, len(q))
             q = q.index_select(0, self._wanted_rows)
             attention = self._attention_of_last_rows(layer, q)
-        output = torch.empty(q.shape, dtype=q.dtype)
-        heads = (-1, layer.tp_q_head_num, layer.head_dim)
-        attention.run(q.view(heads), keys, values, output.view(heads))
+        is_as_wide = layer.v_head_dim == layer.head_dim
+        output = q.new_empty(q.shape if is_as_wide else (len(q), layer.tp_q_head_num * layer.v_head_dim))
+        heads = (-1, layer.tp_q_head_num)
+        attention.run(q.view(*heads, layer.head_dim), keys, values, output.view(*heads, layer.v_head_dim))
         return WANTED.put_back(output) if is_narrowed else output
 
     def _attention_of_last_rows(self, layer: Any, q: torch.Tensor) -> StepAttention:
         if self._last_attention is None:
-            self._last_attention, _ = make_cpu_attention(_shape_of(layer, q))
+            self._last_attention, _ = make_cpu_attention(self._shape_of(layer, q))
         assert self._layout is not None
         self._last_attention.plan(narrowed(self._layout), self._table)
         return self._last_attention
@@ -124,7 +132,7 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
         layer: Any,
         slots: torch.Tensor,
     ) -> None:
-        if isinstance(self._kernels, CpuKernels):
+        if isinstance(self._kernels, CpuKernels) and not self._has_latent_kv:
             self._kernels.store_rows(k, keys, slots)
             self._kernels.store_rows(v, values, slots)
         else:
@@ -144,7 +152,7 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
         if reason is not None:
             logger.warning("layer %d: %s; SGLang's torch_native computes it", layer.layer_id, reason)
             return None
-        shape = _shape_of(layer, q)
+        shape = self._shape_of(layer, q)
         if shape not in self._attention:
             attention, reason = make_cpu_attention(shape)
             if reason is not None and isinstance(self._kernels, CpuKernels):  # else `cpu_ops` has said it
@@ -154,11 +162,24 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
             self._attention[shape] = attention
         return self._attention[shape]
 
+    def _shape_of(self, layer: Any, q: torch.Tensor) -> LayerShape:
+        heads = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim)
+        # SGLang counts a token's window without the token itself.
+        window = layer.sliding_window_size + 1 if self._windows is None else self._windows[layer.layer_id]
+        value_dim = 0 if layer.v_head_dim == layer.head_dim else layer.v_head_dim
+        return LayerShape(*heads, q.dtype, layer.scaling, layer.logit_cap or 0.0, window, value_dim)
 
-def _shape_of(layer: Any, q: torch.Tensor) -> LayerShape:
-    heads = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim)
-    # SGLang counts a token's window without the token itself.
-    return LayerShape(*heads, q.dtype, layer.scaling, layer.logit_cap or 0.0, layer.sliding_window_size + 1)
+
+def _absorb_always() -> None:
+    """Have latent attention computed over what is kept of a token, the latent, in prompts too.
+
+    Upstream expands the latents of a prompt of which nothing is cached to keys and values of all heads, and hands these
+    to its attention; its ``torch_native`` does not look at them and reads the cache, where they are not.
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    AttentionBackendRegistry.register("torch_native", lambda attention, forward_batch: AttnForwardMethod.MLA)
 
 
 def register() -> None:
@@ -168,3 +189,6 @@ def register() -> None:
     (``support_triton`` in ``srt/utils/common.py``, ``srt/mem_cache/allocation.py``).
     """
     ATTENTION_BACKENDS["torch_native"] = SharedCpuAttnBackend
+    # For latent attention, whose models upstream lets end here unless their embedding is scaled in one certain way.
+    upstream = rotary_embedding.get_rope_wrapper
+    rotary_embedding.get_rope_wrapper = lambda *args, device, **kwargs: upstream(*args, device=None, **kwargs)

@@ -352,6 +352,8 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
         reason = why_unsupported(layer, q, key_buffer)
         if reason is not None:
             return reason
+        if layer.qk_head_dim != layer.v_head_dim:
+            return f"keys of {layer.qk_head_dim} and values of {layer.v_head_dim} elements"
         if layer.sliding_window_size > -1:
             return f"a sliding window of {layer.sliding_window_size} tokens"
         if layer.k_scale is not None or layer.v_scale is not None:

@@ -91,11 +91,11 @@ class SharesPrefixes:
 
 
 def why_unsupported(layer: Any, q: torch.Tensor, key_buffer: torch.Tensor) -> str | None:
-    """Why a layer is not one for `batchllm.attention`; None if it is. Windows and caps are left to the caller."""
+    """Why a layer is not one for `batchllm.attention`; None if it is. Windows, caps and the elements
+    of values are left to the caller.
+    """
     if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
         return "not causal self-attention"
-    if layer.qk_head_dim != layer.v_head_dim:
-        return f"keys of {layer.qk_head_dim} and values of {layer.v_head_dim} elements"
     if key_buffer.dtype != q.dtype:
         return f"{q.dtype} queries over {key_buffer.dtype} KV"
     return None

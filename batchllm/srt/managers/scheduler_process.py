@@ -11,6 +11,7 @@ from typing import Any
 import sglang.srt.managers.scheduler as upstream
 
 from batchllm.srt import compat
+from batchllm.srt.distributed import cpu_ranks
 from batchllm.srt.entrypoints import child_process
 from batchllm.srt.layers import attention_backend, cpu_ops, sampler
 from batchllm.srt.lora import cpu_lora
@@ -66,6 +67,8 @@ def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchSched
         gpu_attention_backend.register()
     if server_args.enable_lora and server_args.device == "cpu":
         cpu_lora.install()
+    if server_args.tp_size > 1 and server_args.device == "cpu":
+        cpu_ranks.install(server_args)
     filled_parameters.install()
     radix_cache.register()
     sampler.install()
