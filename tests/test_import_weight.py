@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-_HEAVY = ("torch", "sglang", "transformers")
+_HEAVY = ("torch", "sglang", "transformers", "ray")
 
 
 def _loaded_after(code: str) -> list[str]:
@@ -25,7 +25,8 @@ def test_the_pure_rooms_load_nothing_heavy() -> None:
         "batchllm, batchllm.errors, batchllm.request, batchllm.tokens, batchllm.tokenizer, batchllm.planner, "
         "batchllm.prefix_cache, batchllm.scheduler, batchllm.dataset, batchllm.offline.job, "
         "batchllm.offline.runner, batchllm.offline.report, batchllm.offline.progress, batchllm.perf_model, "
-        "batchllm.sim, batchllm.trace, batchllm.host.runtime, batchllm.host.template"
+        "batchllm.sim, batchllm.trace, batchllm.host.runtime, batchllm.host.template, batchllm.distributed.runtime, "
+        "batchllm.ray"
     )
     assert _loaded_after(f"import {rooms}") == []
 

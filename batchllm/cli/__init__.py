@@ -112,8 +112,8 @@ def begin_engine(arguments: Sequence[str]) -> AbstractContextManager[None]:
     if command == "serve":  # this process will host the engine; numpy must not be imported before
         host_imports.prepare_environment()
     names = {argument.partition("=")[0] for argument in arguments}
-    if command not in ("run", "retry") or names & {"-h", "--help", *_RAY_FLAGS}:
-        return nullcontext()  # nothing runs, or elsewhere
+    if command != "run" or names & {"-h", "--help", *_RAY_FLAGS}:
+        return nullcontext()  # nothing runs, or elsewhere; where `retry` runs, its job's folder says
     return template.held(is_verbose=is_verbose(arguments))
 
 

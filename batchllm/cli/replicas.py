@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from functools import partial
 from typing import Any
 
 from batchllm.cli.engine_flags import flag_value, with_config
 from batchllm.cli.outcome import say
 from batchllm.cli.run_command import RunCommand
-from batchllm.distributed.actor import Software
+from batchllm.distributed.actor import Software, free_port
 from batchllm.distributed.cluster import Cluster
 from batchllm.distributed.runtime import ReplicatedRuntime
 from batchllm.errors import ConfigError
@@ -27,9 +26,7 @@ def start_engine(model_path: str | None, **options: Any) -> Runtime:
     SGLang draws the port on which its processes meet with the random seed, which is the same for all replicas.
     """
     if flag_value(with_config(list(options["flags"])), "nccl-port") is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            options["nccl_port"] = free.getsockname()[1]
+        options["nccl_port"] = free_port()
     return HostedRuntime(model_path, **options)
 
 

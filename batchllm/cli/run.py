@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import JOB_SUFFIX, is_same_output
 from batchllm.default_model import default_model_path
 from batchllm.errors import BatchLLMError, ConfigError, JournalError, WorkloadError
+from batchllm.host import template
 from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.fingerprint import Fingerprint, check_same, model_identity
 from batchllm.offline.journal import Journal
@@ -75,7 +76,7 @@ def retry(args: argparse.Namespace, server_flags: list[str]) -> int:
             command = RunCommand.of_retry(args, server_flags, journal.command)
         except (AttributeError, KeyError, TypeError) as error:
             raise damaged(database_path(folder.path), f"what was asked for cannot be read: {error!r}") from error
-    with StopSignal(command.grace) as stop:
+    with _held_template(command), StopSignal(command.grace) as stop:
         return _run_job(command, folder, stop, runs_failed=True)
 
 
@@ -293,6 +294,16 @@ def _model_path(command: RunCommand, server_flags: list[str]) -> str:
     return given if given is not None else default_model_path()
 
 
+def _held_template(command: RunCommand) -> AbstractContextManager[None]:
+    """What `batchllm.cli.begin_engine` begins for ``run``: for ``retry``, whose folder says whether it is needed."""
+    return nullcontext() if command.is_on_ray else template.held(is_verbose=_is_verbose(command))
+
+
+def _is_verbose(command: RunCommand) -> bool:
+    """Whether the engine's processes print to standard error."""
+    return command.verbose or flag_value(list(command.server_flags), "log-level") is not None
+
+
 def _start_engine(command: RunCommand, journal: Journal) -> Runtime:
     """An engine that draws the seeds of the job's first one, so that a resumed job samples what it would have."""
     seed = journal.notes.get("random_seed")
@@ -301,7 +312,7 @@ def _start_engine(command: RunCommand, journal: Journal) -> Runtime:
     options: dict[str, Any] = {
         "default_model_path": default_model_path(),
         "flags": command.server_flags,
-        "is_verbose": command.verbose or flag_value(server_flags, "log-level") is not None,
+        "is_verbose": _is_verbose(command),
     }
     if seed is not None:
         options["random_seed"] = int(seed)

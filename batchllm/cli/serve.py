@@ -28,6 +28,7 @@ _GRACE_S = 20.0
 
 def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Serve until a signal ends it; returns the exit status."""
+    _check_no_replicas(server_flags)
     pass_on_hangup()  # uvicorn, which takes the other signals, leaves it to the system
     # The engine's processes are forked from this one: SGLang comes first, before there are threads.
     host_imports.import_all()
@@ -67,6 +68,16 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     finally:
         service.close()
     return EXIT_OK
+
+
+def _check_no_replicas(server_flags: list[str]) -> None:
+    for flag in server_flags:
+        if flag.partition("=")[0] in ("--replicas", "--min-replicas", "--ray-address"):
+            raise ConfigError(
+                f"{flag.partition('=')[0]}: a server has one engine. For batches `batchllm run --replicas N` runs N "
+                "engines that share one plan; for live requests start N servers behind a router, each with a "
+                "--batch-storage of its own"
+            )
 
 
 def _check_adapter_places(server_args: Any) -> None:

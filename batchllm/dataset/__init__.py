@@ -11,7 +11,7 @@ from batchllm.dataset.limits import check_prompt_len, check_token_ids, fit_max_n
 from batchllm.dataset.records import BadRow, Row, RowHead, RowKind, reject
 from batchllm.dataset.responses import find_abort, render_error, render_success
 from batchllm.dataset.row_ids import RowIds, duplicate_error
-from batchllm.dataset.rows import read_rows
+from batchllm.dataset.rows import read_rows, read_table
 from batchllm.dataset.sampling import parse_sampling
 from batchllm.dataset.sources import Input, InputFormat, open_input
 from batchllm.dataset.writers import check_writable
@@ -34,6 +34,7 @@ __all__ = [
     "open_input",
     "parse_sampling",
     "read_rows",
+    "read_table",
     "reject",
     "render_error",
     "render_success",

@@ -15,7 +15,7 @@ INVARIANT: one row for each line, in their order, and nothing of a line is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import orjson
@@ -70,6 +70,21 @@ def write_table(lines: BinaryIO, stream: BinaryIO) -> None:
             writer.write_table(_table(batch, types, schema))
 
 
+def answer_table(lines: Sequence[bytes], carried: Mapping[str, Any]) -> pa.Table:
+    """Lines as a table in memory, whose types do not depend on the lines.
+
+    Args:
+        lines: Output lines.
+        carried: The carried columns of these rows, arrays as the input has them.
+    """
+    names = _column_names(carried)
+    schema = pa.schema([*_OWN_TYPES.items(), ("record", pa.string())])
+    table = _table(lines, {}, schema)
+    for name, values in carried.items():
+        table = table.add_column(table.num_columns - 1, names[name], values)
+    return table
+
+
 def _batches(lines: BinaryIO) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     num_bytes = 0
@@ -111,7 +126,7 @@ def _type_of(kinds: set[type]) -> pa.DataType | None:
     return None
 
 
-def _column_names(carried: dict[str, Any]) -> dict[str, str]:
+def _column_names(carried: Mapping[str, Any]) -> dict[str, str]:
     taken = {*_OWN_TYPES, "record", *carried}
     columns = {}
     for name in carried:
@@ -124,9 +139,9 @@ def _column_names(carried: dict[str, Any]) -> dict[str, str]:
     return columns
 
 
-def _table(batch: list[bytes], types: dict[str, pa.DataType | None], schema: pa.Schema) -> pa.Table:
+def _table(batch: Sequence[bytes], types: dict[str, pa.DataType | None], schema: pa.Schema) -> pa.Table:
     records = [orjson.loads(line) for line in batch]
-    own = list(zip(*map(_own_values, records), strict=True))
+    own = list(zip(*map(_own_values, records), strict=True)) or [()] * len(_OWN_TYPES)
     carried = [record.get("carried", {}) for record in records]
     columns: list[Any] = list(own)
     for name, kind in types.items():

@@ -28,7 +28,7 @@ from batchllm.dataset.plain_rows import parse_plain
 from batchllm.dataset.records import BadRow, BrokenRecord, Row, RowKind
 from batchllm.dataset.sampling import apply_settings, read_settings, sglang_fields
 from batchllm.dataset.sources import Input, open_input
-from batchllm.dataset.tables import open_table
+from batchllm.dataset.tables import open_table, table_records
 from batchllm.errors import RowError, WorkloadError
 from batchllm.request import SamplingParams
 
@@ -87,6 +87,22 @@ def read_rows(
     return _Reader(*settings, columns).read(records, source.name)
 
 
+def read_table(
+    table: Any, *, name: str, defaults: SamplingParams, chosen: Collection[str] = (), columns: ColumnMap
+) -> Iterator[Row | BadRow]:
+    """Reads the rows of a ``pyarrow.Table``, which is a part of more: each row must give its id.
+
+    Args:
+        name: What it is called in messages.
+        defaults: As in `read_rows`, like what follows.
+
+    Raises:
+        WorkloadError: While iterating, if there are no rows.
+    """
+    reader = _Reader(defaults, defaults, frozenset(chosen), False, columns, needs_ids=True)
+    return reader.read(enumerate(table_records(table, columns), start=1), name)
+
+
 def _parse_file(source: Input) -> Iterator[tuple[int, _Record]]:
     with source.open_stream() as stream:
         yield from parse_lines(stream)
@@ -97,7 +113,7 @@ class _Reader:
 
     __slots__ = (
         *("_chat_defaults", "_checks_schemas", "_chosen", "_columns", "_defaults"),
-        *("_json_schema", "_kind", "_settings"),
+        *("_json_schema", "_kind", "_needs_ids", "_settings"),
     )
 
     def __init__(
@@ -107,8 +123,11 @@ class _Reader:
         chosen: frozenset[str],
         checks_schemas: bool,
         columns: ColumnMap | None,
+        *,
+        needs_ids: bool = False,
     ) -> None:
         self._chosen = chosen
+        self._needs_ids = needs_ids
         self._checks_schemas = checks_schemas
         self._json_schema = any_json_schema_text if checks_schemas else json_schema_text
         self._defaults = defaults
@@ -141,7 +160,8 @@ class _Reader:
             self._kind = kind = _kind_of(record, columns)
             id_column = None if columns is None else columns.id_column
             if kind == "plain":
-                given_id = _checked_id(record, id_column or "id", None if id_column else str(index))
+                own_id = None if id_column or self._needs_ids else str(index)
+                given_id = _checked_id(record, id_column or "id", own_id)
                 if columns is not None:
                     carried = columns.carried(record)
                     record = columns.apply(record, is_openai=False)

@@ -68,6 +68,15 @@ def open_table(source: Input, columns: ColumnMap) -> Iterator[_Record]:
     return _records(source, columns.columns())
 
 
+def table_records(table: Any, columns: ColumnMap) -> Iterator[_Record]:
+    """The rows of a ``pyarrow.Table``, or of a batch of one.
+
+    Args:
+        columns: What is wanted of each row.
+    """
+    return _batch_records(table, columns.columns())
+
+
 def _records(source: Input, wanted: frozenset[str]) -> Iterator[_Record]:
     import pyarrow
 

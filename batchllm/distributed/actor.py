@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import importlib.metadata
 import os
 import socket
@@ -80,11 +81,21 @@ class Started:
         info: Fixed numbers of the engine.
         has_tokenizer: False where it runs on token ids only.
         pid: The actor's process.
+        node_id: Ray's name of its node.
     """
 
     info: RuntimeInfo
     has_tokenizer: bool
     pid: int
+    node_id: str
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has, for engines that would else draw the same one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 class EngineActor:
@@ -107,6 +118,10 @@ class EngineActor:
 
     # Called by Ray, on its loop
 
+    async def node(self) -> str:
+        """Host name of its node."""
+        return self._node
+
     async def start(self) -> Started | BatchLLMError:
         """Start the engine; says what is wrong instead of raising it, since Ray would put a traceback around it."""
         self._ray_loop = asyncio.get_running_loop()
@@ -122,7 +137,12 @@ class EngineActor:
         runtime = self._runtime = self._start()
         threading.Thread(target=self._serve, args=(runtime,), name="batchllm-serve", daemon=True).start()
         self._is_serving.wait()
-        return Started(info=runtime.info, has_tokenizer=runtime.tokenizer is not None, pid=os.getpid())
+        return Started(
+            info=runtime.info,
+            has_tokenizer=runtime.tokenizer is not None,
+            pid=os.getpid(),
+            node_id=importlib.import_module("ray").get_runtime_context().get_node_id(),
+        )
 
     async def send(self, number: int, message: Message) -> None:
         """A message; numbers count from 0."""

@@ -27,6 +27,8 @@ _CONNECT_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 20.0
 _STORE_BYTES = 200 * 2**20
 _SOCKET_LEN = len("session_2026-11-29_15-10-00_000000_4194304/sockets/plasma_store")
+_HTTP2_SETTINGS = b"\x04"
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0" + _HTTP2_SETTINGS + bytes(5)
 _VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -69,7 +71,7 @@ class Cluster:
     def __init__(self, address: str | None, *, is_verbose: bool = False) -> None:
         self.is_own = address is None
         self._folder: str | None = None
-        _check_reachable(address)
+        check_reachable(address)
         with _environment(_VARIABLES if self.is_own else {}):
             self.ray = _imported()
             if self.ray.is_initialized():
@@ -111,6 +113,14 @@ class Cluster:
                 process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
+
+    def draining_nodes(self) -> set[str]:
+        """Ray's names of the nodes that are about to go: who runs them has said so, or a spot warning has come.
+
+        Raises:
+            Exception: Ray does not say: it does not to clients, ray://.
+        """
+        return set(self.ray._private.state.state.get_draining_nodes())  # as Ray's own libraries do
 
     def _is_of_folder(self, process: psutil.Process) -> bool:
         """It is one that Ray has started: its command line or its parent's names the folder."""
@@ -159,8 +169,8 @@ def _imported() -> Any:
         ) from None
 
 
-def _check_reachable(address: str | None) -> None:
-    """Ray itself waits for minutes.
+def check_reachable(address: str | None) -> None:
+    """Somebody who may be Ray listens there; Ray itself waits for minutes.
 
     Raises:
         ConfigError: Nobody listens there.
@@ -171,9 +181,25 @@ def _check_reachable(address: str | None) -> None:
     if not host or not port.isdigit():
         raise ConfigError(f"--ray-address {address}: must be auto, HOST:PORT or ray://HOST:PORT")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S) as there:
+            answer = _http2_answer(there)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--ray-address {address}: nothing is reached there: {error}") from error
+    if not answer.startswith(_HTTP2_SETTINGS) and not os.environ.get("RAY_USE_TLS"):
+        raise ConfigError(
+            f"--ray-address {address}: what listens there is no Ray; give the port that `ray start` names"
+        )
+
+
+def _http2_answer(there: socket.socket) -> bytes:
+    """What somebody answers to the first words of HTTP/2, which Ray speaks: their type comes behind their length."""
+    there.settimeout(_CONNECT_TIMEOUT_S / 2)
+    there.sendall(_HTTP2_PREFACE)
+    answer = b""
+    with contextlib.suppress(TimeoutError):
+        while len(answer) < 4 and (more := there.recv(4 - len(answer))):
+            answer += more
+    return answer[3:]
 
 
 def _first_line(error: Exception) -> str:

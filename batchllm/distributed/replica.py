@@ -12,7 +12,8 @@ from typing import Any
 
 from batchllm.distributed.actor import EngineActor, Message, Output, Software, Started
 from batchllm.distributed.cluster import Cluster, Resources
-from batchllm.errors import BatchLLMError, EngineError
+from batchllm.errors import BatchLLMError, EngineDiedError, EngineError
+from batchllm.host.messages import CloseJob, Submit, Withdraw
 from batchllm.offline.runtime import Runtime
 
 _STOP_TIMEOUT_S = 40.0
@@ -31,6 +32,7 @@ class Replica:
     Attributes:
         number: As given.
         jobs: Jobs that it has been told of.
+        node: Host name of its node; None while it waits for one.
         started: Numbers of the engine, once it has started.
     """
 
@@ -44,7 +46,10 @@ class Replica:
     ) -> None:
         self.number = number
         self.jobs: set[int] = set()
+        self.node: str | None = None
         self.started: Started | None = None
+        self._in_flight: dict[int, int] = {}  # requests sent and not sent back, by job
+        self._drain = asyncio.Event()
         self._ray = cluster.ray
         self._num_sent = 0
         actor = self._ray.remote(EngineActor).options(
@@ -63,6 +68,7 @@ class Replica:
             BatchLLMError: It does not; says why, and on which node.
         """
         try:
+            self.node = await self._actor.node.remote()
             started: Started | BatchLLMError = await self._actor.start.remote()
         except self._ray.exceptions.RayError as error:
             raise EngineError(f"an engine did not start: {words_of(error)}") from error
@@ -73,15 +79,51 @@ class Replica:
 
     def send(self, message: Message) -> None:
         """Send a message; they arrive in this order. That the actor is gone, `receive` says."""
+        if isinstance(message, Submit):
+            self._in_flight[message.job_id] = self._in_flight.get(message.job_id, 0) + len(message.requests.run)
+        elif isinstance(message, CloseJob):
+            self._in_flight.pop(message.job_id, None)
         self._actor.send.remote(self._num_sent, message)
         self._num_sent += 1
 
+    @property
+    def is_draining(self) -> bool:
+        """It is to begin nothing more."""
+        return self._drain.is_set()
+
+    @property
+    def _is_drained(self) -> bool:
+        return self.is_draining and not any(self._in_flight.values())
+
+    def drain(self) -> None:
+        """Its node is about to go: what it has not begun comes back as aborted."""
+        self._drain.set()
+        for job_id in self.jobs:
+            self.send(Withdraw(job_id))
+
     async def receive(self) -> list[Output]:
-        """Wait for what has finished.
+        """Wait for what has finished; nothing comes where it is draining and has sent all back.
 
         Raises:
             EngineError: The actor is gone.
         """
+        received = asyncio.ensure_future(self._receive())
+        drain = asyncio.ensure_future(self._drain.wait())
+        try:
+            while not received.done() and not self._is_drained:
+                waits_for = {received} if self.is_draining else {received, drain}
+                await asyncio.wait(waits_for, return_when=asyncio.FIRST_COMPLETED)
+            if not received.done():
+                return []
+            for output in received.result():
+                if not isinstance(output, EngineDiedError) and output[0] in self._in_flight:
+                    self._in_flight[output[0]] -= len(output[1].positions)
+            return received.result()
+        finally:
+            received.cancel()
+            drain.cancel()
+
+    async def _receive(self) -> list[Output]:
         try:
             outputs: list[Output] = await self._actor.receive.remote()
         except self._ray.exceptions.RayError as error:
@@ -103,10 +145,15 @@ class Replica:
             raise EngineError(words_of(error)) from error
 
     async def shutdown(self) -> None:
-        """End the engine, if it still answers, and the actor."""
-        with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
-            await asyncio.wait_for(self._actor.shutdown.remote(), _STOP_TIMEOUT_S)
-        self.kill()
+        """End the engine, if it still answers, and the actor; one that has not started has no time for that."""
+        if self.started is None:
+            self.kill()
+            return
+        try:
+            with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
+                await asyncio.wait_for(self._actor.shutdown.remote(), _STOP_TIMEOUT_S)
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """End the actor at once; the processes of its engine end with it."""

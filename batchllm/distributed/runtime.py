@@ -1,7 +1,8 @@
 """Several engines in Ray actors as one runtime.
 
 An engine that dies takes its requests in flight along, which is said to the job; the others go on, and another engine
-takes its place as soon as there is one. Engines that come late join.
+takes its place as soon as there is one. Engines that come late join. One whose node is about to go ends what it has
+begun, and gives the rest back.
 
 Knows: engines, their numbers, which is up. Must not know: what a plan is, which engine gets what, whose fault a death
 is.
@@ -33,6 +34,8 @@ from batchllm.scheduler.counters import JobCounters
 from batchllm.trace.steps import STEP_DTYPE
 
 T = TypeVar("T")
+_WATCH_EVERY_S = 2.0
+_NOTHING = FinishedRequests(positions=[], completions=[], counters=JobCounters(), steps=np.zeros(0, STEP_DTYPE))
 
 
 @dataclass(slots=True)
@@ -88,12 +91,16 @@ class ReplicatedRuntime:
         self._enough: Future[Started] = Future()
         self._is_up = True
         self._kv_limit = 0
-        self._places: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._loop_thread = LoopThread("batchllm-jobs")
         self.loop = self._loop_thread.loop
         try:
             run_on(self.loop, self._begin())
             started = self._wait_for_enough(start_timeout_s)
+            if self._min_engines < num_engines:
+                tell(
+                    f"the job begins with {len(self._engines)} of {num_engines} replicas; others join when they are up"
+                )
         except BaseException:
             self.shutdown()
             raise
@@ -162,20 +169,26 @@ class ReplicatedRuntime:
         try:
             return self._enough.result(timeout_s)
         except TimeoutError:
+            starting = [r.node for r in list(self._replicas.values()) if r.node is not None and r.started is None]
+            num_waiting = sum(replica.node is None for replica in list(self._replicas.values()))
+            reasons = [f"one on node {node} is still starting" for node in starting]
+            if num_waiting:
+                reasons.append(f"{num_waiting} wait for {self._resources.words} each, which the cluster has not free")
             raise EngineError(
-                f"{len(self._engines)} of {self._min_engines} replicas came up within {timeout_s:.0f} s; the others "
-                f"wait for {self._resources.words} each, which the cluster has not free"
+                f"{len(self._engines)} of {self._min_engines} replicas came up within {timeout_s:.0f} s; "
+                + "; ".join(reasons)
             ) from None
 
     # Engines, on the loop
 
     async def _begin(self) -> None:
-        self._places = [asyncio.create_task(self._keep_place()) for _ in range(self._num_engines)]
+        self._tasks = [asyncio.create_task(self._keep_place()) for _ in range(self._num_engines)]
+        self._tasks.append(asyncio.create_task(self._watch_drains()))
 
     async def _end(self) -> None:
-        for place in self._places:
-            place.cancel()
-        await asyncio.gather(*self._places, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(replica.shutdown() for replica in self._replicas.values()))
 
     async def _keep_place(self) -> None:
@@ -195,16 +208,33 @@ class ReplicatedRuntime:
                     self._join(replica, await replica.start())
                     limit.answered()
                     await self._read(replica)
+                    self._leave(replica, "drained")
+                    self._tell(f"replica {replica.number} has ended in good order: its node is about to go")
+                    await replica.shutdown()
                 except ConfigError:
                     raise
                 except EngineError as death:
                     self._leave(replica, str(death))
+                    replica.kill()
                     self._tell(f"replica {replica.number} is gone: {death}")
                     if not self._has_begun and self._num_engines == self._min_engines:
                         raise
                     await asyncio.sleep(limit.next_pause_s(death))
         except BatchLLMError as error:
             self._give_place_up(error)
+
+    async def _watch_drains(self) -> None:
+        """Have the engines of nodes that are about to go begin nothing more."""
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            try:
+                nodes = await asyncio.to_thread(self._cluster.draining_nodes)
+            except Exception:  # then such a node is lost like any other
+                return
+            for replica in self._live():
+                if replica.started is not None and replica.started.node_id in nodes:
+                    del self._engines[replica.number]
+                    replica.drain()
 
     @property
     def _has_begun(self) -> bool:
@@ -241,40 +271,30 @@ class ReplicatedRuntime:
             self._kv_limit = min(self._engines.values())
             self._enough.set_result(started)
         for number, job in self._jobs.items():
-            self._deliver(
-                number, job, FinishedRequests(positions=[], completions=[], counters=JobCounters(), steps=_NO_STEPS)
-            )
+            self._deliver(number, job, _NOTHING)
 
     def _leave(self, replica: Replica, reason: str) -> None:
-        """An engine is gone."""
-        replica.kill()
+        """An engine is gone. Of one that was draining no request is to blame."""
         del self._replicas[replica.number]
-        if self._engines.pop(replica.number, None) is None:
-            return
+        self._engines.pop(replica.number, None)
         for number in replica.jobs & self._jobs.keys():
-            lost = FinishedRequests(
-                positions=[],
-                completions=[],
-                counters=JobCounters(),
-                steps=_NO_STEPS,
-                lost=LostEngine(replica.number, reason),
-            )
-            self._deliver(number, self._jobs[number], lost)
+            lost = LostEngine(replica.number, reason, is_clean=replica.is_draining)
+            self._deliver(number, self._jobs[number], replace(_NOTHING, lost=lost))
 
     async def _read(self, replica: Replica) -> None:
-        """Hand on what an engine says.
+        """Hand on what an engine says, until it is drained.
 
         Raises:
             EngineError: It is gone.
         """
-        while True:
-            for output in await replica.receive():
+        while outputs := await replica.receive():
+            for output in outputs:
                 if isinstance(output, EngineDiedError):
                     raise output
                 number, finished = output
                 if (job := self._jobs.get(number)) is not None:  # else it has been closed
                     job.counters[replica.number] = finished.counters
-                    self._deliver(number, job, finished)
+                    self._deliver(number, job, _answered(finished) if replica.is_draining else finished)
 
     def _deliver(self, number: int, job: _OpenJob, finished: FinishedRequests) -> None:
         counters = sum(job.counters.values(), JobCounters())
@@ -284,4 +304,11 @@ class ReplicatedRuntime:
         return [replica for number, replica in self._replicas.items() if number in self._engines]
 
 
-_NO_STEPS = np.zeros(0, STEP_DTYPE)
+def _answered(finished: FinishedRequests) -> FinishedRequests:
+    """What has been answered. What has been aborted has not begun, or fails again elsewhere."""
+    kept = [i for i, completion in enumerate(finished.completions) if completion.finish_reason != "abort"]
+    return replace(
+        finished,
+        positions=[finished.positions[i] for i in kept],
+        completions=[finished.completions[i] for i in kept],
+    )

@@ -109,6 +109,7 @@ class Job:
         num_left: Samples that are not done.
         service: Tokens computed and decoded for it, beginning where it joined.
         deaths: Why engines have died while others went on.
+        has_given_back: Samples will have no answer in this job, since their engine is gone.
         largest_prefixes: Prefixes of its first plan that save it most; ``example_row`` is a row's place in
             the input. Empty before that.
     """
@@ -140,6 +141,7 @@ class Job:
         self.has_left = False
         self.is_stopping = False
         self.deaths: list[str] = []
+        self.has_given_back = False
         self._lost: list[Int64Array] = []
         self.steps: list[StepArray] | None = [] if keep_steps else None
         self.stats = JobStats(plan_s=time.perf_counter() - started)
@@ -277,8 +279,8 @@ class Job:
         self._state[delivery.withdrawn] = _WAITING
         self._num_in_flight -= len(samples) + len(delivery.withdrawn)
         self.num_left -= len(samples)
-        if delivery.death is not None:
-            self._lose(delivery, delivery.death)
+        if delivery.death is not None or len(delivery.lost) or len(delivery.left_over):
+            self._lose(delivery)
             return
         stats = delivery.stats
         self.service += stats.num_optimal_prompt_tokens + stats.num_output_tokens
@@ -305,14 +307,16 @@ class Job:
             )
         )
 
-    def _lose(self, delivery: Delivery, death: str) -> None:
+    def _lose(self, delivery: Delivery) -> None:
         """Samples that no engine will answer in this job: whoever runs it decides what becomes of them."""
         gone = np.concatenate([delivery.lost, delivery.left_over])
         self._state[gone] = _DONE
         self._num_in_flight -= len(delivery.lost)
         self.num_left -= len(gone)
-        self._lost.append(delivery.lost)
-        self.deaths.append(death)
+        self.has_given_back = True
+        if delivery.death is not None:
+            self._lost.append(delivery.lost)
+            self.deaths.append(delivery.death)
         self._news.set()
 
     def keep_steps(self, steps: StepArray) -> None:

@@ -53,6 +53,8 @@ class RunOptions:
     group_order: GroupOrder = DEFAULT_GROUP_ORDER
     keep_steps: bool = False
     """Keep what each forward step was like."""
+    ends_engine: bool = True
+    """End the engine with the run; if not, it is the caller's again, as `Runner.runtime`."""
 
 
 class Runner:
@@ -130,7 +132,7 @@ class Runner:
             self._recorder.commit()  # what is there is good
             raise
         finally:
-            if self.runtime is not None:
+            if self.runtime is not None and self._options.ends_engine:
                 self.runtime.shutdown()
 
     def close(self) -> None:
@@ -213,6 +215,8 @@ class Runner:
             if job.deaths:
                 unfinished = self._answers.unfinished(work.rows)
                 self._blame(job.deaths, queue.split_after_death(work, unfinished, job.rows_lost()))
+            elif job.has_given_back:
+                queue.add(self._answers.unfinished(work.rows))
         except EngineDiedError as death:
             if self._stop.is_set:  # the same signal may have ended both, and nothing more would run
                 self._journal.event("engine_death", str(death))

@@ -31,9 +31,9 @@ class Delivery:
         completions: Answers of these samples.
         optimal_lens: Prompt tokens that an optimal schedule computes for each.
         withdrawn: Samples that have not run.
-        lost: Samples that were in flight in an engine that died.
+        lost: Samples that were in flight in an engine that is gone.
         left_over: Samples that only that engine could have had next.
-        death: Why it has died; None where none has.
+        death: Why it has died; None where none has, or one has ended as it was asked to.
         stats: What the message says that the part has cost.
     """
 
@@ -186,7 +186,7 @@ class RunningPlan:
                     stats=JobStats(),
                     lost=self._sample_at[places],
                     left_over=self._sample_at[others],
-                    death=engine.reason,
+                    death=None if engine.is_clean else engine.reason,
                 )
             )
         return deliveries

@@ -108,10 +108,12 @@ class LostEngine:
     Attributes:
         number: Its number.
         reason: Why.
+        is_clean: It was asked to end, so that none of its requests is to blame.
     """
 
     number: int
     reason: str
+    is_clean: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ Invariant: a plan is exact, validated and deterministic, and attains the optimum
 from batchllm.planner.explain import PlanSummary, PrefixSummary, explain, largest_prefixes
 from batchllm.planner.group_cut import GroupCut, exact_cut, greedy_cut
 from batchllm.planner.group_order import DEFAULT_GROUP_ORDER, GROUP_ORDERS, GroupOrder, order_groups
-from batchllm.planner.partition import Partition, expected_work, partition
+from batchllm.planner.partition import Partition, cut_in_ranges, expected_work, partition, request_work
 from batchllm.planner.plan import BatchPlan
 from batchllm.planner.planner import plan_batch
 
@@ -20,6 +20,7 @@ __all__ = [
     "Partition",
     "PlanSummary",
     "PrefixSummary",
+    "cut_in_ranges",
     "exact_cut",
     "expected_work",
     "explain",
@@ -28,4 +29,5 @@ __all__ = [
     "order_groups",
     "partition",
     "plan_batch",
+    "request_work",
 ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,9 +76,22 @@ def expected_work(plan: BatchPlan, decode_lens: npt.NDArray[np.integer]) -> npt.
     Returns:
         In prompt tokens, float64[num_requests].
     """
-    decode = decode_lens[plan.order].astype(np.float64)
-    kv_reads = decode * (plan.prompt_lens + decode / 2)
-    work: npt.NDArray[np.float64] = plan.computed_lens() + DECODE_WORK * decode + kv_reads / KV_PER_WORK
+    return request_work(plan.computed_lens(), plan.prompt_lens, decode_lens[plan.order])
+
+
+def request_work(
+    computed_lens: npt.NDArray[Any], prompt_lens: npt.NDArray[Any], decode_lens: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """As `expected_work`, of requests in any order.
+
+    Args:
+        computed_lens: Prompt tokens to compute for each, shape ``[num_requests]``.
+        prompt_lens: Prompt tokens of each.
+        decode_lens: Tokens that each is expected to generate.
+    """
+    decode = decode_lens.astype(np.float64)
+    kv_reads = decode * (prompt_lens + decode / 2)
+    work: npt.NDArray[np.float64] = computed_lens + DECODE_WORK * decode + kv_reads / KV_PER_WORK
     return work
 
 
@@ -119,6 +133,42 @@ def partition(plan: BatchPlan, work: npt.NDArray[np.float64], num_engines: int) 
     work_at = work[turn]
     work_at[bounds[:-1]] += (plan.prompt_lens - plan.computed_lens())[turn[bounds[:-1]]]
     return Partition(plan=units, bounds=bounds, work=work_at, num_cut_groups=num_cut_groups)
+
+
+def cut_in_ranges(
+    work: npt.NDArray[np.float64],
+    loss: npt.NDArray[np.float64],
+    num_engines: int,
+    *,
+    sizes: npt.NDArray[np.float64],
+    max_size: float,
+) -> Int64Array:
+    """Cut requests in prefix order, of which there is no plan, in ranges that several engines take one by one.
+
+    Groups stay whole as far as that leaves every engine its share; ranges shrink as the work runs out.
+
+    Args:
+        work: Work that each request is beside the one before it, above 0, float64[num_requests].
+        loss: Work that a cut before each request adds, float64[num_requests].
+        num_engines: Engines that are to end together, at least 1.
+        sizes: What each request takes of the largest size, float64[num_requests].
+        max_size: The most that a range may have, as long as it is more than one request.
+
+    Returns:
+        First request of each range, ascending, int64[num_ranges].
+    """
+    num_requests = len(work)
+    before, size_before = (np.concatenate([[0.0], values.cumsum()]) for values in (work, sizes))
+    smallest = before[-1] / (num_engines * _MIN_PIECES_PER_ENGINE)
+    firsts: list[int] = []
+    start = 0
+    while start < num_requests:
+        firsts.append(start)
+        limit = max((before[-1] - before[start]) / (num_engines * _PIECES_PER_SHARE), smallest)
+        cut = _cheapest_cut(before, loss, start, num_requests, limit)
+        full = int(np.searchsorted(size_before, size_before[start] + max_size, "right")) - 1
+        start = max(min(cut, full), start + 1)
+    return np.array(firsts, np.int64)
 
 
 def _begins_group(plan: BatchPlan) -> npt.NDArray[np.bool_]:

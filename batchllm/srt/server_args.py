@@ -103,6 +103,12 @@ _UNSUPPORTED = (
 )
 
 
+_INSTEAD = {
+    "dp_size": "one scheduler carries out a plan. For batches `batchllm run --replicas N` runs N engines that share "
+    "one plan, and for live requests N servers stand behind a router"
+}
+
+
 def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     """SGLang's arguments for a planned engine.
 
@@ -305,7 +311,8 @@ def _is_float32(model_path: str) -> bool:
 def _check_supported(server_args: dict[str, Any]) -> None:
     for name, fine, what in _UNSUPPORTED:
         if name in server_args and server_args[name] != fine:
-            raise ConfigError(f"{_flag(name)} {server_args[name]}: {what} is not supported with plans; drop the flag")
+            instead = _INSTEAD.get(name, "drop the flag")
+            raise ConfigError(f"{_flag(name)} {server_args[name]}: {what} is not supported with plans; {instead}")
     backend = server_args.get("radix_cache_backend", radix_cache.BACKEND_NAME)
     if backend != radix_cache.BACKEND_NAME:
         raise ConfigError(f"--radix-cache-backend {backend}: plans need {radix_cache.BACKEND_NAME}")

@@ -23,6 +23,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def run(*arguments: Argument, **settings: Any) -> Done:
         monkeypatch.setattr("batchllm.cli.begin_engine", lambda _: nullcontext())
+        monkeypatch.setattr("batchllm.cli.run._held_template", lambda _: nullcontext())
         monkeypatch.setattr("batchllm.cli.run._start_engine", engine_starter(Settings(**settings)))
         capfd.readouterr()
         status = main([str(argument) for argument in arguments])

@@ -211,6 +211,7 @@ def use_instant_engine(settings: Settings) -> None:
     from batchllm.cli import run
 
     cli.begin_engine = lambda _: nullcontext()
+    run._held_template = lambda _: nullcontext()
     run._start_engine = engine_starter(settings)
 
 

@@ -33,7 +33,8 @@ class Deeds:
         num_deaths: Engines that are killed so.
         poison: Last token of a prompt that kills each engine it is submitted to; -1 for none.
         delay_s: Seconds before each few answers.
-        fails: Engines that do not start: "all", "late" for all but the first, or "" for none.
+        fails: Engines that do not start: "all", "late" for all but the first, or "" for none; "never" for all, which
+            do not say so.
     """
 
     folder: str
@@ -77,6 +78,8 @@ def start(deeds: Deeds, model: str | None, **options: Any) -> NotedRuntime:
     """What stands in for ``batchllm.cli.replicas.start_engine``."""
     from batchllm.errors import EngineError
 
+    if deeds.fails == "never":
+        time.sleep(600)
     if deeds.fails == "all" or (deeds.fails == "late" and not _is_first(Path(deeds.folder))):
         raise EngineError("there is no such device")
     return NotedRuntime(deeds)

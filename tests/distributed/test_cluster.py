@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from batchllm.cli import main
 from batchllm.default_model import default_model_path
 from batchllm.distributed.actor import Software
-from batchllm.distributed.cluster import Cluster, num_cores
+from batchllm.distributed.cluster import Cluster, check_reachable, num_cores
 from batchllm.errors import ConfigError
 from tests.cli.jobs import rows_of, write_rows
 from tests.distributed.conftest import HeldCluster
@@ -52,12 +53,41 @@ def test_without_ray_the_extra_is_named(refused: Refused, monkeypatch: pytest.Mo
     assert "pip install 'sglang-batchllm[ray]'" in refused("--replicas", "2")
 
 
+def test_a_server_has_one_engine_and_says_what_to_use_instead(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--replicas", "2"]) == 2
+    assert "--replicas: a server has one engine. For batches `batchllm run --replicas N`" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_an_address_where_nobody_is_is_named_at_once(refused: Refused, scheme: str) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, and nobody listens
         address = f"{scheme}127.0.0.1:{unused.getsockname()[1]}"
         assert f"--ray-address {address}: nothing is reached there" in refused("--ray-address", address)
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_an_address_where_something_else_listens_is_named_at_once(refused: Refused, says: bytes) -> None:
+    """Something that never answers, and a web server: Ray itself would wait for them for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            there, _ = server.accept()
+            with there:
+                there.sendall(says)
+                there.recv(1 << 16)
+                there.recv(1)  # until the other side leaves
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert f"--ray-address {address}: what listens there is no Ray" in refused("--ray-address", address)
+        thread.join()
+
+
+def test_the_ray_of_a_job_is_known_as_one(cluster: HeldCluster) -> None:
+    address = cluster.ray.get_runtime_context().gcs_address
+    check_reachable(address)
 
 
 def test_another_version_on_a_node_is_named_with_the_node() -> None:

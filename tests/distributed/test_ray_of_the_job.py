@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cli.jobs import read_lines, recorded_rows, rows_of, write_rows
+from tests.cli.jobs import read_lines, recorded_rows, rows_of, status_of, write_rows
 from tests.distributed import ray_engines
 from tests.distributed.ray_engines import asked_for
 
@@ -127,3 +127,21 @@ def test_a_node_that_is_lost_takes_no_row_along(two_nodes: Any, source: Path, tm
     assert driver.returncode == 0, words
     assert [line["text"] for line in read_lines(tmp_path / "out.jsonl")] == [f"after {i}" for i in range(NUM_ROWS)]
     assert "is gone" in words
+
+
+def test_a_node_that_is_drained_ends_its_engine_in_good_order(two_nodes: Any, source: Path, tmp_path: Path) -> None:
+    """A spot warning: what the engine has begun is answered, the rest runs elsewhere, and no row is suspected."""
+    from ray._raylet import GcsClient
+
+    cluster, nodes = two_nodes
+    driver = _start(tmp_path, 0.2, "--replicas", "2", "--ray-address", cluster.address)
+    engines = tmp_path / "engines"
+    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)))
+    is_accepted, why = GcsClient(address=cluster.address).drain_node(nodes[1].node_id, 2, "spot", 0)
+    assert is_accepted, why
+    _, words = driver.communicate(timeout=_TIMEOUT_S)
+    assert driver.returncode == 0, words
+    assert [line["text"] for line in read_lines(tmp_path / "out.jsonl")] == [f"after {i}" for i in range(NUM_ROWS)]
+    assert "has ended in good order" in words and "is gone" not in words
+    kinds = [kind for _, kind, _ in status_of(tmp_path / "out.jsonl.job").events]
+    assert "engine_death" not in kinds

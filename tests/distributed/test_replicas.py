@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from batchllm.distributed.cluster import Resources, num_cores
+from batchllm.distributed.runtime import ReplicatedRuntime
+from batchllm.errors import EngineError
 from tests.cli.jobs import read_lines, recorded_rows, rows_of, status_of, write_rows
-from tests.distributed.conftest import Command
-from tests.distributed.ray_engines import asked_for, num_of
+from tests.distributed.conftest import Command, HeldCluster
+from tests.distributed.ray_engines import Deeds, asked_for, num_of, start
 
 NUM_ROWS = 400
 _ANSWERS = [f"after {i}" for i in range(NUM_ROWS)]
@@ -98,3 +102,42 @@ def test_engines_that_do_not_start_end_the_job_with_their_reason(
     done = command("run", "-i", source, "-o", tmp_path / "out.jsonl", "--replicas", 2, fails="all").check(2)
     assert "there is no such device" in done.stderr and "node " in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_replica_that_never_gets_its_resources_is_not_waited_for(
+    command: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each wants all cores: one begins, the other waits to the end, and the job does not."""
+    monkeypatch.setattr(HeldCluster, "resources", lambda *_: Resources(num_cpus=num_cores(), num_gpus=0))
+    out = tmp_path / "out.jsonl"
+    done = command("run", "-i", source, "-o", out, "--replicas", 2, "--min-replicas", 1).check(0)
+    assert _texts(out) == _ANSWERS
+    assert len(asked_for(tmp_path / "engines")) == 1
+    assert "the job begins with 1 of 2 replicas" in done.stderr
+
+
+def test_replicas_that_get_no_resources_or_do_not_come_up_are_told_apart(cluster: HeldCluster, tmp_path: Path) -> None:
+    for num_cpus, fails, words in ((64, "", "1 wait for 64 CPU cores each, which"), (0, "never", "is still starting")):
+        with pytest.raises(EngineError, match=f"0 of 1 replicas came up within 3 s; .*{words}"):
+            ReplicatedRuntime(
+                partial(start, Deeds(folder=str(tmp_path), fails=fails), None),
+                cluster=cluster,
+                resources=Resources(num_cpus=num_cpus, num_gpus=0),
+                num_engines=1,
+                start_timeout_s=3.0,
+            )
+
+
+def test_retry_runs_on_replicas_what_failed_and_starts_no_other_engine(
+    command: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's folder says that it ran on replicas: nothing imports SGLang here meanwhile."""
+    rows = rows_of(20)
+    rows[3]["input_ids"] = [7, 999]
+    write_rows(source, rows)
+    out = tmp_path / "out.jsonl"
+    command("run", "-i", source, "-o", out, "--replicas", 2).check(1)
+    monkeypatch.setattr("batchllm.host.template.Template", None)
+    command("retry", f"{out}.job").check(1)
+    asked = sum(asked_for(tmp_path / "engines"), Counter())
+    assert asked["999"] == 2 and asked["1"] == 1

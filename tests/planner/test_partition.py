@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.errors import WorkloadError
-from batchllm.planner import GROUP_ORDERS, BatchPlan, GroupOrder, Partition, expected_work, partition, plan_batch
+from batchllm.planner import (
+    GROUP_ORDERS,
+    BatchPlan,
+    GroupOrder,
+    Partition,
+    cut_in_ranges,
+    expected_work,
+    partition,
+    plan_batch,
+)
 from batchllm.tokens import TokenTable, lcp, page_floor
 from tests.sizes import sized
 
@@ -195,3 +204,34 @@ def test_what_is_wrong_is_named(work: list[float], num_engines: int, words: str)
     plan = plan_batch(TokenTable.from_lists([[1], [2]]))
     with pytest.raises(WorkloadError, match=words):
         partition(plan, np.array(work), num_engines)
+
+
+def _ranges(loss: list[float], num_engines: int, max_size: float = 1e9) -> list[int]:
+    """First request of each range of requests that are a unit of work each."""
+    ones = np.ones(len(loss))
+    return cut_in_ranges(ones, np.array(loss), num_engines, sizes=ones, max_size=max_size).tolist()
+
+
+def test_ranges_shrink_as_the_work_runs_out() -> None:
+    sizes = np.diff(_ranges([0.0] * 1000, 4))
+    assert sizes[0] == 125 and (np.diff(sizes) <= 0).all() and sizes[-1] <= 4
+
+
+def test_ranges_end_where_a_cut_costs_least() -> None:
+    """Groups of forty, between which nothing is lost: none is parted as long as ranges are longer."""
+    loss = [0.0 if i % 40 == 0 else 30.0 for i in range(4000)]
+    assert all(first % 40 == 0 for first in _ranges(loss, 2))
+
+
+def test_a_group_that_is_too_much_for_an_engine_is_cut_in_pieces_worth_their_cost() -> None:
+    firsts = _ranges([0.0] + [3.0] * 999, 2)
+    assert len(firsts) > 4 and min(np.diff(firsts)) >= 48
+
+
+def test_no_range_is_larger_than_it_may_be_unless_it_is_one_request() -> None:
+    sizes = np.array([5.0, 5.0, 50.0, 5.0, 5.0, 5.0])
+    assert cut_in_ranges(np.ones(6), np.zeros(6), 1, sizes=sizes, max_size=10.0).tolist() == [0, 2, 3, 4, 5]
+
+
+def test_there_are_no_ranges_of_nothing() -> None:
+    assert _ranges([], 3) == []
