@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers import sampler
 
@@ -34,6 +33,3 @@ def install(server_args: Any) -> None:
     os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["0"] * server_args.tp_size))
     if server_args.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if "OMP_NUM_THREADS" not in os.environ:
-        num_local = server_args.tp_size // server_args.nnodes
-        torch.set_num_threads(max(1, torch.get_num_threads() // num_local))
