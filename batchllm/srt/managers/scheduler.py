@@ -91,7 +91,6 @@ class BatchScheduler(Scheduler):
 
     def __init__(self, server_args: Any, port_args: Any, gpu_id: int, *args: Any, **kwargs: Any) -> None:
         if server_args.device == "cpu":
-            keep_freed_memory()
             set_num_threads(server_args, gpu_id)
             choose_products()
         super().__init__(server_args, port_args, gpu_id, *args, **kwargs)
@@ -110,6 +109,8 @@ class BatchScheduler(Scheduler):
         )
         self.tree_cache.readers = self.shared_prefixes
         mark_layers(self.tp_worker.model_runner.model)
+        if self.server_args.device == "cpu":
+            keep_freed_memory()
         self.attention = self.tp_worker.model_runner.attn_backend
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
