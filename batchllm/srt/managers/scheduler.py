@@ -55,7 +55,7 @@ from batchllm.srt.managers.step_measurement import start_coserving
 from batchllm.srt.managers.step_recorder import StepRecorder
 from batchllm.srt.mem_cache.radix_cache import PlannedRadixCache
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
-from batchllm.srt.platforms.cpu_memory import keep_freed_memory
+from batchllm.srt.platforms.cpu_memory import give_back_zeros, keep_freed_memory
 from batchllm.srt.platforms.cpu_threads import set_num_threads
 from batchllm.srt.server_args import kv_limit_tokens
 
@@ -111,6 +111,7 @@ class BatchScheduler(Scheduler):
         mark_layers(self.tp_worker.model_runner.model)
         if self.server_args.device == "cpu":
             keep_freed_memory()
+            give_back_zeros(self.req_to_token_pool.req_to_token)
         self.attention = self.tp_worker.model_runner.attn_backend
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)

@@ -1,8 +1,11 @@
-"""What the C library does with freed memory. Runs in the scheduler's process."""
+"""What memory a process has: of tensors, and what it has freed. Runs in the scheduler's process."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+
+import torch
 
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -23,3 +26,18 @@ def keep_freed_memory() -> None:
         library.malloc_trim(ctypes.c_size_t(0))
         library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_zeros(tensor: torch.Tensor) -> None:
+    """Give the memory of a tensor of zeros back to the system, which gives zeros again where it is read or written.
+
+    SGLang's table of slots is made for the most requests that could run. A tensor that has other numbers, is not on the
+    CPU or not contiguous stays as it is.
+    """
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or bool(tensor.any()):
+        return
+    if madvise is not None and size > 0:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
