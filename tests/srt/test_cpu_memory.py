@@ -1,4 +1,4 @@
-"""Claims about what becomes of freed memory."""
+"""Claims about memory that a process on a CPU has."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
+import torch
 
+from batchllm.srt.platforms.cpu_memory import give_back_zeros
+
+_NUM_BYTES = 64 << 20
 _REPEATS_A_STEP = """
 import resource, sys
 import numpy as np
@@ -29,3 +34,21 @@ def test_a_step_takes_the_memory_of_the_one_before(variables: dict[str, str], is
         [sys.executable, "-c", _REPEATS_A_STEP], env=os.environ | variables, capture_output=True, text=True, check=True
     )
     assert (int(done.stdout) < 100) == is_kept, done.stdout
+
+
+def test_a_tensor_of_zeros_gives_its_memory_back_and_stays_one() -> None:
+    zeros = torch.zeros(1 << 14, _NUM_BYTES >> 16, dtype=torch.int32)
+    before = psutil.Process().memory_info().rss
+    give_back_zeros(zeros)
+    assert psutil.Process().memory_info().rss < before - _NUM_BYTES // 2
+    assert not zeros.any()
+    zeros[5, 7] = 3
+    assert zeros.sum() == 3
+
+
+def test_a_tensor_that_has_numbers_keeps_them() -> None:
+    tensor = torch.zeros(1 << 20, dtype=torch.int32)
+    tensor[1 << 19] = 1
+    for view in (tensor, tensor[::2], tensor[1:]):
+        give_back_zeros(view)
+    assert tensor.sum() == 1 and tensor[1 << 19] == 1

@@ -55,7 +55,7 @@ from batchllm.srt.managers.step_measurement import start_coserving
 from batchllm.srt.managers.step_recorder import StepRecorder
 from batchllm.srt.mem_cache.radix_cache import PlannedRadixCache
 from batchllm.srt.mem_cache.shared_prefixes import SharedPrefixes
-from batchllm.srt.platforms.cpu_memory import keep_freed_memory
+from batchllm.srt.platforms.cpu_memory import give_back_zeros, keep_freed_memory
 from batchllm.srt.platforms.cpu_threads import set_num_threads
 from batchllm.srt.server_args import kv_limit_tokens
 
@@ -91,7 +91,6 @@ class BatchScheduler(Scheduler):
 
     def __init__(self, server_args: Any, port_args: Any, gpu_id: int, *args: Any, **kwargs: Any) -> None:
         if server_args.device == "cpu":
-            keep_freed_memory()
             set_num_threads(server_args, gpu_id)
             choose_products()
         super().__init__(server_args, port_args, gpu_id, *args, **kwargs)
@@ -110,6 +109,9 @@ class BatchScheduler(Scheduler):
         )
         self.tree_cache.readers = self.shared_prefixes
         mark_layers(self.tp_worker.model_runner.model)
+        if self.server_args.device == "cpu":
+            keep_freed_memory()
+            give_back_zeros(self.req_to_token_pool.req_to_token)
         self.attention = self.tp_worker.model_runner.attn_backend
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
