@@ -68,7 +68,8 @@ def plan(
     firsts, num_cut_tokens, starts = _ranges(keys, _num_gpus() if num_engines is None else num_engines)
     borders = _borders(keys, firsts, starts)
     numbered = dataset.map_batches(_with_unit, fn_args=(reader, borders), **_BY_TABLE)
-    together = numbered.sort(_UNIT, boundaries=list(range(1, len(firsts))) or None)
+    others = list(range(1, len(firsts)))
+    together = numbered.sort(_UNIT, boundaries=others) if others else numbered.repartition(1)
     return together.map_batches(_packed, fn_args=(num_cut_tokens,), **_BY_TABLE)
 
 

@@ -115,6 +115,7 @@ class _CountedStage(BatchStage):
 
 
 @pytest.mark.engine
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of Ray's own code
 def test_a_dataset_is_answered_by_two_engines_as_by_one(cluster: HeldCluster, one: _Run, tmp_path: Path) -> None:
     """Greedy rows token for token, a bad row alone with its code, carried columns; of prompts no more than the optimum
     of each unit.
