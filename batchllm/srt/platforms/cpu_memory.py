@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-<<<<<<< HEAD
-import os
-=======
 import mmap
+import os
 
 import torch
->>>>>>> aa4574cce79b42ce720dcd0e7a5d40baa93f0837
 
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
