@@ -43,7 +43,7 @@ class _Clocked(Replica):
 
     began_s: dict[int, float] = {}  # noqa: RUF012 - of all of them
     ended_s: dict[tuple[int, int], float] = {}  # noqa: RUF012
-    num_answered: Counter[tuple[int, int]] = Counter()
+    num_answered: Counter[tuple[int, int]] = Counter()  # noqa: RUF012
 
     def send(self, message: Any) -> None:
         if isinstance(message, Submit):
