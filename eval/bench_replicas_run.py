@@ -13,7 +13,7 @@ import json
 import random
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,23 @@ class _SharedCluster(Cluster):
 
 
 class _Clocked(Replica):
-    """Notes when each engine was first asked for something, and when it last answered."""
+    """Notes when engines were first asked for something of each job, and when each last answered."""
 
-    began_s = float("inf")
-    ended_s: dict[int, float] = {}  # noqa: RUF012 - of all of them
-    num_answered: dict[int, int] = defaultdict(int)  # noqa: RUF012
+    began_s: dict[int, float] = {}  # noqa: RUF012 - of all of them
+    ended_s: dict[tuple[int, int], float] = {}  # noqa: RUF012
+    num_answered: Counter[tuple[int, int]] = Counter()  # noqa: RUF012
 
     def send(self, message: Any) -> None:
         if isinstance(message, Submit):
-            _Clocked.began_s = min(_Clocked.began_s, time.monotonic())
+            self.began_s.setdefault(message.job_id, time.monotonic())
         super().send(message)
 
     async def receive(self) -> list[Any]:
         outputs = await super().receive()
         for output in outputs:
             if not isinstance(output, EngineDiedError) and output[1].positions:
-                self.ended_s[self.number] = time.monotonic()
-                self.num_answered[self.number] += len(output[1].positions)
+                self.ended_s[output[0], self.number] = time.monotonic()
+                self.num_answered[output[0], self.number] += len(output[1].positions)
         return outputs
 
 
@@ -86,13 +86,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _write_rows(path: Path, args: argparse.Namespace) -> None:
-    """Groups whose sizes are Zipf, the largest a tenth of the rows; outputs log-normal."""
+    """Groups whose sizes are Zipf, the largest a third of the rows; outputs log-normal."""
     rng = random.Random(0)
     rows: list[dict[str, Any]] = []
     group = 0
     while len(rows) < args.rows:
         prefix = [rng.randrange(10, 1999) for _ in range(_PREFIX_LEN)]
-        size = max(1, round(args.rows / 10 / (group + 1)))
+        size = max(1, round(args.rows / 3 / (group + 1)))
         for _ in range(min(size, args.rows - len(rows))):
             sampling = {
                 "temperature": 0 if len(rows) % 2 else 0.8,
@@ -108,9 +108,8 @@ def _write_rows(path: Path, args: argparse.Namespace) -> None:
 
 def _run(folder: Path, number: int, num_replicas: int, args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     out, report = folder / f"out{number}.jsonl", folder / f"report{number}.json"
-    _Clocked.began_s = float("inf")
-    _Clocked.ended_s.clear()
-    _Clocked.num_answered.clear()
+    for noted in (_Clocked.began_s, _Clocked.ended_s, _Clocked.num_answered):
+        noted.clear()
     command = ["run", "-i", str(folder / "in.jsonl"), "-o", str(out), "--report", str(report)]
     command += ["-m", cached_model_path(WIDTH_64), "--max-total-tokens", str(args.pool), "--random-seed", "7"]
     if num_replicas > 1:
@@ -124,10 +123,12 @@ def _run(folder: Path, number: int, num_replicas: int, args: argparse.Namespace)
     result = {"replicas": num_replicas, "rows": args.rows} | {
         name: numbers[f"num_{name}_tokens"] for name in ("computed_prompt", "optimal_prompt", "cut")
     }
-    result |= {"run_s": numbers["run_s"], "alone": None, "rows_of_engines": sorted(_Clocked.num_answered.values())}
+    result |= {"run_s": numbers["run_s"], "alone": None, "rows_of_engines": []}
     if num_replicas > 1:
-        ends = sorted(_Clocked.ended_s.values())
-        result["alone"] = (ends[-1] - ends[-2]) / (ends[-1] - _Clocked.began_s)
+        job_id = max(_Clocked.began_s)  # those before it have warmed the engines up
+        ends = sorted(end for (job, _), end in _Clocked.ended_s.items() if job == job_id)
+        result["alone"] = (ends[-1] - ends[-2]) / (ends[-1] - _Clocked.began_s[job_id])
+        result["rows_of_engines"] = sorted(n for (job, _), n in _Clocked.num_answered.items() if job == job_id)
     answers = [(line["id"], line["output_ids"]) for line in map(orjson.loads, out.read_bytes().splitlines())]
     return answers, result
 
@@ -135,7 +136,7 @@ def _run(folder: Path, number: int, num_replicas: int, args: argparse.Namespace)
 def _text(results: list[compare.Result], args: argparse.Namespace) -> str:
     text = (
         f"{args.rows} rows of a one-layer model, prefixes of {_PREFIX_LEN} tokens over groups whose sizes are Zipf, "
-        f"the largest a tenth of the rows, {_PRIVATE_LEN} tokens of each row, outputs log-normal, half of the rows "
+        f"the largest a third of the rows, {_PRIVATE_LEN} tokens of each row, outputs log-normal, half of the rows "
         f"drawn; a KV pool of {args.pool} tokens an engine. Engines share the cores. Cuts: what the plan says that its "
         "cuts cost. Alone: part of the time from the first request to the last answer in which only one engine had "
         "not ended. Different: rows whose tokens are not those of one engine."

@@ -29,7 +29,16 @@ class _Engine(InstantRuntime):
 
     def __init__(self, *_: Any, **__: Any) -> None:
         type(self).num_started += 1
+        self._is_up = True
         super().__init__(Settings(batch=2))
+
+    def open_job(self) -> int:
+        if not self._is_up:
+            raise EngineDiedError("it has been shut down")
+        return super().open_job()
+
+    def shutdown(self) -> None:
+        self._is_up = False
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
         super().submit(job_id, requests)
