@@ -31,6 +31,7 @@ _GROUPS = {
     "tests/test_launch_server.py": "server",
     "tests/test_adapter_server.py": "leftovers",
     "tests/test_scoring_server.py": "leftovers",
+    "tests/test_two_ranks.py": "leftovers",
     "tests/eval/test_gpu_bench.py": "leftovers",
     "tests/lang": "programs",
     "tests/distributed": "replicas",

@@ -130,7 +130,7 @@ def test_live_and_control_requests_run_beside_a_batch(ranks: BatchEngine) -> Non
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("rank", [0, pytest.param(1)])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_an_engine_that_loses_a_rank_ends(rank: int, engines: None) -> None:
     """In mid-batch, whichever rank it is: the batch raises, and no process or shared memory stays behind."""
     shared_memory = ownerless()

@@ -57,9 +57,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return MHATokenToKVPool
 
     def get_mla_kv_pool_cls(self) -> type:
-        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+        from batchllm.srt.mem_cache.latent_pool import LatentKVPool
 
-        return MLATokenToKVPool
+        return LatentKVPool
 
     def get_paged_allocator_cls(self) -> type:
         from batchllm.srt.mem_cache.allocator import CpuTokenAllocator
