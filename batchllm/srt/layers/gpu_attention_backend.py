@@ -349,8 +349,7 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
     def _why_unsupported(self, layer: Any, q: torch.Tensor) -> str | None:
         """Why a layer is not one for the kernels; None if it is."""
         key_buffer = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        reason = why_unsupported(layer, q, key_buffer)
-        if reason is not None:
+        if (reason := why_unsupported(layer, q, key_buffer)) is not None:
             return reason
         if layer.qk_head_dim != layer.v_head_dim:
             return f"keys of {layer.qk_head_dim} and values of {layer.v_head_dim} elements"
