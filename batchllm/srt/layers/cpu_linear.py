@@ -1,5 +1,5 @@
 """Linear layers on a CPU: compiled kernels, which keep weights packed and once, or torch's own products where those are
-faster. Runs in the scheduler's process.
+much faster. Runs in the scheduler's process.
 
 (Upstream: ``srt/layers/quantization/unquant.py``, ``logits_processor.py``, ``models/llama.py``.)
 
@@ -32,7 +32,7 @@ _stock_linear = UnquantizedLinearMethod.apply
 _stock_lm_head = LogitsProcessor._compute_lm_head
 
 _KERNELS: dict[torch.dtype, CpuKernels] = {}
-"""For the types of which they are faster than torch."""
+"""For the types of which torch is not much faster."""
 _OWNERS = "_batchllm_owners"
 """Attribute of layers whose weight nobody else computes with: the modules that have it."""
 _IS_GATED = "_batchllm_is_gated"
@@ -40,6 +40,9 @@ _IS_GATED = "_batchllm_is_gated"
 _GATED_MLPS = ("LlamaMLP", "Qwen2MLP")
 """Of SGLang's modules, those that were read: the activation takes what ``gate_up_proj`` gives, and nobody else does."""
 _PACKED = "_batchllm_packed"
+_MIN_GAIN = 1.25
+"""How many times as fast torch must be to be taken. Ours keep weights once, and a row's product the same whatever is
+beside it; and a choice that changed from start to start would change answers."""
 _TRIAL_SHAPE = (64, 512, 1024)
 _NUM_TRIALS = 8
 
@@ -51,7 +54,7 @@ def install() -> None:
 
 
 def choose_products() -> None:
-    """Find out which products are faster on this machine, and say so.
+    """Find out whether torch's products are much faster on this machine, and say so.
 
     The processor's features do not tell: one that has instructions for bfloat16 may have them at a quarter of the rate
     of those for float32, and another matrix units.
@@ -62,9 +65,10 @@ def choose_products() -> None:
     for dtype in _DTYPES:
         ours, torchs = _rates(kernels, dtype)
         name = str(dtype).removeprefix("torch.")
-        chosen = "compiled kernels" if ours > torchs else "torch"
+        is_ours = torchs < _MIN_GAIN * ours
+        chosen = "compiled kernels" if is_ours else "torch"
         logger.info("linear layers of %s: %s (compiled %.0f GFLOP/s, torch %.0f)", name, chosen, ours, torchs)
-        if ours > torchs:
+        if is_ours:
             _KERNELS[dtype] = kernels
 
 
