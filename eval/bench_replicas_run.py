@@ -41,9 +41,9 @@ class _SharedCluster(Cluster):
 class _Clocked(Replica):
     """Notes when engines were first asked for something of each job, and when each last answered."""
 
-    began_s: dict[int, float] = {}  # noqa: RUF012 - of all of them
-    ended_s: dict[tuple[int, int], float] = {}  # noqa: RUF012
-    num_answered: Counter[tuple[int, int]] = Counter()  # noqa: RUF012
+    began_s: dict[int, float] = {}  # noqa: RUF012 - one for all replicas
+    ended_s: dict[tuple[int, int], float] = {}  # noqa: RUF012 - the same
+    num_answered: Counter[tuple[int, int]] = Counter()  # noqa: RUF012 - the same
 
     def send(self, message: Any) -> None:
         if isinstance(message, Submit):
@@ -61,7 +61,7 @@ class _Clocked(Replica):
 
 def main() -> None:
     args = _arguments()
-    runtime.Replica = _Clocked  # type: ignore[misc]
+    runtime.Replica = _Clocked  # type: ignore[misc]  # a class is put in a class's place, to be timed
     results: list[compare.Result] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -116,7 +116,7 @@ def _run(folder: Path, number: int, num_replicas: int, args: argparse.Namespace)
         command += ["--replicas", str(num_replicas)]
     import batchllm.cli.replicas as replicas
 
-    replicas.Cluster = _SharedCluster  # type: ignore[misc]
+    replicas.Cluster = _SharedCluster  # type: ignore[misc]  # likewise, to share the cores
     if (status := batchllm(command)) != 0:
         raise RuntimeError(f"{command}: {status}")
     numbers = json.loads(report.read_text())

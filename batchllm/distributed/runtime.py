@@ -229,7 +229,8 @@ class ReplicatedRuntime:
             await asyncio.sleep(_WATCH_EVERY_S)
             try:
                 nodes = await asyncio.to_thread(self._cluster.draining_nodes)
-            except Exception:  # then such a node is lost like any other
+            except Exception as error:  # Ray's interface for this is not public: it may raise anything
+                self._tell(f"nodes that are drained are not noticed, and end as lost ones do: {error}")
                 return
             for replica in self._live():
                 if replica.started is not None and replica.started.node_id in nodes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +71,7 @@ class NotedRuntime(InstantRuntime):
     def _die(self, why: str) -> None:
         (Path(self._deeds.folder) / f"{why}-{os.getpid()}").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        threading.Event().wait()  # for the signal
 
 
 def start(deeds: Deeds, model: str | None, **options: Any) -> NotedRuntime:
@@ -79,7 +79,7 @@ def start(deeds: Deeds, model: str | None, **options: Any) -> NotedRuntime:
     from batchllm.errors import EngineError
 
     if deeds.fails == "never":
-        time.sleep(600)
+        threading.Event().wait()  # for nothing
     if deeds.fails == "all" or (deeds.fails == "late" and not _is_first(Path(deeds.folder))):
         raise EngineError("there is no such device")
     return NotedRuntime(deeds)

@@ -172,7 +172,7 @@ class _KilledStage(BatchStage):
         self._deeds = deeds
         super().__init__(columns=ColumnMap(carry=("more",)), sampling=_SAMPLING)
 
-    def start_engine(self, model_path: str, **_: Any) -> NotedRuntime:  # type: ignore[override]
+    def start_engine(self, model_path: str, **_: Any) -> NotedRuntime:  # type: ignore[override]  # of the instance: its deeds
         return NotedRuntime(self._deeds)
 
 

@@ -15,6 +15,8 @@ _CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
 LEVELS = _ALL[_ALL.index(_CAPABILITY) if _CAPABILITY in _ALL else -1 :]
 """Best first."""
 
+DTYPES = [torch.float32, torch.bfloat16]
+
 
 def kernels_of(level: str) -> CpuKernels:
     """The kernels; a test that needs them fails where they were not built, with the reason."""
@@ -32,3 +34,8 @@ def num_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """The same numbers each time, of a normal distribution."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

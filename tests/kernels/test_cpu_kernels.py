@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from batchllm.kernels.cpu import CpuKernels
-from tests.kernels.levels import LEVELS, kernels_of, num_threads
-
-DTYPES = [torch.float32, torch.bfloat16]
+from tests.kernels.levels import DTYPES, random_tensor
 
 # Sizes below, at, and between multiples of all widths of vectors. The last is given to several threads.
 SHAPES = [(3, 1), (3, 15), (3, 16), (3, 33), (700, 201)]
-
-
-@pytest.fixture(params=LEVELS)
-def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    return kernels_of(request.param)
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    with num_threads(request.param):
-        yield
-
-
-def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def _check_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -44,7 +25,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Te
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_rows", "size"), SHAPES)
 def test_rms_norm(kernels: CpuKernels, num_rows: int, size: int, dtype: torch.dtype) -> None:
-    x, weight = _random(num_rows, size, dtype=dtype), _random(size, dtype=dtype, seed=1)
+    x, weight = random_tensor(num_rows, size, dtype=dtype), random_tensor(size, dtype=dtype, seed=1)
     before = x.clone()
     _check_close(kernels.rms_norm(x, weight, 1e-6), _rms_norm(x.double(), weight, 1e-6))
     assert torch.equal(x, before)
@@ -54,8 +35,8 @@ def test_rms_norm(kernels: CpuKernels, num_rows: int, size: int, dtype: torch.dt
 @pytest.mark.parametrize(("num_rows", "size"), SHAPES)
 def test_rms_norm_adds_to_the_residual_first(kernels: CpuKernels, num_rows: int, size: int, dtype: torch.dtype) -> None:
     """In place, rounded once; the norm is that of the sum before it is rounded."""
-    x, residual = _random(num_rows, size, dtype=dtype), _random(num_rows, size, dtype=dtype, seed=1)
-    weight = _random(size, dtype=dtype, seed=2)
+    x, residual = random_tensor(num_rows, size, dtype=dtype), random_tensor(num_rows, size, dtype=dtype, seed=1)
+    weight = random_tensor(size, dtype=dtype, seed=2)
     total = x.float() + residual.float()
     out = kernels.rms_norm(x, weight, 1e-5, residual)
     assert torch.equal(residual, total.to(dtype))
@@ -65,14 +46,14 @@ def test_rms_norm_adds_to_the_residual_first(kernels: CpuKernels, num_rows: int,
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_of_tiny_and_of_huge_rows(kernels: CpuKernels, dtype: torch.dtype) -> None:
     for factor in (0.0, 1e-12, 1e15):
-        x, weight = _random(2, 40, dtype=dtype) * factor, _random(40, dtype=dtype, seed=1)
+        x, weight = random_tensor(2, 40, dtype=dtype) * factor, random_tensor(40, dtype=dtype, seed=1)
         _check_close(kernels.rms_norm(x, weight, 1e-6), _rms_norm(x.double(), weight, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_rows", "size"), SHAPES)
 def test_silu_and_mul(kernels: CpuKernels, num_rows: int, size: int, dtype: torch.dtype) -> None:
-    x = _random(num_rows, 2 * size, dtype=dtype) * 4
+    x = random_tensor(num_rows, 2 * size, dtype=dtype) * 4
     gate, up = x.double().chunk(2, dim=-1)
     _check_close(kernels.silu_and_mul(x), gate * gate.sigmoid() * up)
 
@@ -89,7 +70,7 @@ def test_silu_has_no_nan_where_the_exponential_overflows(kernels: CpuKernels, dt
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 4, 14)])
 def test_silu_and_mul_of_any_leading_dimensions(kernels: CpuKernels, shape: tuple[int, ...]) -> None:
-    x = _random(*shape, dtype=torch.float32)
+    x = random_tensor(*shape, dtype=torch.float32)
     out = kernels.silu_and_mul(x)
     assert out.shape == (*shape[:-1], shape[-1] // 2)
     _check_close(out, torch.nn.functional.silu(x.double()[..., : shape[-1] // 2]) * x.double()[..., shape[-1] // 2 :])
@@ -112,7 +93,7 @@ def test_rotary_embedding_turns_queries_and_keys_within_a_wider_tensor(
     kernels: CpuKernels, num_tokens: int, head_dim: int, rotary_dim: int, is_neox: bool, dtype: torch.dtype
 ) -> None:
     """Values beside them, and the elements of a head behind ``rotary_dim``, stay as they are."""
-    qkv = _random(num_tokens, 8 * head_dim, dtype=dtype)
+    qkv = random_tensor(num_tokens, 8 * head_dim, dtype=dtype)
     before = qkv.clone()
     angles = torch.arange(500.0)[:, None] / 10000 ** (torch.arange(rotary_dim // 2) / (rotary_dim // 2))
     cache = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
@@ -139,7 +120,7 @@ def test_rotary_embedding_turns_queries_and_keys_within_a_wider_tensor(
 @pytest.mark.parametrize("num_tokens", [0, 1, 50, 8000])
 def test_store_rows_writes_the_slots_and_no_other(kernels: CpuKernels, num_tokens: int, dtype: torch.dtype) -> None:
     """From a view into a wider tensor, into a cache of its own and into one that is interleaved with another."""
-    rows = _random(num_tokens, 8 * 17, dtype=dtype)[:, 17 : 3 * 17].view(num_tokens, 2, 17)
+    rows = random_tensor(num_tokens, 8 * 17, dtype=dtype)[:, 17 : 3 * 17].view(num_tokens, 2, 17)
     num_slots = 2 * num_tokens + 1
     slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(1))[:num_tokens]
     for cache in (torch.zeros(num_slots, 2, 17, dtype=dtype), torch.zeros(num_slots, 2, 2, 17, dtype=dtype)[:, 1]):

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from batchllm.kernels.cpu import CpuKernels
-from tests.kernels.levels import LEVELS, kernels_of, num_threads
+from tests.kernels.levels import DTYPES, random_tensor
 
-DTYPES = [torch.float32, torch.bfloat16]
 # Rows, inputs, outputs. Below, at and between multiples of what the kernel works by: vectors, tiles of rows, panels,
 # inputs in the cache, blocks of rows.
 SHAPES = [(1, 1, 2), (5, 33, 70), (7, 64, 64), (13, 1027, 24), (250, 96, 130), (301, 520, 320)]
-
-
-@pytest.fixture(params=LEVELS)
-def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    return kernels_of(request.param)
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    with num_threads(request.param):
-        yield
-
-
-def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def _check_close(actual: torch.Tensor, expected: torch.Tensor, scale: float) -> None:
@@ -42,8 +24,8 @@ def _check_close(actual: torch.Tensor, expected: torch.Tensor, scale: float) -> 
 @pytest.mark.parametrize(("num_rows", "num_inputs", "num_outputs"), SHAPES)
 def test_linear(kernels: CpuKernels, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> None:
     """With a weight packed or as it is, the same to the bit."""
-    x, bias = _random(num_rows, num_inputs, dtype=dtype), _random(num_outputs, dtype=dtype, seed=2)
-    weight = _random(num_outputs, num_inputs, dtype=dtype, seed=1)
+    x, bias = random_tensor(num_rows, num_inputs, dtype=dtype), random_tensor(num_outputs, dtype=dtype, seed=2)
+    weight = random_tensor(num_outputs, num_inputs, dtype=dtype, seed=1)
     for b in (bias, None):
         out = kernels.linear(x, kernels.pack(weight), b)
         expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
@@ -57,7 +39,10 @@ def test_a_gated_weight(
     kernels: CpuKernels, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype
 ) -> None:
     """SwiGLU of the outputs, which are not rounded before."""
-    x, weight = _random(num_rows, num_inputs, dtype=dtype), _random(num_outputs, num_inputs, dtype=dtype, seed=1)
+    x, weight = (
+        random_tensor(num_rows, num_inputs, dtype=dtype),
+        random_tensor(num_outputs, num_inputs, dtype=dtype, seed=1),
+    )
     weight *= num_inputs**-0.5
     out = kernels.linear(x, kernels.pack(weight, is_gated=True))
     gate, up = F.linear(x.double(), weight.double()).chunk(2, dim=-1)
@@ -69,7 +54,7 @@ def test_a_gated_weight(
 def test_a_packed_weight_can_be_unpacked(
     kernels: CpuKernels, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype
 ) -> None:
-    weight = _random(num_outputs, num_inputs + num_rows, dtype=dtype)[:, :num_inputs]
+    weight = random_tensor(num_outputs, num_inputs + num_rows, dtype=dtype)[:, :num_inputs]
     for is_gated in (False, True):
         unpacked = torch.zeros_like(weight)
         kernels.unpack(kernels.pack(weight, is_gated), unpacked)
@@ -79,7 +64,7 @@ def test_a_packed_weight_can_be_unpacked(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_those_beside_it(kernels: CpuKernels, dtype: torch.dtype) -> None:
     """To the bit: else what a request is answered would depend on what else runs."""
-    x, weight = _random(600, 1100, dtype=dtype), _random(200, 1100, dtype=dtype, seed=1)
+    x, weight = random_tensor(600, 1100, dtype=dtype), random_tensor(200, 1100, dtype=dtype, seed=1)
     packed = kernels.pack(weight)
     expected = kernels.linear(x, packed)
     for num_rows in (*range(1, 20), 100, 241, 512):
