@@ -33,7 +33,7 @@ from batchllm.cli.outcome import (
 from batchllm.cli.replicas import check_replicas, start_replicas
 from batchllm.cli.run_command import RunCommand
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
-from batchllm.dataset.writers import JOB_SUFFIX, is_same_output
+from batchllm.dataset.writers import is_same_output
 from batchllm.default_model import default_model_path
 from batchllm.errors import BatchLLMError, ConfigError, JournalError, WorkloadError
 from batchllm.host import template
@@ -189,7 +189,7 @@ def _job_folder(command: RunCommand) -> Iterator[_JobFolder]:
         yield _JobFolder(Path(command.job_dir))
         return
     if command.output != "-" and "://" not in command.output:
-        yield _JobFolder(Path(f"{command.output}{JOB_SUFFIX}"))
+        yield _JobFolder(Path(f"{command.output}.job"))
         return
     try:
         folder = _JobFolder(Path(tempfile.mkdtemp(prefix="batchllm-job-")), is_temporary=True)

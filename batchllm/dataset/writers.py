@@ -15,6 +15,7 @@ its file system can do that.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import sys
@@ -30,8 +31,6 @@ from batchllm.trace.whole_file import temporary_beside
 BUFFER_BYTES = 1 << 18
 """Lines are handed on in pieces of about this size."""
 
-JOB_SUFFIX = ".job"
-"""What the folder of a job is called behind the name of its output."""
 _PathLike = str | os.PathLike[str]
 
 
@@ -47,6 +46,8 @@ def check_writable(path: _PathLike, flag: str, *, input_path: _PathLike | None =
         ConfigError: It cannot be written, or it is the input.
     """
     target = Path(os.path.realpath(path))
+    if _is_too_long(target):
+        raise ConfigError(f"{flag} {path}: the name is too long for its file system; shorten it")
     if input_path is not None and _is_same_file(target, Path(os.path.realpath(input_path))):
         raise ConfigError(f"{flag} {path}: is the input itself; write to another file")
     if target.is_dir():
@@ -55,9 +56,6 @@ def check_writable(path: _PathLike, flag: str, *, input_path: _PathLike | None =
         raise ConfigError(f"{flag} {path}: is not a regular file and cannot be replaced")
     if not target.parent.is_dir():
         raise ConfigError(f"{flag} {path}: there is no directory {target.parent}; create it first")
-    num_bytes, limit = len(os.fsencode(target.name)), os.pathconf(target.parent, "PC_NAME_MAX") - len(JOB_SUFFIX)
-    if num_bytes > limit:
-        raise ConfigError(f"{flag} {path}: the name has {num_bytes} bytes, and {limit} are possible there; shorten it")
     if target.exists() and not os.access(target, os.W_OK):
         raise ConfigError(f"{flag} {path}: is read-only; change its mode or write elsewhere")
     try:
@@ -383,6 +381,14 @@ def _format_of(path: str) -> str:
 
 def _is_url(path: str) -> bool:
     return "://" in path
+
+
+def _is_too_long(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def _is_same_file(one: Path, other: Path) -> bool:

@@ -71,7 +71,7 @@ class PlannedScheduler:
         self._in_pieces: PlannedRequest | None = None
         # Whose next token is being sampled: in the step that runs, or with overlap in the one before it too.
         self._in_flight = np.zeros(0, np.int64)
-        # Rows beside which the last decision admitted nothing; -1 when something has changed since.
+        # Rows beside which the last decision lacked room; -1 when something has changed since.
         self._num_settled_beside = -1
         # How many running requests read each prefix, and the reads spared where each is read once.
         self._num_readers: dict[int, int] = {}
@@ -105,8 +105,9 @@ class PlannedScheduler:
         piece = self._next_piece(budget)
         admissions: tuple[Admission, ...] = ()
         if budget and self._window.waiting and self._num_settled_beside != len(going_on):
-            admissions = self._policy.decide(self._view(budget - piece)).admissions
-            self._num_settled_beside = -1 if admissions else len(going_on)
+            decision = self._policy.decide(self._view(budget - piece))
+            admissions = decision.admissions
+            self._num_settled_beside = len(going_on) if decision.lacks_room else -1
         num_retracted = 0
         if not piece and not admissions:
             going_on, num_retracted = self._make_room(going_on)

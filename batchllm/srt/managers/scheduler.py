@@ -108,8 +108,8 @@ class BatchScheduler(Scheduler):
             self.tree_cache.ledger, len(self.req_to_token_pool.req_to_token), self.page_size
         )
         self.tree_cache.readers = self.shared_prefixes
-        mark_layers(self.tp_worker.model_runner.model)
         if self.server_args.device == "cpu":
+            mark_layers(self.tp_worker.model_runner.model)
             keep_freed_memory()
             give_back_zeros(self.req_to_token_pool.req_to_token)
         self.attention = self.tp_worker.model_runner.attn_backend
