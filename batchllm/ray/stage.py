@@ -11,9 +11,11 @@ INVARIANT: each row that comes in goes out once, in its place, answered or with 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from batchllm.dataset.parquet_table import answer_table
 from batchllm.default_model import default_model_path
 from batchllm.distributed.actor import free_port
 from batchllm.errors import ConfigError
+from batchllm.host import own_folder
 from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.journal import Journal
@@ -77,6 +80,7 @@ class BatchStage:
         random_seed: int = 0,
         **server_args: Any,
     ) -> None:
+        own_folder.remove_dead([tempfile.gettempdir()])  # that of an actor which was killed
         self._reader = TableReader(columns, sampling)
         self._num_retries, self._random_seed = num_retries, random_seed
         path = default_model_path() if model_path is None else model_path
@@ -115,9 +119,8 @@ class BatchStage:
 
     def _answer(self, table: pa.Table) -> list[bytes]:
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="batchllm-unit-") as name:
-            folder = Path(name)
-            fingerprint = Fingerprint({"unit": name})
+        with self._folder() as folder:
+            fingerprint = Fingerprint({"unit": str(folder)})
             with (
                 Journal.create(folder, fingerprint=fingerprint, command={}) as journal,
                 Progress(show=False) as progress,
@@ -153,6 +156,15 @@ class BatchStage:
                     elapsed_s=time.perf_counter() - began,
                 )
                 return list(journal.results("input"))
+
+    @staticmethod
+    @contextmanager
+    def _folder() -> Iterator[Path]:
+        folder = own_folder.make()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _take_engine(self) -> Runtime:
         """The engine, or another one where this batch has had it and it has died."""
