@@ -119,7 +119,7 @@ class BatchStage:
 
     def _answer(self, table: pa.Table) -> list[bytes]:
         began = time.perf_counter()
-        with self._folder() as folder:
+        with _unit_folder() as folder:
             fingerprint = Fingerprint({"unit": str(folder)})
             with (
                 Journal.create(folder, fingerprint=fingerprint, command={}) as journal,
@@ -157,15 +157,6 @@ class BatchStage:
                 )
                 return list(journal.results("input"))
 
-    @staticmethod
-    @contextmanager
-    def _folder() -> Iterator[Path]:
-        folder = own_folder.make()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
     def _take_engine(self) -> Runtime:
         """The engine, or another one where this batch has had it and it has died."""
         runtime, self._runtime = self._runtime, None
@@ -179,3 +170,13 @@ class BatchStage:
                 sampling = dataclasses.replace(row.request.sampling, seed=digest >> 1)
                 row = msgspec.structs.replace(row, request=msgspec.structs.replace(row.request, sampling=sampling))
             yield row
+
+
+@contextmanager
+def _unit_folder() -> Iterator[Path]:
+    """A folder that is known as this process's, so that it is found and removed where the process is killed."""
+    folder = own_folder.make()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
