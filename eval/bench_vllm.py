@@ -4,16 +4,18 @@ The 28M model, a pool of 8,192 tokens, chunks of 2,048, greedy. Sorting the prom
 strong rival: vLLM shares blocks among requests of one step, and whole groups come one after the other. The three
 alternate, and stock SGLang runs once. The output tokens of each are compared with those of vLLM, sorted. Makes
 `.venv-vllm` with `eval/setup_vllm` if it is not there. Every process (one engine, all workloads) ends in writing the
-files anew, so that a crash loses only its own. Takes half an hour.
+files anew, so that a crash loses only its own. All five workloads with one data type and one number of threads take
+half an hour.
 
     python eval/bench_vllm.py --out eval/results/vllm.md
     python eval/bench_vllm.py --rounds 1 --workloads shared skewed
-    python eval/bench_vllm.py --dtype bfloat16 --threads 2 --engines sorted ours
+    python eval/bench_vllm.py --dtype float32 bfloat16 --threads 1 2 --engines sorted ours
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -44,50 +46,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of vLLM and ours in turn")
     parser.add_argument("--workloads", nargs="+", choices=_WORKLOADS, default=list(_WORKLOADS))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and KV")
-    parser.add_argument("--threads", type=int, default=1, help="that compute, of each engine")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes[:1], help="of weights and KV")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="that compute, of each engine")
     parser.add_argument("--engines", nargs="+", choices=_ENGINES, default=list(_ENGINES))
     parser.add_argument("--out")
     args = parser.parse_args()
     if args.engines[0] != "sorted":
         parser.error("--engines: sorted must be the first, the others' output tokens are compared with its")
     subprocess.run([str(_ROOT / "eval" / "setup_vllm")], check=True)
-    expressions = [_WORKLOADS[name] for name in args.workloads]
-    model = cached_model_path(SHAPE_28M)
     results: list[compare.Result] = []
-    references: dict[str, Outputs] = {}
     for round_ in range(args.rounds):
-        is_last = round_ == args.rounds - 1
-        for engine in (_ENGINES[name] for name in args.engines):
-            if engine == _STOCK and not is_last:
-                continue
-            flags = ["--model", model, "--threads", str(args.threads)]
-            flags += ["--server-args", json.dumps({"dtype": args.dtype})]
-            done = _run(engine, expressions, flags, round_, references)
-            results += done
-            text = f"{args.dtype}, {args.threads} compute threads.\n\n{_text(results, args.workloads)}"
-            compare.write(args.out, "vLLM, end to end on a CPU", text, results)
-            if len(done) < len(expressions):
-                raise RuntimeError(f"{_WORDS[engine]} ended after {len(done)} of {len(expressions)} workloads")
+        names = [name for name in args.engines if name != "stock" or round_ == args.rounds - 1]
+        for dtype, threads in itertools.product(args.dtype, args.threads):
+            references: dict[str, Outputs] = {}
+            for name in names:
+                results += _run(_ENGINES[name], args.workloads, dtype, threads, round_, references)
+                text = "\n\n".join(_cell(results, args.workloads, *cell) for cell in _cells(results))
+                compare.write(args.out, "vLLM, end to end on a CPU", f"{text}\n\n{_footer(results)}", results)
 
 
 def _run(
-    engine: tuple[str, str], expressions: list[str], flags: list[str], round_: int, references: dict[str, Outputs]
+    engine: tuple[str, str], names: list[str], dtype: str, threads: int, round_: int, references: dict[str, Outputs]
 ) -> list[compare.Result]:
     """Results of one process, each with how many output tokens differ from the reference: vLLM's of this round."""
     name, policy = engine
+    expressions = [_WORKLOADS[name] for name in names]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outputs.jsonl")
-        flags = [*flags, "--pool", "8192", "--chunk", "2048", "--policy", policy, "--outputs", str(path)]
+        flags = ["--model", cached_model_path(SHAPE_28M), "--threads", str(threads)]
+        flags += ["--server-args", json.dumps({"dtype": dtype})]
+        flags += ["--pool", "8192", "--chunk", "2048", "--policy", policy, "--outputs", str(path)]
         python = _VLLM_PYTHON if name == "vllm" else sys.executable
         results = compare.measure(name, expressions, *flags, python=python)
         all_outputs: list[Outputs] = [json.loads(line) for line in path.read_text().splitlines()]
     for result, outputs in zip(results, all_outputs, strict=True):
         if engine == _SORTED:
             references[result["workload"]] = outputs
-        result["round"] = round_
+        result |= {"round": round_, "dtype": dtype, "threads": threads}
         result["num_different_tokens"] = _num_different_tokens(outputs, references[result["workload"]])
-        print(_WORDS[engine], result["workload"], result["seconds"], file=sys.stderr, flush=True)
+        print(_WORDS[engine], dtype, threads, result["workload"], result["seconds"], file=sys.stderr, flush=True)
+    if len(results) < len(expressions):
+        raise RuntimeError(f"{_WORDS[engine]} ended after {len(results)} of {len(expressions)} workloads")
     return results
 
 
@@ -96,27 +96,42 @@ def _num_different_tokens(outputs: Outputs, others: Outputs) -> int:
     return sum(a != b for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def _text(results: list[compare.Result], names: list[str]) -> str:
-    """The tables of what has been measured so far."""
+def _cells(results: list[compare.Result]) -> list[tuple[str, int]]:
+    """Data types and numbers of threads, as they were measured."""
+    return list(dict.fromkeys((result["dtype"], result["threads"]) for result in results))
+
+
+def _cell(results: list[compare.Result], names: list[str], dtype: str, threads: int) -> str:
+    """The tables of what has been measured so far with a data type and a number of threads."""
     rows, reuse_rows = [], []
+    of_cell = [result for result in results if (result["dtype"], result["threads"]) == (dtype, threads)]
+    engines = {engine: words for engine, words in _WORDS.items() if any(_is_of(r, engine) for r in of_cell)}
     for name in names:
-        runs = {engine: _runs(results, engine, _WORKLOADS[name]) for engine in _WORDS}
-        seconds = [f"{compare.median(r, 'seconds'):.1f}" if r else "-" for r in runs.values()]
+        runs = {engine: _runs(of_cell, engine, _WORKLOADS[name]) for engine in _WORDS}
+        seconds = [f"{compare.median(runs[engine], 'seconds'):.1f}" for engine in engines]
         rows.append([name, *seconds, _ratio(runs[_OURS], runs[_SORTED]), _ratio(runs[_OURS], runs[_GIVEN])])
-        reuse_rows.append([name, _optimum(runs[_OURS]), *map(_reuse, runs.values()), _differences(runs[_OURS])])
-    header = ["workload", *(f"{words} s" for words in _WORDS.values()), "ours : vLLM, sorted", "ours : vLLM"]
-    text = compare.table(header, rows)
-    header = ["workload", "best reuse", *_WORDS.values(), "tokens that differ, ours and vLLM, sorted"]
-    text += "\n\nShare of the prompt tokens that were not computed:\n\n" + compare.table(header, reuse_rows)
+        shares = [_reuse(runs[engine]) for engine in engines]
+        reuse_rows.append([name, _optimum(runs[_OURS]), *shares, _differences(runs[_OURS])])
+    header = ["workload", *(f"{words} s" for words in engines.values()), "ours : vLLM, sorted", "ours : vLLM"]
+    text = f"## {dtype}, threads: {threads}\n\n{compare.table(header, rows)}"
+    header = ["workload", "best reuse", *engines.values(), "tokens that differ, ours and vLLM, sorted"]
+    return f"{text}\n\nShare of the prompt tokens that were not computed:\n\n{compare.table(header, reuse_rows)}"
+
+
+def _footer(results: list[compare.Result]) -> str:
     versions = sorted({f"{r['engine']} {r['version']}" for r in results})
     return (
-        f"{text}\n\nMedian seconds; ratios of seconds are medians of the rounds' own, and below 1 ours is faster."
+        "Median seconds; ratios of seconds are medians of the rounds' own, and below 1 ours is faster."
         f"\nRounds: {max(r['round'] for r in results) + 1}; stock once. Versions: {', '.join(versions)}."
     )
 
 
 def _runs(results: list[compare.Result], engine: tuple[str, str], expression: str) -> list[compare.Result]:
-    return [r for r in results if (r["engine"], r["policy"]) == engine and r["workload"] == expression]
+    return [r for r in results if _is_of(r, engine) and r["workload"] == expression]
+
+
+def _is_of(result: compare.Result, engine: tuple[str, str]) -> bool:
+    return (result["engine"], result["policy"]) == engine
 
 
 def _ratio(ours: list[compare.Result], others: list[compare.Result]) -> str:

@@ -9,14 +9,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-# What torch calls the instruction sets, best first, each with those that run on it too.
 _LEVELS = ("avx512", "avx2", "default")
+"""What torch calls the instruction sets, best first, each with those that run on it too."""
+_PAIRED = "avx512_bf16"
+"""AVX-512 with products of bfloat16, two numbers at a time."""
+_TRIAL_SHAPE = (48, 512, 128)
+"""Rows, inputs and outputs."""
+_NUM_TRIALS = 8
 
 HEAD_DIMS = frozenset({32, 64, 80, 96, 128, 256})
 """Sizes of heads that the attention kernel is compiled for."""
@@ -141,7 +147,7 @@ class CpuKernels:
     Tensors are on the CPU, float32 or bfloat16, all of one call of the same dtype, contiguous in the last dimension.
 
     Attributes:
-        level: ``avx512``, ``avx2`` or ``default``.
+        level: ``avx512_bf16``, ``avx512``, ``avx2`` or ``default``.
     """
 
     level: str
@@ -342,18 +348,25 @@ def supports_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torc
     return head_dim in HEAD_DIMS and num_heads // num_kv_heads <= MAX_GROUP and dtype in _DTYPES
 
 
+def levels() -> tuple[str, ...]:
+    """The instruction sets that this processor has, best first."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    best = next((i for i, name in enumerate(_LEVELS) if capability.startswith(name)), len(_LEVELS) - 1)
+    has_pairs = best == 0 and torch.cpu._is_avx512_bf16_supported()
+    return ((_PAIRED,) if has_pairs else ()) + _LEVELS[best:]
+
+
 @functools.cache
 def load(level: str | None = None) -> CpuKernels | str:
     """The kernels for this processor, or in one sentence why there are none.
 
+    Products of bfloat16 are measured: some processors that have instructions for them are faster without.
+
     Args:
-        level: An instruction set that the processor has; the best one by default.
+        level: An instruction set that the processor has; the fastest one by default.
     """
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    best = next((i for i, name in enumerate(_LEVELS) if capability.startswith(name)), len(_LEVELS) - 1)
-    levels = _LEVELS[best:] if level is None else (level,)
     problems = []
-    for name in levels:
+    for name in levels() if level is None else (level,):
         spec = importlib.util.find_spec(f"batchllm.kernels._cpu_{name}")
         if spec is None or spec.origin is None:
             problems.append(f"{name} was not built")
@@ -363,9 +376,27 @@ def load(level: str | None = None) -> CpuKernels | str:
         except OSError as error:
             problems.append(f"{name}: {error}")
             continue
-        return _bind(name, library)
+        kernels = _bind(name, library)
+        if level is None and name == _PAIRED:
+            without = load(_LEVELS[0])
+            if isinstance(without, CpuKernels) and _trial_seconds(without) < _trial_seconds(kernels):
+                return without
+        return kernels
     remedy = "install a C++ compiler (Debian: apt install g++) and batchllm again"
     return f"no compiled kernels ({', '.join(problems)}): {remedy}"
+
+
+def _trial_seconds(kernels: CpuKernels) -> float:
+    """Of a product of bfloat16 that is small enough for one thread, the best of some."""
+    num_rows, num_inputs, num_outputs = _TRIAL_SHAPE
+    x = torch.ones(num_rows, num_inputs, dtype=torch.bfloat16)
+    weight = kernels.pack(torch.ones(num_outputs, num_inputs, dtype=torch.bfloat16))
+    seconds = []
+    for _ in range(_NUM_TRIALS):
+        started = time.perf_counter()
+        kernels.linear(x, weight)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def _bind(level: str, library: ctypes.CDLL) -> CpuKernels:

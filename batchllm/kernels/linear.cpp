@@ -1,13 +1,15 @@
-// Linear layers: products of rows with a weight of [outputs, inputs], in float32 whatever the type of their numbers.
+// Linear layers: products of rows with a weight of [outputs, inputs], added up in float32 whatever their type.
 //
-// A task is a block of rows and a panel of outputs. The product wants a panel's weights as [inputs, outputs] in float32.
-// Packed weights are kept that way, in their own type: those of bfloat16, half as many bytes to read, are widened in the
-// cache. A weight that others read too, an embedding's, stays as it is, and is brought into that layout panel by panel.
+// A task is a block of rows and a panel of outputs. The product wants a panel's weights as [inputs, outputs]: in float32,
+// or in bfloat16 with two inputs side by side where the processor multiplies these. Packed weights are kept that way, in
+// their own type; elsewhere those of bfloat16, half as many bytes to read, are widened in the cache. A weight that others
+// read too, an embedding's, stays as it is, and is brought into that layout panel by panel.
 // A row's products are added up in the order of its inputs, whatever rows are beside it.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -38,8 +40,8 @@ namespace {
 
 constexpr int kPanel = 64;              // outputs
 constexpr int kGate = kPanel / 2;       // of a gated panel the first half is of the gate, the second what it lets through
-constexpr int kDepth = 256;             // inputs of a panel that are in the cache at a time
-constexpr int kBlockBytes = 768 << 10;  // of a block's rows in float32
+constexpr int kDepth = 256;             // inputs, or pairs of them, of a panel that are in the cache at a time
+constexpr int kBlockBytes = 768 << 10;  // of a block's rows
 constexpr int kMaxBlockRows = 240;
 constexpr int kMinBlockRows = 24;
 constexpr int kTasksPerThread = 4;
@@ -100,11 +102,14 @@ void pack_panel(const Scalar* weight, int64_t stride, int panel, int k, int dept
     }
 }
 
+template <typename Scalar>
+using Product = typename ProductOf<Scalar>::Type;
+
 // What a thread works with.
 template <typename Scalar>
 struct Workspace {
     std::vector<float> rows;
-    alignas(64) Scalar packed[(kDepth + 1) * kPanel];
+    alignas(64) Scalar packed[(kDepth * Product<Scalar>::kNumbers + 1) * kPanel];
     alignas(64) float panel[(kDepth + 1) * kPanel];
     alignas(64) float sum[kMaxBlockRows * kPanel];
 };
@@ -119,9 +124,10 @@ class Linear {
           num_outputs_(layer.num_outputs),
           num_panels_(num_panels(num_outputs_, layer.is_gated)),
           packed_inputs_((num_inputs_ + 1) / 2 * 2) {
-        const int most = std::clamp<int>(kBlockBytes / sizeof(float) / num_inputs_, kMinBlockRows, kMaxBlockRows);
-        const int num_depths = num_parts(num_inputs_, kDepth);
-        depth_ = num_parts(num_parts(num_inputs_, num_depths), Fetch::kSteps) * Fetch::kSteps;
+        const int most = std::clamp<int>(kBlockBytes / sizeof(float) / row_len(), kMinBlockRows, kMaxBlockRows);
+        const int num_depths = num_parts(num_inputs_, kDepth * kNumbers);
+        constexpr int kUnit = Fetch::kSteps * kNumbers;
+        depth_ = num_parts(num_parts(num_inputs_, num_depths), kUnit) * kUnit;
         const bool is_parallel = num_rows_ * layer.num_inputs * num_outputs_ >= kMinParallelProducts;
         num_threads_ = is_parallel ? omp_get_max_threads() : 1;
         block_rows_ = num_parts(num_rows_, num_parts(num_rows_, most));
@@ -142,7 +148,7 @@ class Linear {
                 ahead = next++;  // is known now, so that its weights can be fetched meanwhile
                 if (task / num_slices() != block) {
                     block = task / num_slices();
-                    widen_rows(block, *work);
+                    read_rows(block, *work);
                 }
                 run_task(task, ahead, *work);
             }
@@ -150,21 +156,30 @@ class Linear {
     }
 
    private:
+    static constexpr int kNumbers = Product<Scalar>::kNumbers;
+    static constexpr bool kIsWidened = kNumbers * sizeof(Scalar) != sizeof(float);
+
     // A slice is `width_` columns of a panel.
     int num_slices() const { return num_panels_ * (kPanel / width_); }
     int num_tasks() const { return num_parts(num_rows_, block_rows_) * num_slices(); }
-    int64_t row_len() const { return num_inputs_ + 16; }  // rows a power of two apart would share few lines of the cache
+    // 32-bit numbers of a row; those a power of two apart would share few lines of the cache.
+    int64_t row_len() const { return num_parts(num_inputs_, kNumbers) + 16; }
 
-    void widen_rows(int block, Workspace<Scalar>& work) const {
+    void read_rows(int block, Workspace<Scalar>& work) const {
         const int first = block * block_rows_, count = std::min(block_rows_, num_rows_ - first);
         const size_t size = count * row_len();
         if (work.rows.size() < size) work.rows.resize(size);
         for (int row = 0; row < count; ++row) {
             const Scalar* from = static_cast<const Scalar*>(layer_.rows) + (first + row) * layer_.rows_stride;
             float* to = work.rows.data() + row * row_len();
-            int k = 0;
-            for (; k + kLanes <= num_inputs_; k += kLanes) store(to + k, load(from + k));
-            for (; k < num_inputs_; ++k) to[k] = to_float(from[k]);
+            if constexpr (kIsWidened) {
+                int k = 0;
+                for (; k + kLanes <= num_inputs_; k += kLanes) store(to + k, load(from + k));
+                for (; k < num_inputs_; ++k) to[k] = to_float(from[k]);
+            } else {
+                to[num_parts(num_inputs_, kNumbers) - 1] = 0;  // beside the last of an odd number
+                std::memcpy(to, from, num_inputs_ * sizeof(Scalar));
+            }
         }
     }
 
@@ -172,7 +187,7 @@ class Linear {
         return static_cast<const Scalar*>(layer_.weight) + (static_cast<int64_t>(panel) * packed_inputs_ + k) * kPanel;
     }
 
-    // Inputs [k, k + depth) of a slice, in float32, kPanel apart.
+    // Inputs [k, k + depth) of a slice as the product takes them, kPanel apart.
     const float* weights(int panel, int column, int k, int depth, Workspace<Scalar>& work) const {
         const Scalar* from;
         if (layer_.weight_stride == 0) {
@@ -182,8 +197,8 @@ class Linear {
                        layer_.is_gated, work.packed);
             from = work.packed;
         }
-        if constexpr (sizeof(Scalar) == sizeof(float)) {
-            return from + column;
+        if constexpr (!kIsWidened) {
+            return reinterpret_cast<const float*>(from) + column;
         } else {
             for (int i = 0; i < depth; i += 2)
                 for (int j = column; j < column + width_; j += kLanes) {
@@ -204,7 +219,7 @@ class Linear {
         if (is_last && ahead >= num_tasks()) return {};
         const int slice = (is_last ? ahead : task) % num_slices(), per_panel = kPanel / width_;
         // A piece is a row of a panel: of bfloat16, two inputs.
-        constexpr int kPieces = Fetch::kSteps * sizeof(Scalar) / sizeof(float);
+        constexpr int kPieces = Fetch::kSteps * kNumbers * sizeof(Scalar) / sizeof(float);
         constexpr int kPieceBytes = kPanel * sizeof(float);
         const int bytes = width_ * sizeof(float);
         const char* from = reinterpret_cast<const char*>(packed(slice / per_panel, is_last ? 0 : k + depth_));
@@ -228,13 +243,13 @@ class Linear {
                 part.num_pieces = std::min(share, fetch.num_pieces - done);
                 const bool is_last = k + depth_ >= num_inputs_;
                 if (is_last) fetch_out(first + row, rows, panel, column);
-                const float* x = work.rows.data() + row * row_len() + k;
+                const float* x = work.rows.data() + row * row_len() + k / kNumbers;
                 float* sum = work.sum + row * kPanel;
-                const int columns = width_ / kLanes;
+                const int columns = width_ / kLanes, units = num_parts(depth, kNumbers);
                 if (k == 0)
-                    multiply<false>(rows, x, row_len(), weight, kPanel, sum, kPanel, depth, columns, part);
+                    multiply<Product<Scalar>, false>(rows, x, row_len(), weight, kPanel, sum, kPanel, units, columns, part);
                 else
-                    multiply<true>(rows, x, row_len(), weight, kPanel, sum, kPanel, depth, columns, part);
+                    multiply<Product<Scalar>, true>(rows, x, row_len(), weight, kPanel, sum, kPanel, units, columns, part);
                 if (is_last)  // at once: the processor writes them while it multiplies the next rows
                     for (int i = 0; i < rows; ++i) write(first + row + i, panel, column, sum + i * kPanel);
             }

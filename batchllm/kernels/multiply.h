@@ -24,8 +24,53 @@ struct Fetch {
     }
 };
 
+// What the matrices of a product consist of, 32 bits each: numbers of float32, or pairs of bfloat16.
+struct Singles {
+    static constexpr int kNumbers = 1;
+    static Vec spread(const float* p) { return broadcast(*p); }
+    static Vec add_product(Vec sum, Vec left, Vec right) { return sum + left * right; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+    static constexpr int kNumbers = 2;
+    static Vec spread(const float* p) {
+        int32_t bits;
+        std::memcpy(&bits, p, sizeof bits);
+        return (Vec)_mm512_set1_epi32(bits);
+    }
+    static Vec add_product(Vec sum, Vec left, Vec right) {
+        return _mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+    }
+    // In place: the numbers of two vectors in pairs of one from each, those of their first halves in `first`.
+    static void pair(Vec& first, Vec& second) {
+        typedef int16_t Order __attribute__((vector_size(64)));
+        Order low, high;
+        for (int16_t i = 0; i < kLanes; ++i) {
+            low[2 * i] = i, low[2 * i + 1] = 2 * kLanes + i;
+            high[2 * i] = kLanes + i, high[2 * i + 1] = 3 * kLanes + i;
+        }
+        const __m512i a = (__m512i)first, b = (__m512i)second;
+        first = (Vec)_mm512_permutex2var_epi16(a, (__m512i)low, b);
+        second = (Vec)_mm512_permutex2var_epi16(a, (__m512i)high, b);
+    }
+};
+#endif
+
+// Of matrices of `Scalar`, with `kWhole` where an odd number in a row need not be thought of.
+template <typename Scalar, bool kWhole = true>
+struct ProductOf {
+    using Type = Singles;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ProductOf<BFloat16, true> {
+    using Type = Pairs;
+};
+#endif
+
 // C[rows x columns vectors] (+)= A[rows x depth] B[depth x columns vectors], kept in registers.
-template <int kRows, int kColumns, bool kAccumulate>
+template <typename Product, int kRows, int kColumns, bool kAccumulate>
 inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth,
                           const Fetch& fetch) {
     Vec sum[kRows][kColumns];
@@ -42,9 +87,9 @@ inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t l
             for (int j = 0; j < kColumns; ++j) right[j] = load(b + k * ldb + j * kLanes);
 #pragma GCC unroll 8
             for (int i = 0; i < kRows; ++i) {
-                Vec left = broadcast(a[i * lda + k]);
+                const Vec left = Product::spread(a + i * lda + k);
 #pragma GCC unroll 8
-                for (int j = 0; j < kColumns; ++j) sum[i][j] += left * right[j];
+                for (int j = 0; j < kColumns; ++j) sum[i][j] = Product::add_product(sum[i][j], left, right[j]);
             }
         }
     }
@@ -54,64 +99,66 @@ inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t l
         for (int j = 0; j < kColumns; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
 }
 
-template <int kColumns, bool kAccumulate>
+template <typename Product, int kColumns, bool kAccumulate>
 inline void multiply_columns(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                              int depth, const Fetch& fetch) {
     int i = 0;
     for (; i + kTileRows <= rows; i += kTileRows)
-        multiply_tile<kTileRows, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, fetch);
+        multiply_tile<Product, kTileRows, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, fetch);
     a += i * lda;
     c += i * ldc;
     switch (rows - i) {
-        case 5: return multiply_tile<5, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
-        case 4: return multiply_tile<4, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
-        case 3: return multiply_tile<3, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
-        case 2: return multiply_tile<2, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
-        case 1: return multiply_tile<1, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
+        case 5: return multiply_tile<Product, 5, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
+        case 4: return multiply_tile<Product, 4, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
+        case 3: return multiply_tile<Product, 3, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
+        case 2: return multiply_tile<Product, 2, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
+        case 1: return multiply_tile<Product, 1, kColumns, kAccumulate>(a, lda, b, ldb, c, ldc, depth, fetch);
     }
 }
 
 // C (+)= A B; columns in vectors, `ldb` and `ldc` in elements. An element's products are added up in the order of the
 // depth, whatever the numbers of rows and columns.
-template <bool kAccumulate>
+template <typename Product, bool kAccumulate>
 inline void multiply(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth,
                      int columns, const Fetch& fetch = {}) {
     int j = 0;
     for (; j + kTileColumns <= columns; j += kTileColumns)
-        multiply_columns<kTileColumns, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
+        multiply_columns<Product, kTileColumns, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
                                                     j == 0 ? fetch : Fetch{});
     if (j + 2 <= columns && kTileColumns > 2) {
-        multiply_columns<2, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
+        multiply_columns<Product, 2, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
                                          j == 0 ? fetch : Fetch{});
         j += 2;
     }
     for (; j < columns; ++j)
-        multiply_columns<1, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
+        multiply_columns<Product, 1, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
                                          j == 0 ? fetch : Fetch{});
 }
 
 template <int kStride>
-inline void interleave(Vec* rows) {
-    for (int i = 0; i < kLanes; ++i) {
-        if (i & kStride) continue;
-        Vec low = rows[i], high = rows[i + kStride];
-        IntVec from_low, from_high;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            bool is_odd = lane & kStride;
-            from_low[lane] = is_odd ? lane - kStride + kLanes : lane;
-            from_high[lane] = is_odd ? lane + kLanes : lane + kStride;
-        }
-        rows[i] = __builtin_shuffle(low, high, from_low);
-        rows[i + kStride] = __builtin_shuffle(low, high, from_high);
+inline void interleave(Vec& low, Vec& high) {
+    IntVec from_low, from_high;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        bool is_odd = lane & kStride;
+        from_low[lane] = is_odd ? lane - kStride + kLanes : lane;
+        from_high[lane] = is_odd ? lane + kLanes : lane + kStride;
     }
+    const Vec first = __builtin_shuffle(low, high, from_low);
+    high = __builtin_shuffle(low, high, from_high);
+    low = first;
+}
+template <int kStride>
+inline void interleave_all(Vec* rows) {
+    for (int i = 0; i < kLanes; ++i)
+        if (!(i & kStride)) interleave<kStride>(rows[i], rows[i + kStride]);
 }
 
 // In place: element j of row i becomes element i of row j.
 inline void transpose(Vec* rows) {
-    interleave<1>(rows);
-    interleave<2>(rows);
-    if constexpr (kLanes > 4) interleave<4>(rows);
-    if constexpr (kLanes > 8) interleave<8>(rows);
+    interleave_all<1>(rows);
+    interleave_all<2>(rows);
+    if constexpr (kLanes > 4) interleave_all<4>(rows);
+    if constexpr (kLanes > 8) interleave_all<8>(rows);
 }
 
 }  // namespace batchllm

@@ -65,11 +65,15 @@ inline Vec load(const BFloat16* p) {
     return reinterpret_cast<Vec&>(bits);
 }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline void store(BFloat16* p, Vec v) {  // rounded as by `from_float`
+inline void store(BFloat16* p, Vec v) {  // rounded as by `from_float`, numbers below 1.2e-38 perhaps to 0
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
     const UnsignedVec bits = reinterpret_cast<UnsignedVec&>(v);
     const UnsignedVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const UnsignedVec is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
     narrow(p, is_nan ? UnsignedVec{} + 0x7fc0u : rounded);
+#endif
 }
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -98,6 +102,15 @@ inline float highest(Vec x) {
     x = max(x, swap_lanes<2>(x));
     x = max(x, swap_lanes<1>(x));
     return x[0];
+}
+
+// Whether any lane of `x` is above `limit`.
+inline bool exceeds(Vec x, float limit) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#else
+    return highest(x) > limit;
+#endif
 }
 
 template <typename T>
@@ -137,6 +150,32 @@ inline Vec exp_negative(Vec x) {
     Vec scale = reinterpret_cast<Vec&>(exponent);
     Vec result = p * scale;
     return is_zero ? Vec{} : result;
+}
+
+// 2 to the x for x <= 0, within 4e-7 of it; 0 for -infinity.
+inline Vec exp2_negative(Vec x) {
+    x = max(x, broadcast(-160.0f));
+#if defined(__AVX512F__)
+    const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Vec magic = broadcast(12582912.0f);  // rounds to the nearest integer, in its low bits
+    const Vec shifted = x + magic;
+    const Vec n = shifted - magic;
+#endif
+    const Vec r = x - n;
+    Vec p = broadcast(1.3390863e-3f);
+    p = p * r + 9.6760318e-3f;
+    p = p * r + 5.5503570e-2f;
+    p = p * r + 2.4022107e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    IntVec exponent = (reinterpret_cast<const IntVec&>(shifted) << 23) + 0x3f800000;
+    const Vec result = p * reinterpret_cast<Vec&>(exponent);
+    return n < broadcast(-126.0f) ? Vec{} : result;
+#endif
 }
 
 // 1 / (1 + e^-x), for any x.

@@ -18,7 +18,7 @@ from batchllm.attention.reference import attention
 from batchllm.attention.torch_shared import TorchSharedAttention
 from batchllm.kernels import cpu
 from tests.attention.cases import CASES, POISON, Case, make_case
-from tests.attention.tolerance import check_close
+from tests.attention.tolerance import TOLERANCES, Backend, check_close
 from tests.kernels.levels import LEVELS, kernels_of, num_threads
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -32,6 +32,12 @@ def _make(implementation: str, case: Case, **scores: Any) -> StepAttention:
     if implementation == "torch":
         return TorchSharedAttention(case.shape(**scores))
     return CompiledSharedAttention(kernels_of(implementation), case.shape(**scores))
+
+
+def _backend(implementation: str, case: Case) -> Backend:
+    """Whose tolerance it is: products of pairs of bfloat16 take the softmax's weights rounded."""
+    is_paired = implementation == "avx512_bf16" and case.q.dtype == torch.bfloat16 and case.q.shape[-1] % 32 == 0
+    return "cpu_pairs" if is_paired else "cpu"
 
 
 def _run(attend: StepAttention, case: Case) -> torch.Tensor:
@@ -87,7 +93,7 @@ def _case_of(groups: list[Group], **heads: Any) -> Case:
 def test_the_specification(implementation: str, name: str, dtype: torch.dtype) -> None:
     case, expected = _named_case(name, dtype)
     with num_threads(1):
-        check_close(_run(_make(implementation, case), case), expected, "cpu")
+        check_close(_run(_make(implementation, case), case), expected, _backend(implementation, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +103,7 @@ def test_the_specification_with_two_threads(level: str, name: str, dtype: torch.
     """Which may cut the work otherwise: the result is the same up to rounding."""
     case, expected = _named_case(name, dtype)
     with num_threads(2):
-        check_close(_run(_make(level, case), case), expected, "cpu")
+        check_close(_run(_make(level, case), case), expected, _backend(level, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,7 +144,7 @@ def test_windows_over_many_rows(implementation: str, window: int) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_sizes_of_heads(implementation: str, head_dim: int, dtype: torch.dtype) -> None:
     case, expected = _drawn(3, head_dim=head_dim, dtype=dtype, mode="mixed", num_levels=2)
-    check_close(_run(_make(implementation, case), case), expected, "cpu")
+    check_close(_run(_make(implementation, case), case), expected, _backend(implementation, case))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 8), (8, 1), (12, 4), (14, 2), (32, 1), (96, 1)])
@@ -166,7 +172,7 @@ def _many_rows(dtype: torch.dtype) -> tuple[Case, torch.Tensor]:
 def test_more_rows_than_a_block(implementation: str, dtype: torch.dtype) -> None:
     """Hundreds of decode rows of one prefix among others, and prompts of 300 tokens behind a cached one."""
     case, expected = _many_rows(dtype)
-    check_close(_run(_make(implementation, case), case), expected, "cpu")
+    check_close(_run(_make(implementation, case), case), expected, _backend(implementation, case))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -199,7 +205,7 @@ def test_strided_tensors(implementation: str, dtype: torch.dtype) -> None:
     attend = _make(implementation, case)
     attend.plan(case.layout, case.table)
     attend.run(qkv[:, :num_heads], kv[:, 0], kv[:, 1], out[:, 2 : 2 + num_heads])
-    check_close(out[:num_tokens, 2 : 2 + num_heads], _expected(case), "cpu")
+    check_close(out[:num_tokens, 2 : 2 + num_heads], _expected(case), _backend(implementation, case))
     assert (out[num_tokens:] == 7).all() and (out[:, :2] == 7).all() and (out[:, 2 + num_heads :] == 7).all()
 
 
@@ -217,8 +223,8 @@ def test_extreme_scores(implementation: str, dtype: torch.dtype) -> None:
     for name in ("decode, many readers of one prefix", "mixed, three nested levels", "extend, long chunks"):
         case, expected = _extreme_case(name, dtype)
         output = _run(_make(implementation, case), case)
-        rtol = torch.finfo(dtype).eps
-        torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=rtol)
+        atol = max(1e-3, TOLERANCES[_backend(implementation, case), dtype].atol)
+        torch.testing.assert_close(output.double(), expected, atol=atol, rtol=torch.finfo(dtype).eps)
 
 
 def _permuted(case: Case, permutation: np.ndarray) -> Case:

@@ -7,12 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from batchllm.kernels.cpu import CpuKernels, load
+from batchllm.kernels.cpu import CpuKernels, levels, load
 
-_ALL = ("avx512", "avx2", "default")
-_CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
-
-LEVELS = _ALL[_ALL.index(_CAPABILITY) if _CAPABILITY in _ALL else -1 :]
+LEVELS = levels()
 """Best first."""
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -7,8 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from sglang.srt import runtime_context
+from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.models.llama import LlamaMLP
+from sglang.srt.server_args import ServerArgs
 
+from batchllm.default_model import DEFAULT, cached_model_path
 from batchllm.kernels.cpu import CpuKernels, load
 from batchllm.srt.layers import cpu_linear
 
@@ -92,3 +97,20 @@ def test_the_output_layer(dtype: torch.dtype) -> None:
         output = cpu_linear._compute_lm_head(other, x, head)
         assert output.dtype == result_dtype
         torch.testing.assert_close(output.to(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_activation_is_computed_with_the_layer_before_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SGLang's own module, as a model that was loaded has it."""
+    monkeypatch.setattr(UnquantizedLinearMethod, "apply", cpu_linear._linear)
+    runtime_context.get_context().set_server_args(ServerArgs(model_path=cached_model_path(DEFAULT), device="cpu"))
+    mlp = LlamaMLP(256, 96, "silu", tp_rank=0, tp_size=1).to(dtype).requires_grad_(False)
+    mlp.gate_up_proj.weight.data.normal_(std=0.1)
+    x = torch.randn(5, 256, dtype=dtype)
+    expected = SiluAndMul().forward_native(F.linear(x, mlp.gate_up_proj.weight))
+    cpu_linear.mark_layers(torch.nn.ModuleList([mlp]))
+    output, _ = mlp.gate_up_proj(x)
+    assert cpu_linear.is_activated(output) == bool(cpu_linear._KERNELS)
+    torch.testing.assert_close(output if cpu_linear.is_activated(output) else mlp.act_fn(output), expected)

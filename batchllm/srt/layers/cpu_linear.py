@@ -112,6 +112,7 @@ def mark_layers(model: torch.nn.Module) -> None:
             # An adapter's layer has its base layer's weight and leaves computing with it to that.
             if is_plain and all(owner is module or getattr(owner, "base_layer", None) is module for owner in those):
                 setattr(module, _OWNERS, those)
+    for module in model.modules():  # whose layers are marked by now
         if type(module).__name__ in _GATED_MLPS and isinstance(module.act_fn, SiluAndMul):
             gate_up = module.gate_up_proj
             is_plain = type(gate_up) is MergedColumnParallelLinear and gate_up.bias is None
