@@ -15,7 +15,6 @@ namespace batchllm {
 constexpr int kTileTokens = 64;    // KV tokens of a tile
 constexpr int kBlockVectors = 96;  // query vectors of a block: rows times query heads of a KV head
 constexpr int kMinComputeBound = 64;  // vectors; with as many, memory keeps up whatever the order of reading
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // KV tokens, and the rows that read them.
@@ -329,7 +328,7 @@ class BlockAttention {
 
     Vec capped(Vec score) const {
         const Vec s = score * (1.0f / layer_.logit_cap), size = max(s, -s);
-        const Vec e = exp_negative(-2.0f * size);
+        const Vec e = exp2_negative(-2.0f * kLog2E * size);
         const Vec result = layer_.logit_cap * (1.0f - e) / (1.0f + e);
         return s < Vec{} ? -result : result;
     }

@@ -196,12 +196,13 @@ class CpuKernels:
         data = weight.data if isinstance(weight, PackedWeight) else weight
         is_gated = isinstance(weight, PackedWeight) and weight.is_gated
         num_outputs, num_inputs = weight.shape
+        num_rows = x.shape[0]
         if x.shape[1] != num_inputs or data.dtype != x.dtype or x.stride(1) != 1 or data.stride(-1) != 1:
             raise ValueError(f"a product of {x.dtype} {tuple(x.shape)} with {data.dtype} {tuple(weight.shape)}")
         if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != x.dtype):
             raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} for {num_outputs} outputs of {x.dtype}")
-        out = x.new_empty(len(x), num_outputs // 2 if is_gated else num_outputs)
-        if len(x):
+        out = x.new_empty(num_rows, num_outputs // 2 if is_gated else num_outputs)
+        if num_rows:
             layer = _Linear(
                 rows=x.data_ptr(),
                 rows_stride=x.stride(0),
@@ -210,7 +211,7 @@ class CpuKernels:
                 bias=None if bias is None else bias.data_ptr(),
                 out=out.data_ptr(),
                 out_stride=out.stride(0),
-                num_rows=len(x),
+                num_rows=num_rows,
                 num_inputs=num_inputs,
                 num_outputs=num_outputs,
                 is_gated=is_gated,

@@ -40,7 +40,7 @@ namespace {
 
 constexpr int kPanel = 64;              // outputs
 constexpr int kGate = kPanel / 2;       // of a gated panel the first half is of the gate, the second what it lets through
-constexpr int kDepth = 256;             // inputs, or pairs of them, of a panel that are in the cache at a time
+constexpr int kDepth = 512;             // inputs, or pairs of them, of a panel that are in the cache at a time
 constexpr int kBlockBytes = 768 << 10;  // of a block's rows
 constexpr int kMaxBlockRows = 240;
 constexpr int kMinBlockRows = 24;
@@ -212,44 +212,36 @@ class Linear {
         }
     }
 
-    // What the product of these inputs brings in: packed weights that come next.
+    // What the product of these inputs asks for: packed weights that come next.
     Fetch fetch_after(int task, int ahead, int k) const {
-        if (layer_.weight_stride != 0) return {};
         const bool is_last = k + depth_ >= num_inputs_;
-        if (is_last && ahead >= num_tasks()) return {};
-        const int slice = (is_last ? ahead : task) % num_slices(), per_panel = kPanel / width_;
-        // A piece is a row of a panel: of bfloat16, two inputs.
-        constexpr int kPieces = Fetch::kSteps * kNumbers * sizeof(Scalar) / sizeof(float);
-        constexpr int kPieceBytes = kPanel * sizeof(float);
-        const int bytes = width_ * sizeof(float);
-        const char* from = reinterpret_cast<const char*>(packed(slice / per_panel, is_last ? 0 : k + depth_));
-        return {from + slice % per_panel * bytes, kPieces * kPieceBytes, kPieceBytes, bytes, kPieces};
+        if (layer_.weight_stride != 0 || width_ < kPanel || (is_last && ahead >= num_tasks())) return {};
+        const int slice = (is_last ? ahead : task) % num_slices(), start = is_last ? 0 : k + depth_;
+        const int count = std::min(depth_, packed_inputs_ - start);
+        return {reinterpret_cast<const char*>(packed(slice, start)), reinterpret_cast<const char*>(packed(slice, start + count))};
     }
 
     void run_task(int task, int ahead, Workspace<Scalar>& work) const {
         const int first = task / num_slices() * block_rows_, count = std::min(block_rows_, num_rows_ - first);
         const int slice = task % num_slices(), panel = slice / (kPanel / width_);
         const int column = slice % (kPanel / width_) * width_;
-        const int num_tiles = num_parts(count, kTileRows);
         for (int k = 0; k < num_inputs_; k += depth_) {
             const int depth = std::min(depth_, num_inputs_ - k);
             const float* weight = weights(panel, column, k, depth, work);
-            const Fetch fetch = fetch_after(task, ahead, k);
-            const int share = std::max(1, num_parts(fetch.num_pieces, num_tiles));
+            Fetch fetch = fetch_after(task, ahead, k);
             for (int row = 0; row < count; row += kTileRows) {
-                const int rows = std::min(kTileRows, count - row), done = std::min(row / kTileRows * share, fetch.num_pieces);
-                Fetch part = fetch;
-                part.from += done * fetch.piece_stride;
-                part.num_pieces = std::min(share, fetch.num_pieces - done);
+                const int rows = std::min(kTileRows, count - row);
                 const bool is_last = k + depth_ >= num_inputs_;
                 if (is_last) fetch_out(first + row, rows, panel, column);
                 const float* x = work.rows.data() + row * row_len() + k / kNumbers;
                 float* sum = work.sum + row * kPanel;
+                // The first rows' product waits for its own weights, as fast as memory gives them.
+                Fetch* next = row == 0 ? nullptr : &fetch;
                 const int columns = width_ / kLanes, units = num_parts(depth, kNumbers);
                 if (k == 0)
-                    multiply<Product<Scalar>, false>(rows, x, row_len(), weight, kPanel, sum, kPanel, units, columns, part);
+                    multiply<Product<Scalar>, false>(rows, x, row_len(), weight, kPanel, sum, kPanel, units, columns, next);
                 else
-                    multiply<Product<Scalar>, true>(rows, x, row_len(), weight, kPanel, sum, kPanel, units, columns, part);
+                    multiply<Product<Scalar>, true>(rows, x, row_len(), weight, kPanel, sum, kPanel, units, columns, next);
                 if (is_last)  // at once: the processor writes them while it multiplies the next rows
                     for (int i = 0; i < rows; ++i) write(first + row + i, panel, column, sum + i * kPanel);
             }

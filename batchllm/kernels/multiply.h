@@ -7,20 +7,16 @@
 
 namespace batchllm {
 
-// What a product brings into the cache as it goes, for the next one: at each `kFetchSteps` of its depth, some pieces.
+// What a product asks for as it goes, for the next one: a stretch of memory, some cache lines at each `kSteps` of its depth.
+// Of more the processor would drop some, and its own prefetching would lose the thread in the gaps.
 struct Fetch {
-    static constexpr int kSteps = 32;  // of the depth
+    static constexpr int kSteps = 32;
+    static constexpr int kLines = 32;
     const char* from = nullptr;
-    int64_t step_bytes = 0;
-    int64_t piece_stride = 0;  // bytes
-    int piece_bytes = 0;
-    int num_pieces = 0;
+    const char* end = nullptr;
 
-    // Brought in at step `k`, a multiple of `kSteps`.
-    void at(int k) const {
-        const char* piece = from + k / kSteps * step_bytes;
-        for (int i = 0; i < num_pieces; ++i, piece += piece_stride)
-            for (int byte = 0; byte < piece_bytes; byte += 64) __builtin_prefetch(piece + byte, 0, 2);
+    void some() {
+        for (int i = 0; i < kLines && from < end; ++i, from += 64) __builtin_prefetch(from, 0, 2);
     }
 };
 
@@ -72,14 +68,14 @@ struct ProductOf<BFloat16, true> {
 // C[rows x columns vectors] (+)= A[rows x depth] B[depth x columns vectors], kept in registers.
 template <typename Product, int kRows, int kColumns, bool kAccumulate>
 inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth,
-                          const Fetch& fetch) {
+                          Fetch* fetch) {
     Vec sum[kRows][kColumns];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) sum[i][j] = kAccumulate ? load(c + i * ldc + j * kLanes) : Vec{};
     for (int start = 0; start < depth; start += Fetch::kSteps) {
-        fetch.at(start);
+        if (fetch != nullptr) fetch->some();
         const int end = std::min(depth, start + Fetch::kSteps);
         for (int k = start; k < end; ++k) {
             Vec right[kColumns];
@@ -101,7 +97,7 @@ inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t l
 
 template <typename Product, int kColumns, bool kAccumulate>
 inline void multiply_columns(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                             int depth, const Fetch& fetch) {
+                             int depth, Fetch* fetch) {
     int i = 0;
     for (; i + kTileRows <= rows; i += kTileRows)
         multiply_tile<Product, kTileRows, kColumns, kAccumulate>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, fetch);
@@ -120,19 +116,19 @@ inline void multiply_columns(int rows, const float* a, int64_t lda, const float*
 // depth, whatever the numbers of rows and columns.
 template <typename Product, bool kAccumulate>
 inline void multiply(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth,
-                     int columns, const Fetch& fetch = {}) {
+                     int columns, Fetch* fetch = nullptr) {
     int j = 0;
     for (; j + kTileColumns <= columns; j += kTileColumns)
         multiply_columns<Product, kTileColumns, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
-                                                    j == 0 ? fetch : Fetch{});
+                                                    j == 0 ? fetch : nullptr);
     if (j + 2 <= columns && kTileColumns > 2) {
         multiply_columns<Product, 2, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
-                                         j == 0 ? fetch : Fetch{});
+                                         j == 0 ? fetch : nullptr);
         j += 2;
     }
     for (; j < columns; ++j)
         multiply_columns<Product, 1, kAccumulate>(rows, a, lda, b + j * kLanes, ldb, c + j * kLanes, ldc, depth,
-                                         j == 0 ? fetch : Fetch{});
+                                         j == 0 ? fetch : nullptr);
 }
 
 template <int kStride>

@@ -127,30 +127,17 @@ inline BFloat16 from_float<BFloat16>(float x) {
     return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};  // nearest, ties to even
 }
 
-// e to the x for x <= 0, within 2 units in the last place; 0 below -87.
-inline Vec exp_negative(Vec x) {
-    const Vec low = broadcast(-87.0f);
-    IntVec is_zero = x < low;
-    x = is_zero ? low : x;
-    // x = n ln 2 + r with |r| <= ln(2)/2; the magic number rounds to the nearest integer in its low bits.
-    const Vec magic = broadcast(12582912.0f);
-    Vec shifted = x * 1.44269504088896341f + magic;
-    Vec n = shifted - magic;
-    Vec r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Vec p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    IntVec exponent = (reinterpret_cast<IntVec&>(shifted) << 23) + 0x3f800000;
-    // The low bits of `shifted` hold n; what the magic number itself adds is shifted out, up to its sign.
-    Vec scale = reinterpret_cast<Vec&>(exponent);
-    Vec result = p * scale;
-    return is_zero ? Vec{} : result;
+// 1 / x of normal numbers, to the last place but one.
+inline Vec inverse(Vec x) {
+#if defined(__AVX512F__)
+    const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
+    return r * (2.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
 }
+
+constexpr float kLog2E = 1.44269504088896341f;
 
 // 2 to the x for x <= 0, within 4e-7 of it; 0 for -infinity.
 inline Vec exp2_negative(Vec x) {
@@ -178,13 +165,11 @@ inline Vec exp2_negative(Vec x) {
 #endif
 }
 
-// 1 / (1 + e^-x), for any x.
+// 1 / (1 + e^-x), for any x, within 4e-7 of it while it is not below 1e-30.
 inline Vec sigmoid(Vec x) {
-    const Vec zero = Vec{};
-    const IntVec is_negative = x < zero;
-    const Vec e = exp_negative(is_negative ? x : -x);
-    const Vec high = 1.0f / (e + 1.0f);
-    return is_negative ? e * high : high;
+    const Vec below = exp2_negative(max(x, -x) * -kLog2E);  // e^-|x|
+    const Vec high = inverse(below + 1.0f);
+    return x < Vec{} ? below * high : high;
 }
 
 }  // namespace batchllm
