@@ -228,7 +228,9 @@ class Linear {
         for (int k = 0; k < num_inputs_; k += depth_) {
             const int depth = std::min(depth_, num_inputs_ - k);
             const float* weight = weights(panel, column, k, depth, work);
+            const int units = num_parts(depth, kNumbers);
             Fetch fetch = fetch_after(task, ahead, k);
+            fetch.spread((num_parts(count, kTileRows) - 1) * num_parts(units, Fetch::kSteps));
             for (int row = 0; row < count; row += kTileRows) {
                 const int rows = std::min(kTileRows, count - row);
                 const bool is_last = k + depth_ >= num_inputs_;
@@ -237,7 +239,7 @@ class Linear {
                 float* sum = work.sum + row * kPanel;
                 // The first rows' product waits for its own weights, as fast as memory gives them.
                 Fetch* next = row == 0 ? nullptr : &fetch;
-                const int columns = width_ / kLanes, units = num_parts(depth, kNumbers);
+                const int columns = width_ / kLanes;
                 if (k == 0)
                     multiply<Product<Scalar>, false>(rows, x, row_len(), weight, kPanel, sum, kPanel, units, columns, next);
                 else

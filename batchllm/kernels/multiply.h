@@ -8,15 +8,22 @@
 namespace batchllm {
 
 // What a product asks for as it goes, for the next one: a stretch of memory, some cache lines at each `kSteps` of its depth.
-// Of more the processor would drop some, and its own prefetching would lose the thread in the gaps.
 struct Fetch {
     static constexpr int kSteps = 32;
-    static constexpr int kLines = 32;
+    // Of more the processor drops some, and its own prefetching loses the thread in the gaps.
+    static constexpr int kMostLines = 32;
     const char* from = nullptr;
     const char* end = nullptr;
+    int num_lines = 0;
+
+    // Spreads the stretch over so many steps.
+    void spread(int num_steps) {
+        const int count = static_cast<int>((end - from + 63) / 64);
+        num_lines = std::min(kMostLines, (count + num_steps - 1) / std::max(1, num_steps));
+    }
 
     void some() {
-        for (int i = 0; i < kLines && from < end; ++i, from += 64) __builtin_prefetch(from, 0, 2);
+        for (int i = 0; i < num_lines && from < end; ++i, from += 64) __builtin_prefetch(from, 0, 2);
     }
 };
 
