@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     items.sort(key=lambda item: _ORDER.index(group) if (group := _group_of(item.nodeid)) in _ORDER else len(_ORDER))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What workers compute themselves, references mostly, takes one thread each: they share the processors, and torch's
+    threads would wait for each other. Engines have processes of their own.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -23,6 +23,8 @@ _PAIRED = "avx512_bf16"
 _TRIAL_SHAPE = (48, 512, 128)
 """Rows, inputs and outputs."""
 _NUM_TRIALS = 8
+_MIN_GAIN = 1.25
+"""How many times as fast float32 must be to be taken: a choice that changed from start to start would change answers."""
 
 HEAD_DIMS = frozenset({32, 64, 80, 96, 128, 256})
 """Sizes of heads that the attention kernel is compiled for."""
@@ -380,7 +382,7 @@ def load(level: str | None = None) -> CpuKernels | str:
         kernels = _bind(name, library)
         if level is None and name == _PAIRED:
             without = load(_LEVELS[0])
-            if isinstance(without, CpuKernels) and _trial_seconds(without) < _trial_seconds(kernels):
+            if isinstance(without, CpuKernels) and _MIN_GAIN * _trial_seconds(without) < _trial_seconds(kernels):
                 return without
         return kernels
     remedy = "install a C++ compiler (Debian: apt install g++) and batchllm again"
