@@ -60,8 +60,10 @@ class CompiledSharedAttention:
             (value_cache, shape.num_kv_heads),
             (output, shape.num_heads),
         ):
-            heads = (num_heads, shape.head_dim)
-            if tensor.shape[1:] != heads or tensor.dtype != shape.dtype or not _has_dense_tokens(tensor):
+            _, heads, head_dim = tensor.shape
+            _, head_stride, stride = tensor.stride()
+            is_dense = stride == 1 and (head_stride == head_dim or heads == 1) and tensor.is_cpu
+            if not is_dense or (heads, head_dim) != (num_heads, shape.head_dim) or tensor.dtype != shape.dtype:
                 raise ValueError(
                     f"a tensor of {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}: must be "
                     f"{shape.dtype} [..., {num_heads}, {shape.head_dim}] on the CPU with the heads of a token side by "
@@ -88,10 +90,3 @@ def make_cpu_attention(shape: LayerShape) -> tuple[StepAttention, str | None]:
     if shape.output_dim != shape.head_dim:
         reason += f" with values of {shape.output_dim}"
     return TorchSharedAttention(shape), reason
-
-
-def _has_dense_tokens(tensor: torch.Tensor) -> bool:
-    _, num_heads, head_dim = tensor.shape
-    _, head_stride, stride = tensor.stride()
-    is_dense: bool = stride == 1 and (head_stride == head_dim or num_heads == 1)
-    return is_dense and tensor.device.type == "cpu"

@@ -88,6 +88,16 @@ class _Linear(ctypes.Structure):
     ]
 
 
+class _Rows(ctypes.Structure):
+    _fields_ = [  # ctypes reads a plain list
+        ("from", _P),
+        ("stride", _I64),
+        ("cache", _P),
+        ("cache_stride", _I64),
+        ("bytes", _I64),
+    ]
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [ctypes.POINTER(_Linear)],
     "pack": [_P, _I64, _P, _I64, _I64, _I32],
@@ -95,9 +105,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "attention": [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)],
     "rms_norm": [_P, _P, _P, _P, _I64, _I64, _F32],
     "silu_and_mul": [_P, _P, _I64, _I64],
-    "rotary_embedding": [_P, _P, _P, _I64, _I64, _P, _I64, _I32, _I32, _I32, _I32, _I32],
+    "rotary_embedding": [_P, _P, _P, _I64, _I64, _P, _I64, _I64, _I32, _I32, _I32, _I32, _I32],
 }
-_STORE_ROWS_ARGUMENTS: list[Any] = [_P, _I64, _P, _I64, _P, _I64, _I64]
+_SAYS_WHETHER = ("attention", "rotary_embedding")
+"""Functions that return something: whether they have done nothing."""
 
 
 class AttentionStep:
@@ -154,7 +165,7 @@ class CpuKernels:
 
     level: str
     _functions: dict[tuple[str, torch.dtype], Any]
-    _store_rows: Any
+    _store_kv: Any
     _packed_size: Any
 
     def pack(self, weight: torch.Tensor, is_gated: bool = False) -> PackedWeight:
@@ -198,27 +209,30 @@ class CpuKernels:
         data = weight.data if isinstance(weight, PackedWeight) else weight
         is_gated = isinstance(weight, PackedWeight) and weight.is_gated
         num_outputs, num_inputs = weight.shape
-        num_rows = x.shape[0]
-        if x.shape[1] != num_inputs or data.dtype != x.dtype or x.stride(1) != 1 or data.stride(-1) != 1:
-            raise ValueError(f"a product of {x.dtype} {tuple(x.shape)} with {data.dtype} {tuple(weight.shape)}")
-        if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != x.dtype):
-            raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} for {num_outputs} outputs of {x.dtype}")
-        out = x.new_empty(num_rows, num_outputs // 2 if is_gated else num_outputs)
+        num_rows, width = x.shape
+        rows_stride, element_stride = x.stride()
+        dtype = x.dtype
+        if width != num_inputs or data.dtype != dtype or element_stride != 1 or data.stride(-1) != 1:
+            raise ValueError(f"a product of {dtype} {tuple(x.shape)} with {data.dtype} {tuple(weight.shape)}")
+        if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != dtype):
+            raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} for {num_outputs} outputs of {dtype}")
+        num_columns = num_outputs // 2 if is_gated else num_outputs
+        out = torch.empty((num_rows, num_columns), dtype=dtype)
         if num_rows:
             layer = _Linear(
-                rows=x.data_ptr(),
-                rows_stride=x.stride(0),
-                weight=data.data_ptr(),
-                weight_stride=0 if is_packed else data.stride(0),
-                bias=None if bias is None else bias.data_ptr(),
-                out=out.data_ptr(),
-                out_stride=out.stride(0),
-                num_rows=num_rows,
-                num_inputs=num_inputs,
-                num_outputs=num_outputs,
-                is_gated=is_gated,
+                x.data_ptr(),
+                rows_stride,
+                data.data_ptr(),
+                0 if is_packed else data.stride(0),
+                None if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                num_columns,
+                num_rows,
+                num_inputs,
+                num_outputs,
+                is_gated,
             )
-            self._functions["linear", x.dtype](layer)
+            self._functions["linear", dtype](layer)
         return out
 
     def attention(
@@ -316,34 +330,48 @@ class CpuKernels:
             head_dim: Width of queries and keys.
             rotary_dim: Elements of a head that are turned, the first ones.
             is_neox: Pairs are halves of a head; else neighbours.
+
+        Raises:
+            IndexError: The cache lacks a position.
         """
-        self._functions["rotary_embedding", query.dtype](
+        lacks_one = self._functions["rotary_embedding", query.dtype](
             positions.data_ptr(),
             query.data_ptr(),
             key.data_ptr(),
             query.stride(0),
             key.stride(0),
             cos_sin_cache.data_ptr(),
-            len(positions),
+            cos_sin_cache.shape[0],
+            positions.shape[0],
             query.shape[1] // head_dim,
             key.shape[1] // head_dim,
             head_dim,
             rotary_dim,
             is_neox,
         )
+        if lacks_one:
+            span = f"{int(positions.min())} to {int(positions.max())}"
+            raise IndexError(f"positions {span}: the model has {cos_sin_cache.shape[0]}")
 
-    def store_rows(self, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """``cache[slots] = rows``; ``slots`` int64, the elements of a row contiguous in both."""
-        size = rows.element_size()
-        self._store_rows(
-            rows.data_ptr(),
-            rows.stride(0) * size,
-            cache.data_ptr(),
-            cache.stride(0) * size,
-            slots.data_ptr(),
-            len(slots),
-            rows[0].numel() * size if len(slots) else 0,
-        )
+    def store_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """``key_cache[slots] = keys`` and the same of values; ``slots`` int64, a row's elements contiguous everywhere."""
+        if slots.shape[0]:
+            self._store_kv(_rows(keys, key_cache), _rows(values, value_cache), slots.data_ptr(), slots.shape[0])
+
+
+def _rows(rows: torch.Tensor, cache: torch.Tensor) -> _Rows:
+    size = rows.element_size()
+    num_elements = rows.numel() // rows.shape[0]
+    return _Rows(
+        rows.data_ptr(), rows.stride(0) * size, cache.data_ptr(), cache.stride(0) * size, num_elements * size
+    )
 
 
 def supports_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -408,10 +436,10 @@ def _bind(level: str, library: ctypes.CDLL) -> CpuKernels:
         for dtype, suffix in _DTYPES.items():
             function = library[f"batchllm_{name}_{suffix}"]
             function.argtypes = arguments
-            function.restype = ctypes.c_int if name == "attention" else None
+            function.restype = ctypes.c_int if name in _SAYS_WHETHER else None
             functions[name, dtype] = function
-    store_rows = library["batchllm_store_rows"]
-    store_rows.argtypes, store_rows.restype = _STORE_ROWS_ARGUMENTS, None
+    store_kv = library["batchllm_store_kv"]
+    store_kv.argtypes, store_kv.restype = [ctypes.POINTER(_Rows), ctypes.POINTER(_Rows), _P, _I64], None
     packed_size = library["batchllm_packed_size"]
     packed_size.argtypes, packed_size.restype = [_I64, _I64, _I32], _I64
-    return CpuKernels(level, functions, store_rows, packed_size)
+    return CpuKernels(level, functions, store_kv, packed_size)

@@ -2,8 +2,20 @@
 // SwiGLU's activation, rotary embedding, and writing KV into the pool.
 
 #include <cmath>
+#include <initializer_list>
 
 #include "vector.h"
+
+extern "C" {
+
+struct BatchllmRows {
+    const void* from;
+    int64_t stride;
+    void* cache;
+    int64_t cache_stride;
+    int64_t bytes;
+};
+}
 
 namespace batchllm {
 namespace {
@@ -95,9 +107,11 @@ void rotate_head(Scalar* head, const Scalar* cos, const Scalar* sin, int half, b
 }
 
 template <typename Scalar>
-void rotary_embedding(const int64_t* positions, void* query, void* key, int64_t query_stride, int64_t key_stride,
-                      const void* cos_sin_cache, int64_t num_tokens, int num_heads, int num_kv_heads, int head_dim,
-                      int rotary_dim, int is_neox) {
+int rotary_embedding(const int64_t* positions, void* query, void* key, int64_t query_stride, int64_t key_stride,
+                     const void* cos_sin_cache, int64_t num_positions, int64_t num_tokens, int num_heads, int num_kv_heads,
+                     int head_dim, int rotary_dim, int is_neox) {
+    for (int64_t token = 0; token < num_tokens; ++token)
+        if (positions[token] < 0 || positions[token] >= num_positions) return 1;
     const int half = rotary_dim / 2;
 #pragma omp parallel for if (num_tokens * num_heads * head_dim >= kMinParallelElements)
     for (int64_t token = 0; token < num_tokens; ++token) {
@@ -108,6 +122,7 @@ void rotary_embedding(const int64_t* positions, void* query, void* key, int64_t 
         for (int head = 0; head < num_kv_heads; ++head)
             rotate_head(k + head * head_dim, cos, cos + half, half, is_neox);
     }
+    return 0;
 }
 
 }  // namespace
@@ -133,28 +148,29 @@ void batchllm_silu_and_mul_bfloat16(const void* x, void* out, int64_t num_rows, 
     batchllm::silu_and_mul<batchllm::BFloat16>(x, out, num_rows, size);
 }
 
-// In place. Strides are those of a token, in elements; heads are contiguous.
-void batchllm_rotary_embedding_float32(const int64_t* positions, void* query, void* key, int64_t query_stride,
-                                       int64_t key_stride, const void* cos_sin_cache, int64_t num_tokens,
+// In place. Strides are those of a token, in elements; heads are contiguous. 0, or 1 where the cache lacks a position;
+// nothing is turned then.
+int batchllm_rotary_embedding_float32(const int64_t* positions, void* query, void* key, int64_t query_stride,
+                                       int64_t key_stride, const void* cos_sin_cache, int64_t num_positions, int64_t num_tokens,
                                        int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t rotary_dim,
                                        int32_t is_neox) {
-    batchllm::rotary_embedding<float>(positions, query, key, query_stride, key_stride, cos_sin_cache, num_tokens,
-                                      num_heads, num_kv_heads, head_dim, rotary_dim, is_neox);
+    return batchllm::rotary_embedding<float>(positions, query, key, query_stride, key_stride, cos_sin_cache, num_positions,
+                                             num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, is_neox);
 }
-void batchllm_rotary_embedding_bfloat16(const int64_t* positions, void* query, void* key, int64_t query_stride,
-                                        int64_t key_stride, const void* cos_sin_cache, int64_t num_tokens,
+int batchllm_rotary_embedding_bfloat16(const int64_t* positions, void* query, void* key, int64_t query_stride,
+                                        int64_t key_stride, const void* cos_sin_cache, int64_t num_positions, int64_t num_tokens,
                                         int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t rotary_dim,
                                         int32_t is_neox) {
-    batchllm::rotary_embedding<batchllm::BFloat16>(positions, query, key, query_stride, key_stride, cos_sin_cache,
-                                                   num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, is_neox);
+    return batchllm::rotary_embedding<batchllm::BFloat16>(positions, query, key, query_stride, key_stride, cos_sin_cache,
+                                                          num_positions, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, is_neox);
 }
 
-// cache[slots[t]] = rows[t], rows of `row_bytes` bytes; strides in bytes.
-void batchllm_store_rows(const void* rows, int64_t row_stride, void* cache, int64_t cache_stride, const int64_t* slots,
-                         int64_t num_rows, int64_t row_bytes) {
-#pragma omp parallel for if (num_rows * row_bytes >= batchllm::kMinParallelElements * 4)
+// cache[slots[t]] = rows[t] of keys and of values, rows of `bytes` bytes; strides in bytes.
+void batchllm_store_kv(const BatchllmRows* keys, const BatchllmRows* values, const int64_t* slots, int64_t num_rows) {
+#pragma omp parallel for if (num_rows * (keys->bytes + values->bytes) >= batchllm::kMinParallelElements * 4)
     for (int64_t t = 0; t < num_rows; ++t)
-        std::memcpy(static_cast<char*>(cache) + slots[t] * cache_stride,
-                    static_cast<const char*>(rows) + t * row_stride, row_bytes);
+        for (const BatchllmRows* rows : {keys, values})
+            std::memcpy(static_cast<char*>(rows->cache) + slots[t] * rows->cache_stride,
+                        static_cast<const char*>(rows->from) + t * rows->stride, rows->bytes);
 }
 }

@@ -116,17 +116,33 @@ def test_rotary_embedding_turns_queries_and_keys_within_a_wider_tensor(
     assert torch.equal(after, original)
 
 
+@pytest.mark.parametrize("position", [-1, 9, 1 << 40])
+def test_a_position_that_the_model_lacks_is_an_error(kernels: CpuKernels, position: int) -> None:
+    """And nothing is turned: beside the table is other memory."""
+    query, key = random_tensor(3, 64, dtype=torch.float32), random_tensor(3, 32, dtype=torch.float32)
+    before, cache = query.clone(), torch.ones(9, 32)
+    with pytest.raises(IndexError, match="the model has 9"):
+        positions = torch.tensor([0, 8, position])
+        kernels.rotary_embedding(positions, query, key, cache, head_dim=32, rotary_dim=32, is_neox=True)
+    assert torch.equal(query, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 50, 8000])
-def test_store_rows_writes_the_slots_and_no_other(kernels: CpuKernels, num_tokens: int, dtype: torch.dtype) -> None:
-    """From a view into a wider tensor, into a cache of its own and into one that is interleaved with another."""
-    rows = random_tensor(num_tokens, 8 * 17, dtype=dtype)[:, 17 : 3 * 17].view(num_tokens, 2, 17)
+def test_store_kv_writes_the_slots_and_no_other(kernels: CpuKernels, num_tokens: int, dtype: torch.dtype) -> None:
+    """From views into a wider tensor, into caches of their own and into such as are interleaved with others. Values may
+    have another width than keys.
+    """
+    wide = random_tensor(num_tokens, 8 * 17, dtype=dtype)
+    keys, values = wide[:, 17 : 3 * 17].view(num_tokens, 2, 17), wide[:, 51:73].view(num_tokens, 2, 11)
     num_slots = 2 * num_tokens + 1
     slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(1))[:num_tokens]
-    for cache in (torch.zeros(num_slots, 2, 17, dtype=dtype), torch.zeros(num_slots, 2, 2, 17, dtype=dtype)[:, 1]):
-        expected = cache.clone()
-        expected[slots] = rows
-        kernels.store_rows(rows, cache, slots)
-        assert torch.equal(cache, expected)
-        if not cache.is_contiguous():
-            assert cache._base is not None and not cache._base[:, 0].any()
+    for is_interleaved in (False, True):
+        pools = [torch.zeros(num_slots, 1 + is_interleaved, 2, width, dtype=dtype) for width in (17, 11)]
+        caches = [pool[:, -1] for pool in pools]
+        kernels.store_kv(keys, values, *caches, slots)
+        for rows, cache, pool in zip((keys, values), caches, pools, strict=True):
+            expected = torch.zeros_like(cache)
+            expected[slots] = rows
+            assert torch.equal(cache, expected)
+            assert not is_interleaved or not pool[:, 0].any()

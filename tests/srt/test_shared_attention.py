@@ -248,5 +248,5 @@ def test_a_position_beyond_the_rotary_table_raises() -> None:
     assert isinstance(kernels, CpuKernels)
     rotary = SimpleNamespace(cos_sin_cache=torch.zeros(16, 64), head_size=64, rotary_dim=64, is_neox_style=True)
     q = torch.zeros(1, 64)
-    with pytest.raises(IndexError, match="position 16 of 16"):
+    with pytest.raises(IndexError, match="positions 16 to 16: the model has 16"):
         cpu_ops._rotary_embedding(kernels)(rotary, torch.tensor([16]), q, q.clone())

@@ -133,8 +133,7 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
         slots: torch.Tensor,
     ) -> None:
         if isinstance(self._kernels, CpuKernels) and not self._has_latent_kv:
-            self._kernels.store_rows(k, keys, slots)
-            self._kernels.store_rows(v, values, slots)
+            self._kernels.store_kv(k, v, keys, values, slots)
         else:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
 

@@ -136,24 +136,26 @@ def _replace_weight(layer: Any, weight: torch.Tensor) -> None:
         owner.weight = parameter
 
 
-def _weight_of(layer: Any, kernels: CpuKernels) -> torch.Tensor | PackedWeight:
-    packed: PackedWeight | None = layer.__dict__.get(_PACKED)
-    if packed is None:
-        if not hasattr(layer, _OWNERS):
-            weight: torch.Tensor = layer.weight
-            return weight
-        packed = kernels.pack(layer.weight, getattr(layer, _IS_GATED, False))
-        _replace_weight(layer, torch.empty_like(layer.weight, device="meta"))
-        setattr(layer, _PACKED, packed)
+def _weight_of(layer: Any, kernels: CpuKernels, dtype: torch.dtype) -> torch.Tensor | PackedWeight | None:
+    """What is not packed yet, packed if it may be; None if its type is another."""
+    weight: torch.Tensor = layer.weight
+    if weight.dtype != dtype:
+        return None
+    if not hasattr(layer, _OWNERS):
+        return weight
+    packed = kernels.pack(weight, getattr(layer, _IS_GATED, False))
+    _replace_weight(layer, torch.empty_like(weight, device="meta"))
+    setattr(layer, _PACKED, packed)
     return packed
 
 
 def _product(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """By the compiled kernels; None where they do not apply."""
     kernels = _KERNELS.get(x.dtype)
-    if kernels is None or layer.weight.dtype != x.dtype or x.device.type != "cpu" or x.dim() != 2 or x.stride(1) != 1:
+    if kernels is None or not x.is_cpu or x.dim() != 2 or x.stride(1) != 1:
         return None
-    return kernels.linear(x, _weight_of(layer, kernels), bias)
+    weight = layer.__dict__.get(_PACKED) or _weight_of(layer, kernels, x.dtype)
+    return None if weight is None else kernels.linear(x, weight, bias)
 
 
 def _linear(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -77,9 +77,10 @@ def _rms_norm(kernels: CpuKernels) -> Callable[..., Any]:
         residual: torch.Tensor | None = None,
         post_residual_addition: torch.Tensor | None = None,
     ) -> Any:
+        weight = self.weight
         is_ours = (
             x.dtype in _DTYPES
-            and self.weight.dtype == x.dtype
+            and weight.dtype == x.dtype
             and x.shape[-1] == self.hidden_size
             and x.is_contiguous()
             and self.variance_size_override is None
@@ -91,7 +92,7 @@ def _rms_norm(kernels: CpuKernels) -> Callable[..., Any]:
             is_ours = is_ours and residual.dtype == x.dtype and residual.is_contiguous() and not self.fp32_residual
         if not is_ours:
             return self.forward_native(x, residual, post_residual_addition)
-        out = kernels.rms_norm(x, self.weight, self.variance_epsilon, residual)
+        out = kernels.rms_norm(x, weight, self.variance_epsilon, residual)
         return out if residual is None else (out, residual)
 
     return forward
@@ -128,8 +129,6 @@ def _rotary_embedding(kernels: CpuKernels) -> Callable[..., Any]:
         )
         if not is_ours:
             return self.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
-        if len(positions) and int(positions.max()) >= len(self.cos_sin_cache):
-            raise IndexError(f"position {int(positions.max())} of {len(self.cos_sin_cache)} that the model has")
         kernels.rotary_embedding(
             positions,
             query,
