@@ -24,7 +24,7 @@ _TRIAL_SHAPE = (48, 512, 128)
 """Rows, inputs and outputs."""
 _NUM_TRIALS = 8
 _MIN_GAIN = 1.25
-"""How many times as fast float32 must be to be taken: a choice that changed from start to start would change answers."""
+"""How many times as fast float32 must be to be taken: a choice that changes from start to start changes answers."""
 
 HEAD_DIMS = frozenset({32, 64, 80, 96, 128, 256})
 """Sizes of heads that the attention kernel is compiled for."""
@@ -369,9 +369,7 @@ class CpuKernels:
 def _rows(rows: torch.Tensor, cache: torch.Tensor) -> _Rows:
     size = rows.element_size()
     num_elements = rows.numel() // rows.shape[0]
-    return _Rows(
-        rows.data_ptr(), rows.stride(0) * size, cache.data_ptr(), cache.stride(0) * size, num_elements * size
-    )
+    return _Rows(rows.data_ptr(), rows.stride(0) * size, cache.data_ptr(), cache.stride(0) * size, num_elements * size)
 
 
 def supports_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
