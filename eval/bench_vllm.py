@@ -120,9 +120,10 @@ def _cell(results: list[compare.Result], names: list[str], dtype: str, threads: 
 
 def _footer(results: list[compare.Result]) -> str:
     versions = sorted({f"{r['engine']} {r['version']}" for r in results})
+    stock = "; stock once" if any(_is_of(r, _STOCK) for r in results) else ""
     return (
         "Median seconds; ratios of seconds are medians of the rounds' own, and below 1 ours is faster."
-        f"\nRounds: {max(r['round'] for r in results) + 1}; stock once. Versions: {', '.join(versions)}."
+        f"\nRounds: {max(r['round'] for r in results) + 1}{stock}. Versions: {', '.join(versions)}."
     )
 
 

@@ -361,7 +361,7 @@ class CpuKernels:
         value_cache: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        """``key_cache[slots] = keys`` and the same of values; ``slots`` int64, a row's elements contiguous everywhere."""
+        """``key_cache[slots] = keys``, and the same of values; ``slots`` int64, a row's elements contiguous."""
         if slots.shape[0]:
             self._store_kv(_rows(keys, key_cache), _rows(values, value_cache), slots.data_ptr(), slots.shape[0])
 
