@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchllm.kernels.bindings import DTYPES, Functions, Layer, Linear, Rows, Step, bind
+
 _LEVELS = ("avx512", "avx2", "default")
 """What torch calls the instruction sets, best first, each with those that run on it too."""
 _PAIRED = "avx512_bf16"
@@ -30,85 +32,6 @@ HEAD_DIMS = frozenset({32, 64, 80, 96, 128, 256})
 """Sizes of heads that the attention kernel is compiled for."""
 MAX_GROUP = 96
 """Most query heads of a KV head."""
-
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [  # ctypes reads a plain list
-        ("num_segments", _I64),
-        ("num_rows", _I64),
-        ("table", _P),
-        ("table_stride", _I64),
-        ("row_place", _P),
-        ("row_token", _P),
-        ("row_visible_end", _P),
-        ("table_rows", _P),
-        ("order", _P),
-        ("private_start", _P),
-        ("segment_readers", _P),
-        ("segment_span", _P),
-        ("segment_table_row", _P),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [  # ctypes reads a plain list
-        ("query", _P),
-        ("query_stride", _I64),
-        ("key_cache", _P),
-        ("value_cache", _P),
-        ("key_stride", _I64),
-        ("value_stride", _I64),
-        ("output", _P),
-        ("output_stride", _I64),
-        ("num_heads", _I32),
-        ("num_kv_heads", _I32),
-        ("head_dim", _I32),
-        ("scale", _F32),
-        ("logit_cap", _F32),
-        ("window", _I32),
-    ]
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [  # ctypes reads a plain list
-        ("rows", _P),
-        ("rows_stride", _I64),
-        ("weight", _P),
-        ("weight_stride", _I64),
-        ("bias", _P),
-        ("out", _P),
-        ("out_stride", _I64),
-        ("num_rows", _I64),
-        ("num_inputs", _I64),
-        ("num_outputs", _I64),
-        ("is_gated", _I32),
-    ]
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [  # ctypes reads a plain list
-        ("from", _P),
-        ("stride", _I64),
-        ("cache", _P),
-        ("cache_stride", _I64),
-        ("bytes", _I64),
-    ]
-
-
-_ARGUMENTS: dict[str, list[Any]] = {
-    "linear": [ctypes.POINTER(_Linear)],
-    "pack": [_P, _I64, _P, _I64, _I64, _I32],
-    "unpack": [_P, _P, _I64, _I64, _I64, _I32],
-    "attention": [ctypes.POINTER(_Step), ctypes.POINTER(_Layer)],
-    "rms_norm": [_P, _P, _P, _P, _I64, _I64, _F32],
-    "silu_and_mul": [_P, _P, _I64, _I64],
-    "rotary_embedding": [_P, _P, _P, _I64, _I64, _P, _I64, _I64, _I32, _I32, _I32, _I32, _I32],
-}
-_SAYS_WHETHER = ("attention", "rotary_embedding")
-"""Functions that return something: whether they have done nothing."""
 
 
 class AttentionStep:
@@ -129,7 +52,7 @@ class AttentionStep:
         self._arrays = {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()}
         self._table = table
         self.num_query_tokens = len(self._arrays["row_token"])
-        self.struct = _Step(
+        self.struct = Step(
             num_segments=len(self._arrays["segment_table_row"]),
             num_rows=self.num_query_tokens,
             table=table.data_ptr(),
@@ -164,17 +87,15 @@ class CpuKernels:
     """
 
     level: str
-    _functions: dict[tuple[str, torch.dtype], Any]
-    _store_kv: Any
-    _packed_size: Any
+    _functions: Functions
 
     def pack(self, weight: torch.Tensor, is_gated: bool = False) -> PackedWeight:
         """What `linear` reads fastest, of a weight [outputs, inputs]."""
         num_outputs, num_inputs = weight.shape
         if weight.stride(1) != 1:
             raise ValueError(f"a weight whose rows are not contiguous: strides {weight.stride()}")
-        data = weight.new_empty(self._packed_size(num_outputs, num_inputs, is_gated))
-        self._functions["pack", weight.dtype](
+        data = weight.new_empty(self._functions.packed_size(num_outputs, num_inputs, is_gated))
+        self._functions.of_dtype["pack", weight.dtype](
             weight.data_ptr(), weight.stride(0), data.data_ptr(), num_outputs, num_inputs, is_gated
         )
         return PackedWeight(data, (num_outputs, num_inputs), is_gated)
@@ -183,7 +104,7 @@ class CpuKernels:
         """Write a packed weight into a tensor of its shape and dtype."""
         if tuple(weight.shape) != packed.shape or weight.dtype != packed.data.dtype or weight.stride(1) != 1:
             raise ValueError(f"a weight of {packed.shape} {packed.data.dtype} into {weight.shape} {weight.dtype}")
-        self._functions["unpack", weight.dtype](
+        self._functions.of_dtype["unpack", weight.dtype](
             packed.data.data_ptr(), weight.data_ptr(), weight.stride(0), *packed.shape, packed.is_gated
         )
 
@@ -219,7 +140,7 @@ class CpuKernels:
         num_columns = num_outputs // 2 if is_gated else num_outputs
         out = torch.empty((num_rows, num_columns), dtype=dtype)
         if num_rows:
-            layer = _Linear(
+            layer = Linear(
                 x.data_ptr(),
                 rows_stride,
                 data.data_ptr(),
@@ -232,7 +153,7 @@ class CpuKernels:
                 num_outputs,
                 is_gated,
             )
-            self._functions["linear", dtype](layer)
+            self._functions.of_dtype["linear", dtype](layer)
         return out
 
     def attention(
@@ -263,10 +184,10 @@ class CpuKernels:
         """
         _, num_heads, head_dim = query.shape
         num_kv_heads = key_cache.shape[1]
-        function = self._functions.get(("attention", query.dtype))
+        function = self._functions.of_dtype.get(("attention", query.dtype))
         if function is None or key_cache.dtype != query.dtype or query.shape[0] < step.num_query_tokens:
             raise ValueError(f"attention of {query.dtype} queries {tuple(query.shape)} over {key_cache.dtype} KV")
-        layer = _Layer(
+        layer = Layer(
             query=query.data_ptr(),
             query_stride=query.stride(0),
             key_cache=key_cache.data_ptr(),
@@ -291,7 +212,7 @@ class CpuKernels:
         """RMS norm over the last dimension; with a residual, that of ``residual += x``, in place."""
         size = x.shape[-1]
         out = torch.empty_like(x)
-        self._functions["rms_norm", x.dtype](
+        self._functions.of_dtype["rms_norm", x.dtype](
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             weight.data_ptr(),
@@ -306,7 +227,9 @@ class CpuKernels:
         """``silu(x[..., :n]) * x[..., n:]`` of a contiguous [..., 2 n]."""
         size = x.shape[-1] // 2
         out = x.new_empty(*x.shape[:-1], size)
-        self._functions["silu_and_mul", x.dtype](x.data_ptr(), out.data_ptr(), out.numel() // max(1, size), size)
+        self._functions.of_dtype["silu_and_mul", x.dtype](
+            x.data_ptr(), out.data_ptr(), out.numel() // max(1, size), size
+        )
         return out
 
     def rotary_embedding(
@@ -334,7 +257,7 @@ class CpuKernels:
         Raises:
             IndexError: The cache lacks a position.
         """
-        lacks_one = self._functions["rotary_embedding", query.dtype](
+        lacks_one = self._functions.of_dtype["rotary_embedding", query.dtype](
             positions.data_ptr(),
             query.data_ptr(),
             key.data_ptr(),
@@ -363,18 +286,20 @@ class CpuKernels:
     ) -> None:
         """``key_cache[slots] = keys``, and the same of values; ``slots`` int64, a row's elements contiguous."""
         if slots.shape[0]:
-            self._store_kv(_rows(keys, key_cache), _rows(values, value_cache), slots.data_ptr(), slots.shape[0])
+            self._functions.store_kv(
+                _rows(keys, key_cache), _rows(values, value_cache), slots.data_ptr(), slots.shape[0]
+            )
 
 
-def _rows(rows: torch.Tensor, cache: torch.Tensor) -> _Rows:
+def _rows(rows: torch.Tensor, cache: torch.Tensor) -> Rows:
     size = rows.element_size()
     num_elements = rows.numel() // rows.shape[0]
-    return _Rows(rows.data_ptr(), rows.stride(0) * size, cache.data_ptr(), cache.stride(0) * size, num_elements * size)
+    return Rows(rows.data_ptr(), rows.stride(0) * size, cache.data_ptr(), cache.stride(0) * size, num_elements * size)
 
 
 def supports_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the attention kernel takes heads of this shape and dtype."""
-    return head_dim in HEAD_DIMS and num_heads // num_kv_heads <= MAX_GROUP and dtype in _DTYPES
+    return head_dim in HEAD_DIMS and num_heads // num_kv_heads <= MAX_GROUP and dtype in DTYPES
 
 
 def levels() -> tuple[str, ...]:
@@ -405,7 +330,7 @@ def load(level: str | None = None) -> CpuKernels | str:
         except OSError as error:
             problems.append(f"{name}: {error}")
             continue
-        kernels = _bind(name, library)
+        kernels = CpuKernels(name, bind(library))
         if level is None and name == _PAIRED:
             without = load(_LEVELS[0])
             if isinstance(without, CpuKernels) and _MIN_GAIN * _trial_seconds(without) < _trial_seconds(kernels):
@@ -426,18 +351,3 @@ def _trial_seconds(kernels: CpuKernels) -> float:
         kernels.linear(x, weight)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
-
-
-def _bind(level: str, library: ctypes.CDLL) -> CpuKernels:
-    functions = {}
-    for name, arguments in _ARGUMENTS.items():
-        for dtype, suffix in _DTYPES.items():
-            function = library[f"batchllm_{name}_{suffix}"]
-            function.argtypes = arguments
-            function.restype = ctypes.c_int if name in _SAYS_WHETHER else None
-            functions[name, dtype] = function
-    store_kv = library["batchllm_store_kv"]
-    store_kv.argtypes, store_kv.restype = [ctypes.POINTER(_Rows), ctypes.POINTER(_Rows), _P, _I64], None
-    packed_size = library["batchllm_packed_size"]
-    packed_size.argtypes, packed_size.restype = [_I64, _I64, _I32], _I64
-    return CpuKernels(level, functions, store_kv, packed_size)
