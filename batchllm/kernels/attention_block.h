@@ -188,6 +188,7 @@ class BlockAttention {
         if (ahead_.line >= ahead_.end) fetch_row();
     }
 
+    // Reads a word of each cache line, in the order in which memory is fastest: waits for what has not come yet.
     void touch(const Tile& tile) {
         const int bytes = (last_head_ - first_head_) * kHeadDim * sizeof(Scalar);
         const auto touch = [bytes](const Scalar* row) {

@@ -159,7 +159,7 @@ inline Vec exp2_negative(Vec x) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    IntVec exponent = (reinterpret_cast<const IntVec&>(shifted) << 23) + 0x3f800000;
+    UnsignedVec exponent = (reinterpret_cast<const UnsignedVec&>(shifted) << 23) + 0x3f800000u;
     const Vec result = p * reinterpret_cast<Vec&>(exponent);
     return n < broadcast(-126.0f) ? Vec{} : result;
 #endif
