@@ -138,7 +138,7 @@ class CpuKernels:
         if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != dtype):
             raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} for {num_outputs} outputs of {dtype}")
         num_columns = num_outputs // 2 if is_gated else num_outputs
-        out = torch.empty((num_rows, num_columns), dtype=dtype)
+        out = x.new_empty(num_rows, num_columns)
         if num_rows:
             layer = Linear(
                 x.data_ptr(),

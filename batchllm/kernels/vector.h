@@ -139,9 +139,9 @@ inline Vec inverse(Vec x) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2 to the x for x <= 0, within 4e-7 of it; 0 for -infinity.
+// 2 to the x for x <= 0, with a relative error below 4e-7; 0 for -infinity, NaN for NaN.
 inline Vec exp2_negative(Vec x) {
-    x = max(x, broadcast(-160.0f));
+    x = max(broadcast(-160.0f), x);  // in this order NaN stays NaN
 #if defined(__AVX512F__)
     const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -165,7 +165,7 @@ inline Vec exp2_negative(Vec x) {
 #endif
 }
 
-// 1 / (1 + e^-x), for any x, within 4e-7 of it while it is not below 1e-30.
+// 1 / (1 + e^-x), for any x, with an error below 4e-7.
 inline Vec sigmoid(Vec x) {
     const Vec below = exp2_negative(max(x, -x) * -kLog2E);  // e^-|x|
     const Vec high = inverse(below + 1.0f);

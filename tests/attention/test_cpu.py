@@ -227,6 +227,17 @@ def test_extreme_scores(implementation: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(output.double(), expected, atol=atol, rtol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_key_that_is_no_number_is_not_passed_over(implementation: str, dtype: torch.dtype) -> None:
+    """Neither where few rows read it nor where many do: who reads it has no number either."""
+    for num_readers in (1, 40):
+        case = _case_of([(30, [(5, 1)] * num_readers), (30, [(5, 1)])], dtype=dtype)
+        case.k_cache[case.table[0, 3]] = torch.nan
+        output = _run(_make(implementation, case), case)
+        assert output[:num_readers].isnan().all() and not output[num_readers:].isnan().any()
+
+
 def _permuted(case: Case, permutation: np.ndarray) -> Case:
     """The same sequences in another order, planned anew from the segments as prefixes."""
     layout, paths = case.layout, PrefixPaths()
