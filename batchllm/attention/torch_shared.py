@@ -233,5 +233,5 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
     lse = torch.logsumexp(lses, dim=0)
     # -inf less -inf is NaN: nothing is the reference point where every part is empty.
     weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)).unsqueeze(-1)
-    out = torch.where(weights > 0, outs * weights, 0.0).sum(dim=0)
+    out = torch.where(weights == 0, 0.0, outs * weights).sum(dim=0)
     return out.to(outs.dtype), lse
