@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from batchllm.kernels import cpu
 from batchllm.kernels.cpu import CpuKernels
-from tests.kernels.levels import DTYPES, random_tensor
+from tests.kernels.levels import DTYPES, LEVELS, random_tensor
 
 # Rows, inputs, outputs. Below, at and between multiples of what the kernel works by: vectors, tiles of rows, panels,
 # inputs in the cache, blocks of rows.
@@ -84,3 +85,13 @@ def test_what_does_not_belong_together_is_refused(kernels: CpuKernels) -> None:
         kernels.unpack(kernels.pack(weight), torch.ones(5, 9))
     with pytest.raises(ValueError, match="rows are not contiguous"):
         kernels.pack(torch.ones(8, 5).T)
+
+
+@pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="the processor has no products of bfloat16")
+@pytest.mark.parametrize(("plain_s", "level"), [(1.0, "avx512_bf16"), (0.81, "avx512_bf16"), (0.79, "avx512")])
+def test_products_of_bfloat16_are_taken_unless_float32_is_much_faster(
+    monkeypatch: pytest.MonkeyPatch, plain_s: float, level: str
+) -> None:
+    monkeypatch.setattr(cpu, "best_seconds", lambda paired, plain: [1.0, plain_s])
+    chosen = cpu.load.__wrapped__()
+    assert isinstance(chosen, CpuKernels) and chosen.level == level

@@ -10,7 +10,6 @@ mistake; `restore_weights` comes before whatever reads or writes weights.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor, should_apply_lm_
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
-from batchllm.kernels.cpu import CpuKernels, PackedWeight, load
+from batchllm.kernels.cpu import MIN_GAIN, CpuKernels, PackedWeight, best_seconds, load
 from batchllm.srt.layers.wanted_rows import WANTED
 
 logger = logging.getLogger(__name__)
@@ -40,11 +39,7 @@ _IS_GATED = "_batchllm_is_gated"
 _GATED_MLPS = ("LlamaMLP", "Qwen2MLP")
 """Of SGLang's modules, those that were read: the activation takes what ``gate_up_proj`` gives, and nobody else does."""
 _PACKED = "_batchllm_packed"
-_MIN_GAIN = 1.25
-"""How many times as fast torch must be to be taken. Ours keep weights once, and a row's product the same whatever is
-beside it; and a choice that changed from start to start would change answers."""
 _TRIAL_SHAPE = (64, 512, 1024)
-_NUM_TRIALS = 8
 
 
 def install() -> None:
@@ -65,7 +60,7 @@ def choose_products() -> None:
     for dtype in _DTYPES:
         ours, torchs = _rates(kernels, dtype)
         name = str(dtype).removeprefix("torch.")
-        is_ours = torchs < _MIN_GAIN * ours
+        is_ours = torchs < MIN_GAIN * ours
         chosen = "compiled kernels" if is_ours else "torch"
         logger.info("linear layers of %s: %s (compiled %.0f GFLOP/s, torch %.0f)", name, chosen, ours, torchs)
         if is_ours:
@@ -79,17 +74,11 @@ def _rates(kernels: CpuKernels, dtype: torch.dtype) -> tuple[float, float]:
     num_rows, num_inputs, num_outputs = _TRIAL_SHAPE
     x, weight = torch.ones(num_rows, num_inputs, dtype=dtype), torch.ones(num_outputs, num_inputs, dtype=dtype)
     packed = kernels.pack(weight)
-    products = (lambda: kernels.linear(x, packed), lambda: F.linear(x, weight))
-    best = [float("inf")] * len(products)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(_NUM_TRIALS):
-        for i, product in enumerate(products):
-            started = time.perf_counter()
-            product()
-            best[i] = min(best[i], time.perf_counter() - started)
+    seconds = best_seconds(lambda: kernels.linear(x, packed), lambda: F.linear(x, weight))
     torch.set_num_threads(num_threads)
-    ours, torchs = (2e-9 * num_rows * num_inputs * num_outputs / s for s in best)
+    ours, torchs = (2e-9 * num_rows * num_inputs * num_outputs / s for s in seconds)
     return ours, torchs
 
 
