@@ -35,7 +35,7 @@ from batchllm.cli.run_command import RunCommand
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import is_same_output
 from batchllm.default_model import default_model_path
-from batchllm.errors import BatchLLMError, ConfigError, JournalError, WorkloadError
+from batchllm.errors import BatchLLMError, ConfigError, EngineError, JournalError, WorkloadError
 from batchllm.host import template
 from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.fingerprint import Fingerprint, check_same, model_identity
@@ -151,10 +151,8 @@ def _run_job(
         journal.event("start", f"{num_before} rows had a result")
         outputs.begin()
         with rare_collections():
-            is_complete = runner.run(rows)
+            is_complete = _run_and_note_end(runner, rows, journal, stop)
         run_ended = time.perf_counter()
-        journal.event("end" if is_complete else "stop", stop.name or "")
-        journal.commit()
         if not is_complete:
             done = f"{journal.num_rows} of {runner.num_rows} rows have their result"
             say(f"stopped by {stop.name}: {done}, in {folder.path}; {folder.go_on}")
@@ -162,6 +160,21 @@ def _run_job(
         outputs.finish()
     runner.stats.write_s = time.perf_counter() - run_ended
     return _tell(command, runner, recorder, num_before, time.perf_counter() - started)
+
+
+def _run_and_note_end(runner: Runner, rows: Iterable[Row | BadRow], journal: Journal, stop: StopSignal) -> bool:
+    """Run the job and write in its journal how that has ended; returns whether every row has a result."""
+    try:
+        is_complete = runner.run(rows)
+    except KeyboardInterrupt:  # a signal while nobody looked at `stop`: an engine was starting, say
+        journal.event("stop", stop.name or "")
+        raise
+    except (EngineError, WorkloadError) as error:
+        journal.event("error", str(error))
+        raise
+    journal.event("end" if is_complete else "stop", stop.name or "")
+    journal.commit()
+    return is_complete
 
 
 def _check_other_files(command: RunCommand) -> None:

@@ -230,7 +230,8 @@ def _cheapest_cut(
         earliest = max(start + 1, min(earliest, latest))
         # The last of those that cost least: fewer pieces.
         cut = latest - int(np.argmin(loss[earliest : latest + 1][::-1]))
-        if _MIN_WORK_PER_LOSS * loss[cut] <= max(limit, 0.0) or loss[cut] == 0:
+        # A piece ends before the limit where requests are large: what counts is the piece itself.
+        if _MIN_WORK_PER_LOSS * loss[cut] <= before[cut] - before[start]:
             return cut
         limit = max(_MIN_WORK_PER_LOSS * float(loss[cut]), 1.25 * limit)
     return end

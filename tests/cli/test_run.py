@@ -20,6 +20,7 @@ from tests.cli.jobs import (
     read_lines,
     recorded_rows,
     rows_of,
+    status_of,
     write_rows,
 )
 
@@ -76,6 +77,17 @@ def test_a_second_signal_ends_a_job_whose_answers_do_not_come(source: Path, out:
     )  # fmt: skip
     assert "stopped by SIGTERM: 60 of 200" in done.check(3).stderr
     assert len(recorded_rows(job_of(out))) == 60
+
+
+def test_the_journal_says_how_each_run_has_ended(command: Command, source: Path, out: Path) -> None:
+    """Also one that ends while its engine starts, when nobody looks out for a signal."""
+    stop_job(command, source, out)
+    command("run", "-i", source, "-o", out, moment="start", do=STOP).check(3)
+    command("run", "-i", source, "-o", out, fails=1).check(2)
+    command("run", "-i", source, "-o", out).check(0)
+    events = [(kind, detail) for _, kind, detail in status_of(job_of(out)).events]
+    assert [kind for kind, _ in events] == ["start", "stop", "start", "stop", "start", "error", "start", "end"]
+    assert [events[i][1] for i in (1, 3, 5)] == ["SIGTERM", "SIGTERM", "the engine did not start"]
 
 
 def test_without_grace_what_runs_is_given_up(command: Command, source: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchllm.errors import WorkloadError
@@ -143,6 +143,7 @@ def test_the_most_work_comes_first_and_none_is_forgotten(workload: list[_Row], n
 
 @untimed
 @given(workloads, engines, page_sizes)
+@example([_Row([0], 0, 1), _Row([0, 0, 0, 1, 2, 0, 1, 2], 0, 30)] * 3, 2, 1)
 def test_cuts_cost_a_sixteenth_of_the_work_at_most(workload: list[_Row], num_engines: int, page_size: int) -> None:
     _, parts = _planned(workload, num_engines, page_size)
     assert parts.plan.num_lost_tokens <= parts.work.sum() / 16
