@@ -35,6 +35,7 @@ from batchllm.cli.run_command import RunCommand
 from batchllm.dataset import BadRow, Input, Row, check_writable, open_input
 from batchllm.dataset.writers import is_same_output
 from batchllm.default_model import default_model_path
+from batchllm.distributed.runtime import ReplicatedRuntime
 from batchllm.errors import BatchLLMError, ConfigError, EngineError, JournalError, WorkloadError
 from batchllm.host import template
 from batchllm.host.runtime import HostedRuntime
@@ -115,6 +116,8 @@ def _run_job(
         raise ConfigError("-o -: standard output is closed; give a path")
     options = _options(command)
     check_replicas(command)
+    if command.is_on_ray and command.trace is not None:
+        raise ConfigError("--trace: the steps of several engines are not on one clock; trace one, without --replicas")
     with ExitStack() as stack:
         source = _open_source(command, folder.path, stack)
         rows = _as_hashed(rows_of(command, source), source, source.states())
@@ -330,7 +333,7 @@ def _start_engine(command: RunCommand, journal: Journal) -> Runtime:
     if seed is not None:
         options["random_seed"] = int(seed)
     if command.is_on_ray:
-        runtime: Runtime = start_replicas(command, model_path, options)
+        runtime: Runtime = start_replicas(command, model_path, options, ReplicatedRuntime)
     else:
         runtime = HostedRuntime(command.model, **options)
     if seed is None:

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
-from batchllm.host.messages import CloseJob, OpenJob, Submit, Withdraw
+from batchllm.host.messages import CloseJob, GivePlanned, OpenJob, Submit, Withdraw
 from batchllm.offline.fingerprint import model_identity
 from batchllm.offline.runtime import FinishedRequests, Runtime, RuntimeInfo
 
+_NO_JOB = -1
+"""Number of a job of the actor's own, which has no rows."""
 _PACKAGES = {"batchllm": "sglang-batchllm", "sglang": "sglang"}
 
-Message = OpenJob | Submit | Withdraw | CloseJob
+Message = OpenJob | Submit | Withdraw | CloseJob | GivePlanned
 Output = tuple[int, FinishedRequests] | EngineDiedError
 """Number of a job and what of it has finished; or that nothing more will come."""
 
@@ -96,6 +98,12 @@ def free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
     return port
+
+
+def own_address() -> str:
+    """Address by which other nodes reach this one."""
+    address: str = importlib.import_module("ray").util.get_node_ip_address()
+    return address
 
 
 class EngineActor:
@@ -179,6 +187,8 @@ class EngineActor:
         self._loop = asyncio.get_running_loop()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._is_serving.set()
+        if runtime.info.live_url is not None:  # it may die while there is no job that would hear of it
+            self._handle(runtime, OpenJob(_NO_JOB))
         while True:
             message = await self._inbox.get()
             try:
@@ -199,6 +209,8 @@ class EngineActor:
             case CloseJob(job_id, is_complete):
                 self._readers.pop(job_id).cancel()
                 runtime.close_job(self._numbers.pop(job_id), is_complete=is_complete)
+            case GivePlanned(share):
+                runtime.give_planned(share)
 
     async def _read(self, runtime: Runtime, job_id: int, number: int) -> None:
         try:

@@ -77,6 +77,11 @@ class Replica:
         self.started = started
         return started
 
+    @property
+    def live_url(self) -> str | None:
+        """Where it answers live requests; None where it answers none, has not started, or begins nothing more."""
+        return None if self.started is None or self.is_draining else self.started.info.live_url
+
     def send(self, message: Message) -> None:
         """Send a message; they arrive in this order. That the actor is gone, `receive` says."""
         if isinstance(message, Submit):

@@ -26,7 +26,7 @@ from batchllm.distributed.cluster import Cluster, Resources
 from batchllm.distributed.replica import Replica
 from batchllm.distributed.tokenizer import SpreadTokenizer
 from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
-from batchllm.host.messages import CloseJob, OpenJob, Submit, Withdraw
+from batchllm.host.messages import CloseJob, GivePlanned, OpenJob, Submit, Withdraw
 from batchllm.offline.event_loop import LoopThread, run_on
 from batchllm.offline.recovery import RestartLimit
 from batchllm.offline.runtime import FinishedRequests, LostEngine, RunRequests, Runtime, RuntimeInfo
@@ -153,6 +153,26 @@ class ReplicatedRuntime:
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         return self._loop_thread.iterate(stream)
+
+    def give_planned(self, share: float) -> None:
+        self.loop.call_soon_threadsafe(self._give_planned, share)
+
+    def _give_planned(self, share: float) -> None:
+        for replica in self._live():
+            replica.send(GivePlanned(share))
+
+    # Live requests, from any thread
+
+    @property
+    def live_urls(self) -> dict[int, str]:
+        """Where live requests are answered, by the number of the engine."""
+        urls = {number: replica.live_url for number, replica in list(self._replicas.items())}
+        return {number: url for number, url in urls.items() if url is not None and number in self._engines}
+
+    @property
+    def death(self) -> EngineDiedError | None:
+        """Why there will never be an engine again; None while there may be."""
+        return self._death
 
     def shutdown(self) -> None:
         """End all engines and the connection to Ray. Doing it twice does nothing."""

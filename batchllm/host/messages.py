@@ -46,6 +46,8 @@ class Start:
         scheduler_process: Target of the scheduler's process, as ``module:function``.
         is_verbose: Say what goes on.
         variables: Environment variables of the driver that are read when an engine starts.
+        live_grace_s: Answer live requests by HTTP too, and let them have so many seconds to finish at the end; None:
+            answer none.
     """
 
     model_path: str | None
@@ -55,6 +57,7 @@ class Start:
     scheduler_process: str
     is_verbose: bool
     variables: dict[str, str]
+    live_grace_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,13 @@ class CloseJob:
 
     job_id: int
     is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GivePlanned:
+    """Let planned requests have this part of what they and live ones compete for, at least."""
+
+    share: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ class HostedRuntime:
         default_model_path: The model where nothing names one.
         flags: SGLang's command line flags.
         is_verbose: Whether its processes print to standard error; if not, only errors are shown.
+        live_grace_s: Have it answer live requests by HTTP too, where ``server_args`` say (``host``, ``port``), and give
+            them so many seconds to finish at the end; None: it answers none.
         **server_args: SGLang's server arguments, and ours.
 
     Attributes:
@@ -58,6 +60,7 @@ class HostedRuntime:
         default_model_path: str = "",
         flags: Sequence[str] = (),
         is_verbose: bool = False,
+        live_grace_s: float | None = None,
         **server_args: Any,
     ) -> None:
         self._is_up = True
@@ -77,6 +80,7 @@ class HostedRuntime:
                 scheduler_process=SCHEDULER_PROCESS,
                 is_verbose=is_verbose,
                 variables=template.own_variables(),
+                live_grace_s=live_grace_s,
             )
             # There is nothing else to do meanwhile, and the first plan takes seconds where nothing has been compiled.
             self._compiler.start()
@@ -154,6 +158,9 @@ class HostedRuntime:
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         return iterate_on(self.loop, stream)
+
+    def give_planned(self, share: float) -> None:
+        self._send(messages.GivePlanned(share))
 
     # Requests outside jobs
 

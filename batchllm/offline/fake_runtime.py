@@ -216,6 +216,9 @@ class FakeRuntime:
         del self.jobs[job_id]
         self.closed.append(is_complete)
 
+    def give_planned(self, share: float) -> None:
+        pass
+
     def shutdown(self) -> None:
         pass
 

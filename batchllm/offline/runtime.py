@@ -48,6 +48,7 @@ class RuntimeInfo:
         num_engines: Engines that are to run a job together. The other numbers are those of the smallest of them.
         engines: Of each that runs now, by its number, ``kv_limit_tokens``: a mapping that changes as they come and go.
             None where there is one for good.
+        live_url: Where it answers live requests by HTTP; None where it answers none, or is the server itself.
     """
 
     model_name: str
@@ -71,6 +72,7 @@ class RuntimeInfo:
     dimensions: tuple[int, ...] = ()
     num_engines: int = 1
     engines: Mapping[int, int] | None = None
+    live_url: str | None = None
 
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""
@@ -186,6 +188,9 @@ class Runtime(Protocol):
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
         """End a job; one that is not complete is aborted."""
+
+    def give_planned(self, share: float) -> None:
+        """Let planned requests have this part of what they and live ones compete for, at least. From any thread."""
 
     def shutdown(self) -> None:
         """End all processes of the runtime; works on one that has died, and twice."""

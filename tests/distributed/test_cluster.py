@@ -54,9 +54,27 @@ def test_without_ray_the_extra_is_named(refused: Refused, monkeypatch: pytest.Mo
     assert "pip install 'sglang-batchllm[ray]'" in refused("--replicas", "2")
 
 
-def test_a_server_has_one_engine_and_says_what_to_use_instead(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--replicas", "2"]) == 2
-    assert "--replicas: a server has one engine. For batches `batchllm run --replicas N`" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--replicas", "0"), "--replicas 0: must be at least 1"),
+        (("--replicas", "2", "--min-replicas", "3"), "--min-replicas 3: must be from 1 to the 2 of --replicas"),
+        (("--replicas", "2", "--grace", "-1"), "--grace -1.0: must be a number of seconds from 0"),
+        (("--replicas", "2", "--batch-max-rows", "0"), "--batch-max-rows 0: must be at least 1"),
+        (("--replicas", "2", "--host", "no.such.host.example"), "--host no.such.host.example"),
+        (("--replicas", "2", "--port", "99999"), "--port 99999"),
+        (("--replicas", "2", "--admin-api-key", "k"), "--admin-api-key: a server of several replicas does not keep it"),
+        (("--replicas", "1000"), "CPU cores; ask for"),
+        (("--ray-address", "nowhere"), "--ray-address nowhere: must be auto, HOST:PORT or ray://HOST:PORT"),
+    ],
+)
+def test_flags_of_a_server_that_do_not_fit_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
+) -> None:
+    """Before any engine is started."""
+    assert main(["serve", "--demo-model", "--batch-storage", str(tmp_path), "--port", "0", *flags]) == 2
+    told = capfd.readouterr().err
+    assert words in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

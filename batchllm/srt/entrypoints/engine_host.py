@@ -20,6 +20,7 @@ import setproctitle
 
 from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
 from batchllm.host import logs, messages
+from batchllm.offline.runtime import RuntimeInfo
 
 
 def main(fd: int, parent_pid: int) -> None:
@@ -43,6 +44,11 @@ def main(fd: int, parent_pid: int) -> None:
     except EOFError:
         return
     try:
+        if start.live_grace_s is not None:
+            from batchllm.srt.entrypoints import live_host
+
+            live_host.serve(start, connection)
+            return
         runtime = _start(SrtRuntime, start)
     except Exception as error:  # whatever it is, the driver raises it
         traceback.print_exc()  # to the log
@@ -51,7 +57,7 @@ def main(fd: int, parent_pid: int) -> None:
         connection.send(messages.Failed(error))
         return
     child_process.outlive_parent()  # from now on the connection says when it ends, and there is time to clean up
-    host = EngineHost(runtime, connection)
+    host = EngineHost(runtime, connection, info=runtime.info, engine=runtime.sglang_engine)
     try:
         runtime.loop.run_until_complete(host.serve())
     finally:
@@ -59,8 +65,18 @@ def main(fd: int, parent_pid: int) -> None:
 
 
 def _start(make: Any, start: messages.Start) -> Any:
-    os.environ.update(start.variables)
     scheduler_process = pkgutil.resolve_name(start.scheduler_process)
+    model_path, server_args = arguments_of(start)
+    return make(model_path, scheduler_process=scheduler_process, **server_args)
+
+
+def arguments_of(start: messages.Start) -> tuple[str, dict[str, Any]]:
+    """The model, and SGLang's server arguments and ours, that a message asks for; its environment variables are set.
+
+    Raises:
+        ConfigError: It names two models, or a flag is wrong.
+    """
+    os.environ.update(start.variables)
     server_args = dict(start.server_args)
     model_path = start.model_path
     if start.flags:
@@ -74,30 +90,29 @@ def _start(make: Any, start: messages.Start) -> Any:
         server_args = given | server_args
     if start.is_verbose:
         server_args.setdefault("log_level", "info")
-    return make(
-        start.default_model_path if model_path is None else model_path,
-        scheduler_process=scheduler_process,
-        **server_args,
-    )
+    return start.default_model_path if model_path is None else model_path, server_args
 
 
 class EngineHost:
     """Does what the messages of a connection ask of an engine.
 
     Args:
-        runtime: The engine, a `batchllm.srt.entrypoints.engine.SrtRuntime`.
+        runtime: The engine, a `batchllm.srt.managers.tokenizer_manager.ManagedRuntime`.
         connection: To whoever uses it.
+        info: What to say of it.
+        engine: SGLang's, for calls; None where there is no such object.
     """
 
-    def __init__(self, runtime: Any, connection: Connection) -> None:
+    def __init__(self, runtime: Any, connection: Connection, *, info: RuntimeInfo, engine: Any = None) -> None:
         self._runtime = runtime
+        self._info = info
         self._connection = connection
         self._jobs: dict[int, tuple[int, asyncio.Task[None]]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._targets = {
             "tokenizer": runtime.tokenizer,
-            "engine": runtime.sglang_engine,
-            "manager": runtime.sglang_engine.tokenizer_manager,
+            "engine": engine,
+            "manager": runtime.manager,
         }
         self._is_over = asyncio.Event()
 
@@ -105,7 +120,7 @@ class EngineHost:
         """Serve until the user of the engine ends it, or goes."""
         self._connection.send(
             messages.Ready(
-                info=self._runtime.info,
+                info=self._info,
                 has_tokenizer=self._runtime.tokenizer is not None,
                 pid=os.getpid(),
                 model_path=self._targets["manager"].server_args.model_path,
@@ -143,6 +158,8 @@ class EngineHost:
                 own_id, task = self._jobs.pop(job_id)
                 task.cancel()
                 self._runtime.close_job(own_id, is_complete=is_complete)
+            case messages.GivePlanned(share):
+                self._runtime.give_planned(share)
             case messages.Call():
                 self._tasks[message.number] = self._spawn(self._call(message))
             case messages.Generate():

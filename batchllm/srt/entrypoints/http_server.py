@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import PortArgs, ServerArgs
 
+from batchllm.errors import ConfigError
 from batchllm.offline.event_loop import iterate_on
 from batchllm.offline.runtime import FinishedRequests
 from batchllm.srt import compat
@@ -39,6 +40,7 @@ from batchllm.trace.step_history import StepHistory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_MIN_ADAPTER_PLACES = 2
 _STOP_TIMEOUT_S = 10
 
 
@@ -114,6 +116,9 @@ class HttpServer:
         when_down: Called in a thread when the server ends: with False as soon as it has been asked to, while live
             requests are still answered, with True if the engine has died.
         grace_s: Seconds that live requests have to finish once the server has been asked to end.
+
+    Raises:
+        ConfigError: There would be no place for an adapter of live requests.
     """
 
     def __init__(
@@ -126,12 +131,14 @@ class HttpServer:
         when_down: Callable[[bool], None],
         grace_s: float,
     ) -> None:
+        _check_adapter_places(server_args)
         self._args = server_args
         self._in_front = in_front
         self._when_up = when_up
         self._when_down = when_down
         self._grace_s = grace_s
         self._is_interrupted = False
+        self._uvicorn: uvicorn.Server | None = None
         self._ending: asyncio.Task[None] | None = None
         self._processes = EngineProcesses()
         self._keeper = EngineKeeper(server_args, self._processes, self._die)
@@ -168,6 +175,11 @@ class HttpServer:
             self._processes.end(self._manager)
         if self._is_interrupted:  # uvicorn keeps it to itself
             raise KeyboardInterrupt
+
+    def stop(self) -> None:
+        """Ask it to end, as a signal does. On its loop."""
+        if self._uvicorn is not None:
+            self._uvicorn.should_exit = True
 
     def _engine_class(self) -> type[Engine]:
         server = self
@@ -214,6 +226,7 @@ class HttpServer:
         server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         if not isinstance(server, uvicorn.Server):  # it is not the one that takes the signals
             return
+        self._uvicorn = server
         server.config.timeout_graceful_shutdown = math.ceil(self._grace_s)
         shut_down = server.shutdown
 
@@ -263,3 +276,12 @@ class HttpServer:
             return JSONResponse(content, status_code=200 if is_in else 503)
 
         upstream.app.add_api_route("/health", health, methods=["GET"], include_in_schema=stock.include_in_schema)
+
+
+def _check_adapter_places(server_args: ServerArgs) -> None:
+    num_places = server_args.max_loras_per_batch
+    if (server_args.enable_lora or server_args.lora_paths) and num_places < _MIN_ADAPTER_PLACES:
+        raise ConfigError(
+            f"--max-loras-per-batch {num_places}: give at least {_MIN_ADAPTER_PLACES}; one place is left to live "
+            "requests while batches run"
+        )

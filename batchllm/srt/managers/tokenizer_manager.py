@@ -337,6 +337,11 @@ class ManagedRuntime:
         )
 
     @property
+    def manager(self) -> BatchTokenizerManager:
+        """The tokenizer manager."""
+        return self._manager
+
+    @property
     def info(self) -> RuntimeInfo:
         """The engine's numbers, with the adapters that are loaded by now."""
         return replace(self._info, adapters=tuple(self._manager.adapter_ids))
