@@ -169,11 +169,12 @@ def _run_and_note_end(runner: Runner, rows: Iterable[Row | BadRow], journal: Jou
     """Run the job and write in its journal how that has ended; returns whether every row has a result."""
     try:
         is_complete = runner.run(rows)
-    except KeyboardInterrupt:  # a signal while nobody looked at `stop`: an engine was starting, say
-        journal.event("stop", stop.name or "")
-        raise
-    except (EngineError, WorkloadError) as error:
-        journal.event("error", str(error))
+    except (EngineError, KeyboardInterrupt, WorkloadError) as error:
+        kind, detail = "error", str(error)
+        if isinstance(error, KeyboardInterrupt):  # while nobody looked at `stop`: an engine was starting, say
+            kind, detail = "stop", stop.name or ""
+        with suppress(JournalError):  # why the run has ended is the news
+            journal.event(kind, detail)
         raise
     journal.event("end" if is_complete else "stop", stop.name or "")
     journal.commit()

@@ -12,8 +12,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +93,8 @@ class Cluster:
             else:
                 options |= {"address": address}
             try:
-                self.ray.init(**options)
+                with _kept_signals():
+                    self.ray.init(**options)
             except BaseException as error:
                 self.close()
                 if not isinstance(error, Exception):
@@ -205,6 +208,17 @@ def _http2_answer(there: socket.socket) -> bytes:
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _kept_signals() -> Iterator[None]:
+    """SIGTERM does what it did before: Ray has it end the process at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def test_a_second_signal_ends_a_job_whose_answers_do_not_come(source: Path, out:
 def test_the_journal_says_how_each_run_has_ended(command: Command, source: Path, out: Path) -> None:
     """Also one that ends while its engine starts, when nobody looks out for a signal."""
     stop_job(command, source, out)
-    command("run", "-i", source, "-o", out, moment="start", do=STOP).check(3)
+    batchllm("run", "-i", source, "-o", out, moment="start", do=STOP).check(3)
     command("run", "-i", source, "-o", out, fails=1).check(2)
     command("run", "-i", source, "-o", out).check(0)
     events = [(kind, detail) for _, kind, detail in status_of(job_of(out)).events]

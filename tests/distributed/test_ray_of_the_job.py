@@ -41,6 +41,7 @@ def _start(base: Path, delay_s: float, *flags: str) -> subprocess.Popen[str]:
         env=os.environ | {"TMPDIR": str(base / "t"), "HOME": str(base / "home"), "PYTHONPATH": str(_ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -92,6 +93,23 @@ def test_a_driver_that_is_killed_leaves_no_process_and_its_job_goes_on(source: P
     assert not _processes_of(tmp_path)
     assert not os.listdir(tmp_path / "t") and os.listdir(tmp_path / "home") == [".cache"]  # of models
     assert not Path("/tmp/ray").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_asked_to_stop_ends_in_good_order(source: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """By a signal to all of its processes, as a terminal sends it: what runs is answered, and the status says so."""
+    out = tmp_path / "out.jsonl"
+    driver = _start(tmp_path, 0.1, "--replicas", "2")
+    _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20)
+    os.killpg(driver.pid, number)
+    _, words = driver.communicate(timeout=_TIMEOUT_S)
+    assert driver.returncode == 3 and f"stopped by {number.name}" in words, words
+    assert "is gone" not in words
+    _wait_until(lambda: not _processes_of(tmp_path))
+    assert not os.listdir(tmp_path / "t")
+    recorded = recorded_rows(Path(f"{out}.job"))
+    assert {int(row) for rows in asked_for(tmp_path / "engines") for row in rows if row != "start"} >= recorded
+    assert 20 < len(recorded) < NUM_ROWS
 
 
 def _has_begun(out: Path) -> bool:
