@@ -36,9 +36,10 @@ _GROUPS = {
     "tests/eval/test_gpu_bench.py": "leftovers",
     "tests/lang": "programs",
     "tests/distributed": "replicas",
+    "tests/test_replica_server.py": "server of replicas",
     "tests/server/test_page_browser.py": "browser",
 }
-_ORDER = ("emulated GPU", "one engine", "command", "server", "leftovers", "programs", "replicas")
+_ORDER = ("emulated GPU", "one engine", "command", "server", "leftovers", "programs", "replicas", "server of replicas")
 
 
 @pytest.fixture(scope="session")

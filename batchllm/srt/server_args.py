@@ -104,8 +104,8 @@ _UNSUPPORTED = (
 
 
 _INSTEAD = {
-    "dp_size": "one scheduler carries out a plan. For batches `batchllm run --replicas N` runs N engines that share "
-    "one plan, and for live requests N servers stand behind a router"
+    "dp_size": "one scheduler carries out a plan. `batchllm run` and `batchllm serve` take --replicas N: N engines that "
+    "share one plan"
 }
 
 
