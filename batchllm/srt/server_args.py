@@ -104,8 +104,8 @@ _UNSUPPORTED = (
 
 
 _INSTEAD = {
-    "dp_size": "one scheduler carries out a plan. `batchllm run` and `batchllm serve` take --replicas N: N engines that "
-    "share one plan"
+    "dp_size": "one scheduler carries out a plan. `batchllm run` and `batchllm serve` take --replicas N: N engines "
+    "that share one plan"
 }
 
 
