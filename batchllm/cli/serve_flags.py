@@ -19,7 +19,12 @@ _GRACE_S = 20.0
 
 
 def wants_replicas(flags: list[str]) -> bool:
-    """Whether these flags of a command line ask for several engines, or for engines on a Ray that is there."""
+    """Whether these flags of a command line ask for several engines, or for engines on a Ray that is there.
+
+    Those that ask for help get the help of one, which has every flag.
+    """
+    if {"-h", "--help"} & set(flags):
+        return False
     flags = with_config(flags)
     return flag_value(flags, "ray-address") is not None or flag_value(flags, "replicas") not in (None, "1")
 

@@ -188,7 +188,7 @@ class EngineActor:
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._is_serving.set()
         if runtime.info.live_url is not None:  # it may die while there is no job that would hear of it
-            self._handle(runtime, OpenJob(_NO_JOB))
+            self._inbox.put_nowait(OpenJob(_NO_JOB))
         while True:
             message = await self._inbox.get()
             try:
