@@ -72,6 +72,7 @@ class Cluster:
 
     def __init__(self, address: str | None, *, is_verbose: bool = False) -> None:
         self.is_own = address is None
+        self._is_client = address is not None and address.startswith("ray://")
         self._folder: str | None = None
         check_reachable(address)
         with _environment(_VARIABLES if self.is_own else {}):
@@ -121,9 +122,15 @@ class Cluster:
         """Ray's names of the nodes that are about to go: who runs them has said so, or a spot warning has come.
 
         Raises:
-            Exception: Ray does not say: it does not to clients, ray://.
+            Exception: Ray does not say.
         """
-        return set(self.ray._private.state.state.get_draining_nodes())  # as Ray's own libraries do
+        if not self._is_client:
+            return _draining_nodes()
+        if not self.ray.is_initialized():
+            raise EngineError("the connection to Ray is gone")  # or Ray would connect to another that it finds
+        ask = self.ray.remote(_draining_nodes).options(num_cpus=0)  # Ray tells only who is in the cluster
+        nodes: set[str] = self.ray.get(ask.remote())
+        return nodes
 
     def _is_of_folder(self, process: psutil.Process) -> bool:
         """It is one that Ray has started: its command line or its parent's names the folder."""
@@ -154,6 +161,11 @@ class Cluster:
         if num_engines > num_cpus:
             raise ConfigError(f"--replicas {num_engines}: {where} has {num_cpus} CPU cores; ask for {num_cpus} at most")
         return Resources(num_cpus=num_cpus // num_engines, num_gpus=0)
+
+
+def _draining_nodes() -> set[str]:
+    state = importlib.import_module("ray._private.state").state
+    return set(state.get_draining_nodes())  # as Ray's own libraries do
 
 
 def num_cores() -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from batchllm.distributed.actor import free_port
 from tests.cli.jobs import read_lines, recorded_rows, rows_of, status_of, write_rows
 from tests.distributed import ray_engines
 from tests.distributed.ray_engines import asked_for
@@ -124,6 +127,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # names of sockets are short
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        monkeypatch.setenv("PYTHONPATH", str(_ROOT))  # actors are of the tests' own classes
         (Path(folder) / "ray").mkdir()
         cluster = Cluster(initialize_head=False)
         nodes = [cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=10**8) for _ in range(2)]
@@ -147,19 +151,45 @@ def test_a_node_that_is_lost_takes_no_row_along(two_nodes: Any, source: Path, tm
     assert "is gone" in words
 
 
-def test_a_node_that_is_drained_ends_its_engine_in_good_order(two_nodes: Any, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_outside", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_a_node_that_is_drained_ends_its_engine_in_good_order(
+    two_nodes: Any, source: Path, tmp_path: Path, is_outside: bool
+) -> None:
     """A spot warning: what the engine has begun is answered, the rest runs elsewhere, and no row is suspected."""
-    from ray._raylet import GcsClient
-
     cluster, nodes = two_nodes
-    driver = _start(tmp_path, 0.2, "--replicas", "2", "--ray-address", cluster.address)
-    engines = tmp_path / "engines"
-    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)))
-    is_accepted, why = GcsClient(address=cluster.address).drain_node(nodes[1].node_id, 2, "spot", 0)
-    assert is_accepted, why
-    _, words = driver.communicate(timeout=_TIMEOUT_S)
+    with _door(cluster.address) if is_outside else nullcontext(cluster.address) as address:
+        driver = _start(tmp_path, 0.2, "--replicas", "2", "--ray-address", address)
+        _drain(cluster.address, nodes[1], tmp_path)
+        _, words = driver.communicate(timeout=_TIMEOUT_S)
     assert driver.returncode == 0, words
     assert [line["text"] for line in read_lines(tmp_path / "out.jsonl")] == [f"after {i}" for i in range(NUM_ROWS)]
     assert "has ended in good order" in words and "is gone" not in words
     kinds = [kind for _, kind, _ in status_of(tmp_path / "out.jsonl.job").events]
     assert "engine_death" not in kinds
+
+
+@contextmanager
+def _door(address: str) -> Iterator[str]:
+    """The address of a cluster for who is not in it."""
+    port = free_port()
+    command = [sys.executable, "-m", "ray.util.client.server", "--address", address, "--mode", "proxy"]
+    with subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], stderr=subprocess.DEVNULL) as server:
+        _wait_until(lambda: _is_listened_to(port))
+        yield f"ray://127.0.0.1:{port}"
+        for process in (server, *psutil.Process(server.pid).children(recursive=True)):
+            process.kill()
+
+
+def _is_listened_to(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _drain(address: str, node: Any, base: Path) -> None:
+    """Warn of the end of a node whose engine has begun something."""
+    from ray._raylet import GcsClient
+
+    engines = base / "engines"
+    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)))
+    is_accepted, why = GcsClient(address=address).drain_node(node.node_id, 2, "spot", 0)
+    assert is_accepted, why
