@@ -68,14 +68,18 @@ class _ServeCommand:
     own: dict[str, Any]
 
 
-class _ServedReplicas(ReplicatedRuntime):
-    """A job ends, the server does not."""
+class ServedReplicas(ReplicatedRuntime):
+    """The engines of a server, which a job does not end.
+
+    Attributes:
+        is_serving: `shutdown` does nothing.
+    """
+
+    is_serving = False
 
     def shutdown(self) -> None:
         if not self.is_serving:
             super().shutdown()
-
-    is_serving = False
 
 
 def serve_replicas(flags: list[str]) -> int:
@@ -165,7 +169,7 @@ def _bound(host: str, port: int) -> Any:
         yield listener
 
 
-def _start_engines(command: _ServeCommand, grace_s: float, key: str) -> _ServedReplicas:
+def _start_engines(command: _ServeCommand, grace_s: float, key: str) -> ServedReplicas:
     default = default_model_path()
     options = {
         "default_model_path": default,
@@ -176,17 +180,17 @@ def _start_engines(command: _ServeCommand, grace_s: float, key: str) -> _ServedR
     }
     if "log_level" in command.own:
         options["log_level"] = command.own["log_level"]
-    runtime = start_replicas(command, command.model or default, options, _ServedReplicas)
+    runtime = start_replicas(command, command.model or default, options, ServedReplicas)
     runtime.is_serving = True
     return runtime
 
 
-def _end_engines(runtime: _ServedReplicas) -> None:
+def _end_engines(runtime: ServedReplicas) -> None:
     runtime.is_serving = False
     runtime.shutdown()
 
 
-def _begin_batches(service: BatchService, runtime: _ServedReplicas, latency: LiveLatency, *, has_metrics: bool) -> None:
+def _begin_batches(service: BatchService, runtime: ServedReplicas, latency: LiveLatency, *, has_metrics: bool) -> None:
     jobs = Jobs(runtime)
     numbers = LiveNumbers(
         job_stats=lambda: jobs.stats,
@@ -198,7 +202,7 @@ def _begin_batches(service: BatchService, runtime: _ServedReplicas, latency: Liv
     service.start(lambda: runtime, jobs.make_job, metrics, numbers, runtime.give_planned)
 
 
-def _application(command: _ServeCommand, service: BatchService, runtime: _ServedReplicas, gateway: Gateway) -> FastAPI:
+def _application(command: _ServeCommand, service: BatchService, runtime: ServedReplicas, gateway: Gateway) -> FastAPI:
     """Batches and health here, everything else by the engines."""
 
     @asynccontextmanager

@@ -184,15 +184,23 @@ class Jobs:
             return
         # Messages are handled in the order in which they were sent. When a request that was sent behind the withdrawal,
         # and withdrawn itself, is back, so is everything.
-        probe_id = self._runtime.open_job()
-        try:
-            self._runtime.submit(probe_id, _probe())
-            self._runtime.withdraw(probe_id)
-            await self._runtime.receive(probe_id)
-        finally:
-            self._runtime.close_job(probe_id, is_complete=False)
+        engines = self._runtime.info.engines
+        await asyncio.gather(*(self._probe(engine) for engine in ([0] if engines is None else list(engines))))
         for plan in unsettled:
             plan.is_settled = True
+
+    async def _probe(self, engine: int) -> None:
+        """Wait until an engine has handled all that it was sent, or is gone."""
+        job_id = self._runtime.open_job()
+        try:
+            self._runtime.submit(job_id, _probe_of(engine))
+            self._runtime.withdraw(job_id)
+            is_over = False
+            while not is_over:
+                finished = await self._runtime.receive(job_id)
+                is_over = bool(finished.positions) or (finished.lost is not None and finished.lost.number == engine)
+        finally:
+            self._runtime.close_job(job_id, is_complete=False)
 
     def _withdraw(self, plan: RunningPlan) -> None:
         """Doing it twice does nothing."""
@@ -223,8 +231,7 @@ class Jobs:
         if not all(job.is_admitting for job in jobs):
             return None
         self.num_lost_tokens += plan.plan.num_lost_tokens
-        if plan.units is not None:
-            jobs[0].stats.num_cut_tokens += plan.plan.num_lost_tokens
+        jobs[0].stats.num_cut_tokens += plan.num_cut_tokens
         running = RunningPlan(self._runtime.open_job(), plan, self._window(plan, max_in_flight or MAX_IN_FLIGHT))
         self._plans[running] = jobs, asyncio.create_task(self._read(running, jobs))
         self._feed(running, jobs)
@@ -328,7 +335,7 @@ def single_job(
     return Job(jobs, rows, **options)
 
 
-def _probe() -> RunRequests:
+def _probe_of(engine: int) -> RunRequests:
     """A request that says, by coming back, that all before it has been handled. It costs a token if it runs at all."""
     table = TokenTable.from_lists([[0]])
     cutter = RunCutter(plan_batch(table), table, np.ones(1, np.int32))
@@ -338,4 +345,5 @@ def _probe() -> RunRequests:
         sampling_index=[0],
         seeds=[0],
         namespaces=None,
+        engine=engine,
     )

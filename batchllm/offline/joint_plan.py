@@ -85,6 +85,7 @@ class JointPlan:
         sample_at: Position -> number of the sample among its job's. int64[num_requests].
         optimal_at: Position -> prompt tokens that an optimal plan computes there. int32[num_requests].
         units: The plan in units, where several engines take them; else None.
+        num_cut_tokens: Prompt tokens that the plan computes more than once for the sake of several engines.
         largest_prefixes: Of each part that wants them the prefixes that save it most; ``example_row`` is a row's place
             in its input.
     """
@@ -109,15 +110,15 @@ class JointPlan:
         self.plan = best
         self.optimal_at = best.computed_lens()
         self.units: Partition | None = None
-        if info.engines is not None and len(parts) == 1:
-            self.units = partition(best, expected_work(best, decode_lens), info.num_engines)
         self.part_at: Int32Array
         self.sample_at: Int64Array
         if len(parts) > 1:
             self._make_fair(decode_lens, _QUANTUM_POOLS * info.kv_limit_tokens)
-        else:
-            if self.units is not None:
-                self._take_units(self.units)
+        num_lost = self.plan.num_lost_tokens
+        if info.engines is not None:
+            self._cut_in_units(decode_lens, info.num_engines)
+        self.num_cut_tokens = self.plan.num_lost_tokens - num_lost
+        if len(parts) == 1:
             self.part_at = np.broadcast_to(np.int32(0), len(table))
             self.sample_at = self.plan.order if parts[0].left is None else parts[0].left[self.plan.order]
         self.largest_prefixes = [self._largest_prefixes(number) for number in range(len(parts))]
@@ -137,10 +138,13 @@ class JointPlan:
         self.part_at, self.sample_at = part_of[plan.order], sample_of[plan.order]
         self.optimal_at = optimal_len[plan.order]
 
-    def _take_units(self, units: Partition) -> None:
+    def _cut_in_units(self, decode_lens: Int32Array, num_engines: int) -> None:
+        """Units of one job go in the order of their work; those of several in the order that is fair."""
         optimal_len = np.empty(self.plan.num_requests, np.int32)
         optimal_len[self.plan.order] = self.optimal_at
-        self.plan = units.plan
+        work = expected_work(self.plan, decode_lens)
+        self.units = partition(self.plan, work, num_engines, keeps_order=len(self._parts) > 1)
+        self.plan = self.units.plan
         self.optimal_at = optimal_len[self.plan.order]
 
     def _largest_prefixes(self, number: int) -> Sequence[PrefixSummary]:

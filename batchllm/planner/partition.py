@@ -44,7 +44,7 @@ class Partition:
     """A plan in units.
 
     Attributes:
-        plan: The plan, unit by unit; what the cuts cost is its ``num_lost_tokens``.
+        plan: The plan, unit by unit; its ``num_lost_tokens`` has what the cuts cost, beside what was lost before.
         bounds: First position of each unit, and the end, int64[num_units + 1].
         work: Expected work of each position, in prompt tokens, with what cuts add, float64[num_requests].
         num_cut_groups: Groups that are in more than one unit.
@@ -62,7 +62,7 @@ class Partition:
 
     @property
     def unit_work(self) -> npt.NDArray[np.float64]:
-        """Expected work of each unit, float64[num_units]. It never rises."""
+        """Expected work of each unit, float64[num_units]. It never rises, unless the order was kept."""
         return np.add.reduceat(self.work, self.bounds[:-1]) if self.num_units else np.zeros(0)
 
 
@@ -95,7 +95,9 @@ def request_work(
     return work
 
 
-def partition(plan: BatchPlan, work: npt.NDArray[np.float64], num_engines: int) -> Partition:
+def partition(
+    plan: BatchPlan, work: npt.NDArray[np.float64], num_engines: int, *, keeps_order: bool = False
+) -> Partition:
     """Cut a plan in units and put those with the most work first. Validated.
 
     Takes time in proportion to the requests, plus sorting the groups.
@@ -104,6 +106,7 @@ def partition(plan: BatchPlan, work: npt.NDArray[np.float64], num_engines: int) 
         plan: The plan.
         work: Work that each position is, in prompt tokens, above 0, float64[num_requests]; `expected_work` tells.
         num_engines: Engines that are to end together, at least 1. For one the order stays as it is, in one unit.
+        keeps_order: The order of the plan is a promise: it stays, though engines may then end further apart.
 
     Raises:
         WorkloadError: ``work`` does not fit the plan, or is not above 0, or ``num_engines`` is below 1.
@@ -121,7 +124,7 @@ def partition(plan: BatchPlan, work: npt.NDArray[np.float64], num_engines: int) 
         return Partition(plan=plan, bounds=bounds, work=work.astype(np.float64), num_cut_groups=0)
     first = np.flatnonzero(_begins_group(plan))
     first, unit_work, num_cut_groups = _cut_large_groups(plan, first, work, num_engines)
-    turn_of_units = np.argsort(-unit_work, kind="stable")
+    turn_of_units = np.arange(len(first)) if keeps_order else np.argsort(-unit_work, kind="stable")
     sizes = np.diff(np.append(first, plan.num_requests))[turn_of_units]
     bounds = np.zeros(len(first) + 1, np.int64)
     np.cumsum(sizes, out=bounds[1:])

@@ -143,6 +143,20 @@ def test_the_most_work_comes_first_and_none_is_forgotten(workload: list[_Row], n
 
 @untimed
 @given(workloads, engines, page_sizes)
+def test_an_order_that_is_a_promise_stays_and_units_are_as_sound(
+    workload: list[_Row], num_engines: int, page_size: int
+) -> None:
+    best, by_work = _planned(workload, num_engines, page_size)
+    work = expected_work(best, np.array([row.decode_len for row in workload]))
+    parts = partition(best, work, num_engines, keeps_order=True)
+    assert parts.plan.order.tolist() == best.order.tolist()
+    parts.plan.validate(_table(workload), _namespaces(workload))
+    assert parts.plan.optimal_prefill_tokens + parts.plan.num_lost_tokens == _computed(workload, parts, page_size)
+    assert sorted(map(sorted, _units(parts))) == sorted(map(sorted, _units(by_work)))
+
+
+@untimed
+@given(workloads, engines, page_sizes)
 @example([_Row([0], 0, 1), _Row([0, 0, 0, 1, 2, 0, 1, 2], 0, 30)] * 3, 2, 1)
 def test_cuts_cost_a_sixteenth_of_the_work_at_most(workload: list[_Row], num_engines: int, page_size: int) -> None:
     _, parts = _planned(workload, num_engines, page_size)
