@@ -184,8 +184,7 @@ class Jobs:
             return
         # Messages are handled in the order in which they were sent. When a request that was sent behind the withdrawal,
         # and withdrawn itself, is back, so is everything.
-        engines = self._runtime.info.engines
-        await asyncio.gather(*(self._probe(engine) for engine in ([0] if engines is None else list(engines))))
+        await asyncio.gather(*(self._probe(engine) for engine in self._runtime.info.engine_numbers))
         for plan in unsettled:
             plan.is_settled = True
 

@@ -74,6 +74,11 @@ class RuntimeInfo:
     engines: Mapping[int, int] | None = None
     live_url: str | None = None
 
+    @property
+    def engine_numbers(self) -> list[int]:
+        """Numbers of the engines that run now; 0 where there is one for good."""
+        return [0] if self.engines is None else list(self.engines)
+
     def max_request_len(self, kv_tokens: int) -> int:
         """Most tokens of prompt and output together that so many slots have room for."""
         return max_total_len(kv_tokens, self.page_size) + self.num_unstored_tokens

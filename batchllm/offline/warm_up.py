@@ -59,7 +59,7 @@ async def warm_up(runtime: Runtime, shape: StepShape) -> None:
     Raises:
         EngineError: The engine does not survive it.
     """
-    engines = [0] if runtime.info.engines is None else list(runtime.info.engines)
+    engines = runtime.info.engine_numbers
     num_rows = shape.num_rows * len(engines)
     job_id = runtime.open_job()
     num_finished = 0
