@@ -400,7 +400,7 @@ def test_a_job_that_stops_answers_what_runs_withdraws_the_rest_and_leaves_the_en
         ({"no_such_flag": 1}, "--no-such-flag"),
         ({"max_total_token": 1}, "--max-total-tokens"),
         ({"pp_size": 2}, "pipeline"),
-        ({"dp_size": 2}, "`batchllm run --replicas N` runs N engines"),
+        ({"dp_size": 2}, "take --replicas N: N engines that share one plan"),
         ({"speculative_algorithm": "EAGLE"}, "speculative"),
         ({"enable_hierarchical_cache": True}, "hierarchical"),
         ({"disaggregation_mode": "prefill"}, "disaggregation"),
