@@ -64,7 +64,6 @@ def test_without_ray_the_extra_is_named(refused: Refused, monkeypatch: pytest.Mo
         (("--replicas", "2", "--host", "no.such.host.example"), "--host no.such.host.example"),
         (("--replicas", "2", "--port", "99999"), "--port 99999"),
         (("--replicas", "2", "--admin-api-key", "k"), "--admin-api-key: a server of several replicas does not keep it"),
-        (("--replicas", "1000"), "CPU cores; ask for"),
         (("--ray-address", "nowhere"), "--ray-address nowhere: must be auto, HOST:PORT or ray://HOST:PORT"),
     ],
 )
