@@ -224,12 +224,12 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _kept_signals() -> Iterator[None]:
-    """SIGTERM does what it did before: Ray has it end the process at once."""
+    """SIGTERM does what it did before, if that was Python's to say: Ray has it end the process at once."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 
