@@ -14,7 +14,7 @@ import math
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,17 +69,10 @@ class _ServeCommand:
 
 
 class ServedReplicas(ReplicatedRuntime):
-    """The engines of a server, which a job does not end.
-
-    Attributes:
-        is_serving: `shutdown` does nothing.
-    """
-
-    is_serving = False
+    """The engines of a server."""
 
     def shutdown(self) -> None:
-        if not self.is_serving:
-            super().shutdown()
+        """A job ends, the server does not."""
 
 
 def serve_replicas(flags: list[str]) -> int:
@@ -106,9 +99,11 @@ def serve_replicas(flags: list[str]) -> int:
         stack.callback(service.close)
         engine_key = own.get("api_key") or secrets.token_urlsafe(32)
         runtime = _start_engines(command, grace_s, engine_key)
-        stack.callback(_end_engines, runtime)
+        stack.callback(runtime.end)
         latency = LiveLatency()
-        gateway = Gateway(lambda: runtime.live_urls, key=None if own.get("api_key") else engine_key, latency=latency)
+        gateway = Gateway(
+            lambda: runtime.live_urls, api_key=None if own.get("api_key") else engine_key, latency=latency
+        )
         app = _application(command, service, runtime, gateway)
         config = uvicorn.Config(
             service.page.before(app),
@@ -138,7 +133,7 @@ def _parsed(flags: list[str]) -> _ServeCommand:
     if expanded != flags:
         parser.add_argument("--config")  # its flags stand here by now
     given, server_flags = parser.parse_known_args(expanded)
-    own = {"host": "127.0.0.1", "port": 30000, **vars(given)}
+    own = {"host": "127.0.0.1", "port": 30000, **vars(given)}  # SGLang's own defaults
     for name in _REFUSED:
         if flag_value(server_flags, name) is not None:
             raise ConfigError(f"--{name}: a server of several replicas does not keep it; leave it out")
@@ -158,7 +153,7 @@ def _parsed(flags: list[str]) -> _ServeCommand:
 
 
 @contextlib.contextmanager
-def _bound(host: str, port: int) -> Any:
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket with the server's address, taken before engines start; nobody is let in before they answer."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -180,14 +175,7 @@ def _start_engines(command: _ServeCommand, grace_s: float, key: str) -> ServedRe
     }
     if "log_level" in command.own:
         options["log_level"] = command.own["log_level"]
-    runtime = start_replicas(command, command.model or default, options, ServedReplicas)
-    runtime.is_serving = True
-    return runtime
-
-
-def _end_engines(runtime: ServedReplicas) -> None:
-    runtime.is_serving = False
-    runtime.shutdown()
+    return start_replicas(command, command.model or default, options, ServedReplicas)
 
 
 def _begin_batches(service: BatchService, runtime: ServedReplicas, latency: LiveLatency, *, has_metrics: bool) -> None:

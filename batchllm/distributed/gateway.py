@@ -9,6 +9,7 @@ INVARIANT: a request that an engine may have begun is sent to no other: one that
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -22,6 +23,8 @@ from yarl import URL
 
 from batchllm.distributed.live_router import LiveRouter
 from batchllm.trace.latency import LiveLatency
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 20
 _CONNECT_TIMEOUT_S = 10.0
@@ -44,12 +47,22 @@ _TO_ALL = frozenset(
 _STATEFUL = "/v1/responses"
 """Its answers are kept in the process that gave them."""
 _MODELS = "/v1/models/"
-_KEY_FIELDS = (
+_PROMPT_FIELDS = (
     *("model", "lora_path", "tools", "system", "messages", "prompt", "text", "input_ids", "query", "input", "items"),
 )
 """Fields of bodies that say what is computed, in the order in which a prompt has them."""
 _OF_A_CONNECTION = frozenset(
-    ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "content-length"]
+    [
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "content-length",
+        "expect",
+    ]
 )
 """Headers that are between two ends, not of the request."""
 _OF_CONTENT = ("content-type", "content-encoding")
@@ -60,13 +73,13 @@ class Gateway:
 
     Args:
         urls: Where the engines that are up answer, by their numbers.
-        key: What they ask for, in place of what the client gives; None: what that gives is for them to judge.
+        api_key: What they ask for, in place of what the client gives; None: what that gives is for them to judge.
         latency: Told what streamed requests wait.
     """
 
-    def __init__(self, urls: Callable[[], Mapping[int, str]], *, key: str | None, latency: LiveLatency) -> None:
+    def __init__(self, urls: Callable[[], Mapping[int, str]], *, api_key: str | None, latency: LiveLatency) -> None:
         self._urls = urls
-        self._key = key
+        self._api_key = api_key
         self._latency = latency
         self._router = LiveRouter()
         self._session: aiohttp.ClientSession | None = None
@@ -88,9 +101,9 @@ class Gateway:
         work = asyncio.create_task(self._answer(scope, body, send))
         gone = asyncio.create_task(_wait_until_gone(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
+            done, _ = await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                await task
         finally:
             for task in (work, gone):  # nobody waits for the answer any more: the engine sees its connection closed
                 task.cancel()
@@ -103,7 +116,8 @@ class Gateway:
             try:
                 async with self._http().get(f"{url}/metrics", headers={"accept-encoding": "identity"}) as answer:
                     return engine, await answer.text() if answer.status == HTTPStatus.OK else ""
-            except aiohttp.ClientError:  # it is going
+            except aiohttp.ClientError as error:
+                logger.warning("replica %d does not tell its metrics: %s", engine, error)
                 return engine, ""
 
         return dict(await asyncio.gather(*(ask(engine, url) for engine, url in self._urls().items())))
@@ -142,17 +156,17 @@ class Gateway:
 
     async def _hand_on(self, scope: Scope, body: bytes, send: Send) -> None:
         """One engine answers. Another is asked only where the first was not reached at all."""
-        untried, key = dict(self._urls()), prompt_key(body)
+        untried, prompt = dict(self._urls()), prompt_of(body)
         if untried and scope["path"].startswith(_STATEFUL):
             untried = {min(untried): untried[min(untried)]}
         while untried:
-            engine = self._router.begin(key, untried)
+            engine = self._router.begin(prompt, untried)
             try:
                 answer = await self._request(untried.pop(engine), scope, body)
                 async with answer:
                     await self._copy(answer, send)
                 return
-            except aiohttp.ClientConnectorError:
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
                 continue
             except aiohttp.ClientError:  # it has gone with the request
                 break
@@ -163,9 +177,9 @@ class Gateway:
     async def _request(self, url: str, scope: Scope, body: bytes) -> aiohttp.ClientResponse:
         headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
         headers = [(name, value) for name, value in headers if name.lower() not in _OF_A_CONNECTION | {"host"}]
-        if self._key is not None:
+        if self._api_key is not None:
             headers = [(name, value) for name, value in headers if name.lower() != "authorization"]
-            headers.append(("authorization", f"Bearer {self._key}"))
+            headers.append(("authorization", f"Bearer {self._api_key}"))
         query = scope["query_string"].decode("latin-1")
         path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")
         return await self._http().request(
@@ -201,15 +215,14 @@ class Gateway:
         await send({"type": "http.response.body", "body": b""})
 
 
-def prompt_key(body: bytes) -> bytes:
-    """What of a request's body is computed, in the order of its prompt; empty where it is no JSON object."""
+def prompt_of(body: bytes) -> bytes:
+    """What of a request's body is computed, in the order of its prompt; empty where the body has nothing of it."""
     try:
         fields = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        is_object = isinstance(fields, dict)
+        return b"\n".join(orjson.dumps(fields[name]) for name in _PROMPT_FIELDS if is_object and name in fields)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the engine says what is wrong with it
         return b""
-    if not isinstance(fields, dict):
-        return b""
-    return b"\n".join(orjson.dumps(fields[name]) for name in _KEY_FIELDS if name in fields)
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -34,17 +34,17 @@ class LiveRouter:
         self._in_flight: dict[int, int] = {}
         self._num_given: dict[int, int] = {}
 
-    def begin(self, key: bytes, engines: Collection[int]) -> int:
+    def begin(self, prompt: bytes, engines: Collection[int]) -> int:
         """The engine for a request; it counts as in flight there until `end`.
 
         Args:
-            key: What the request computes, from its beginning.
+            prompt: What the request computes, from its beginning.
             engines: Numbers of those that are up; at least one.
         """
         num_in_flight = sum(self._in_flight.get(engine, 0) for engine in engines)
         most = math.ceil(MAX_LOAD_RATIO * (num_in_flight + 1) / len(engines))
         free = {engine for engine in engines if self._in_flight.get(engine, 0) < most}
-        pieces = list(_pieces(key))
+        pieces = list(_pieces(prompt))
         best = free
         for piece in pieces:
             if not (best_here := self._holders.get(piece, set()) & best):
@@ -72,9 +72,9 @@ class LiveRouter:
             self._holders.popitem(last=False)
 
 
-def _pieces(key: bytes) -> Iterator[int]:
+def _pieces(prompt: bytes) -> Iterator[int]:
     """Hash of each whole piece and all before it."""
     path = 0
-    for first in range(0, min(len(key), PIECE_LEN * _MAX_PIECES_OF_ONE) - PIECE_LEN + 1, PIECE_LEN):
-        path = xxhash.xxh3_64_intdigest(key[first : first + PIECE_LEN], seed=path)
+    for first in range(0, min(len(prompt), PIECE_LEN * _MAX_PIECES_OF_ONE) - PIECE_LEN + 1, PIECE_LEN):
+        path = xxhash.xxh3_64_intdigest(prompt[first : first + PIECE_LEN], seed=path)
         yield path

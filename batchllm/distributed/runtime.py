@@ -102,7 +102,7 @@ class ReplicatedRuntime:
                     f"the job begins with {len(self._engines)} of {num_engines} replicas; others join when they are up"
                 )
         except BaseException:
-            self.shutdown()
+            self.end()
             raise
         self._info = replace(
             started.info, kv_limit_tokens=self._kv_limit, num_engines=num_engines, engines=self._engines
@@ -175,6 +175,10 @@ class ReplicatedRuntime:
         return self._death
 
     def shutdown(self) -> None:
+        """A job that has the engines for itself ends."""
+        self.end()
+
+    def end(self) -> None:
         """End all engines and the connection to Ray. Doing it twice does nothing."""
         if not self._is_up:
             return

@@ -119,7 +119,7 @@ async def gateway_to(
 ) -> AsyncIterator[tuple[str, Gateway, LiveLatency]]:
     """A gateway in front of engines, served: its URL, itself, and what it has told of delays."""
     latency = LiveLatency()
-    gateway = Gateway(lambda: urls, key=key, latency=latency)
+    gateway = Gateway(lambda: urls, api_key=key, latency=latency)
     try:
         async with served(gateway) as url:
             yield url, gateway, latency

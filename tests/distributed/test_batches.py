@@ -38,7 +38,6 @@ def serve(cluster: HeldCluster, tmp_path: Path) -> Iterator[Serve]:
             resources=Resources(num_cpus=0, num_gpus=0),
             num_engines=2,
         )
-        runtime.is_serving = True
         options = BatchOptions(storage=tmp_path / "storage", grace_s=0.2)
         api = Api(options, runtime, make_job=Jobs(runtime).make_job)  # type: ignore[arg-type]
         running.append((api, runtime))
@@ -47,8 +46,7 @@ def serve(cluster: HeldCluster, tmp_path: Path) -> Iterator[Serve]:
     yield start_server
     for api, runtime in running:
         api.stop()
-        runtime.is_serving = False
-        runtime.shutdown()
+        runtime.end()
 
 
 def _create(api: Api, first: int, num_rows: int) -> openai.types.Batch:
