@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import openai
 import psutil
 from openai import OpenAI
 
+from batchllm.distributed.actor import free_port
 from tests import forked
 
 KEY = "sk-test"
@@ -33,7 +35,7 @@ class Server:
     """One server at a time, on one storage."""
 
     folder: Path
-    port: int
+    port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | forked.Process | None = None
     flags: list[str] = field(default_factory=list)
 
@@ -107,6 +109,17 @@ class Server:
             if re.match(rf"{name}[ {{]", line) and all(f'{key}="{value}"' in line for key, value in labels.items()):
                 total += float(line.rsplit(" ", 1)[1])
         return total
+
+
+@contextmanager
+def running(folder: Path, *flags: str, is_forked: bool = True) -> Iterator[Server]:
+    """A server with these flags, ended at last if a test has not ended it."""
+    server = Server(folder, flags=list(flags))
+    server.start(is_forked=is_forked)
+    yield server
+    server.client.close()
+    if server.process is not None:
+        server.end()
 
 
 def rows(num_documents: int, num_questions: int, **body: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batchllm.default_model import default_model_path
-from tests.live_server import KEY, Server, answers, create, long_stream, rows, text_of, wait, wait_for_answers
+from tests.live_server import KEY, Server, answers, create, long_stream, rows, running, text_of, wait, wait_for_answers
 from tests.srt.adapters import make_adapter
 
 pytestmark = pytest.mark.engine
@@ -37,17 +36,10 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -> Iterator[Server]:
     """Adapters a and b at the start; two places, of which live requests are left one; it ends without waiting long."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     paths = [f"{name}={adapters[name]}" for name in "ab"]
     flags = ["--grace", "1", "--max-loras-per-batch", "2", "--lora-paths", *paths]
-    server = Server(tmp_path_factory.mktemp("server"), port, flags=flags)
-    server.start()
-    yield server
-    server.client.close()
-    if server.process is not None:
-        server.end()
+    with running(tmp_path_factory.mktemp("server"), *flags) as server:
+        yield server
 
 
 def line(row_id: str, **body: Any) -> dict[str, Any]:

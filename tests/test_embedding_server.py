@@ -6,7 +6,6 @@ The live route is SGLang's own code, on SGLang's own requests: what a row means 
 from __future__ import annotations
 
 import random
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,7 +15,7 @@ import httpx
 import pytest
 
 from batchllm.default_model import default_model_path
-from tests.live_server import KEY, Server, in_a_batch
+from tests.live_server import KEY, Server, in_a_batch, running
 
 pytestmark = pytest.mark.engine
 
@@ -26,16 +25,10 @@ _CHUNK = 64
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     flags = ["--grace", "1", "--is-embedding", "--chunked-prefill-size", str(_CHUNK)]
     flags += ["--json-model-override-args", '{"matryoshka_dimensions": [8, 16]}']
-    server = Server(tmp_path_factory.mktemp("server"), port, flags=flags)
-    server.start()
-    yield server
-    server.client.close()
-    server.end()
+    with running(tmp_path_factory.mktemp("server"), *flags) as server:
+        yield server
 
 
 def live(server: Server, body: dict[str, Any], url: str = "/v1/embeddings") -> httpx.Response:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sqlite3
 import threading
 import time
@@ -30,6 +29,7 @@ from tests.live_server import (
     in_a_batch,
     long_stream,
     rows,
+    running,
     text_of,
     wait,
     wait_for_answers,
@@ -41,15 +41,8 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(tmp_path_factory.mktemp("server"), port)
-    server.start(is_forked=False)
-    yield server
-    server.client.close()
-    if server.process is not None:
-        server.end()
+    with running(tmp_path_factory.mktemp("server"), is_forked=False) as server:
+        yield server
 
 
 def chat_bodies(num: int) -> list[dict[str, Any]]:

@@ -5,16 +5,16 @@ dies. The tests share the server, in this order.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.live_server import KEY, Server, answers, create, long_stream, rows, text_of, wait, wait_for_answers
+from tests.live_server import KEY, Server, answers, create, long_stream, rows, running, text_of, wait, wait_for_answers
 
 pytestmark = pytest.mark.engine
 _UP_AGAIN_S = 240
@@ -22,15 +22,8 @@ _UP_AGAIN_S = 240
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(tmp_path_factory.mktemp("server"), port, flags=["--replicas", "2", "--demo-model"])
-    server.start(is_forked=False)
-    yield server
-    server.client.close()
-    if server.process is not None:
-        server.end()
+    with running(tmp_path_factory.mktemp("server"), "--replicas", "2", "--demo-model", is_forked=False) as server:
+        yield server
 
 
 def _num_asked(server: Server) -> list[float]:
@@ -65,11 +58,9 @@ def test_a_batch_runs_on_both_engines_and_answers_what_live_requests_do(server: 
 def test_live_requests_with_one_beginning_go_to_one_engine(server: Server) -> None:
     before = _num_asked(server)
     for number in range(6):
-        messages = [
-            {"role": "system", "content": "Answer in one word. " * 30},
-            {"role": "user", "content": str(number)},
-        ]
-        server.client.chat.completions.create(model="m", messages=messages, max_tokens=2)  # type: ignore[arg-type]
+        messages: Any = [{"role": "system", "content": "Answer in one word. " * 30}]
+        messages.append({"role": "user", "content": str(number)})
+        server.client.chat.completions.create(model="m", messages=messages, max_tokens=2)
     asked = [now - then for now, then in zip(_num_asked(server), before, strict=True)]
     assert sorted(asked) == [0, 6]
 

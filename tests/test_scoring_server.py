@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import httpx
 import pytest
 
 from batchllm.default_model import default_model_path
-from tests.live_server import KEY, Server, in_a_batch
+from tests.live_server import KEY, Server, in_a_batch, running
 from tests.reranker import TEMPLATE, make_reranker
 from tests.srt.harness_tasks import responses, tasks
 
@@ -35,15 +34,9 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, reranker: tuple[Path, int, int]) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     flags = ["--grace", "1", "--model-path", str(reranker[0]), "--served-model-name", "m", "--enable-cache-report"]
-    server = Server(tmp_path_factory.mktemp("server"), port, flags=flags)
-    server.start()
-    yield server
-    server.client.close()
-    server.end()
+    with running(tmp_path_factory.mktemp("server"), *flags) as server:
+        yield server
 
 
 def post(server: Server, url: str, body: dict[str, Any]) -> httpx.Response:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from pathlib import Path
 
 import psutil
@@ -47,10 +46,7 @@ def test_the_command_writes_the_same_lines_with_two_ranks(tmp_path: Path, engine
 @pytest.mark.thorough
 def test_a_server_of_two_ranks_goes_on_when_one_is_killed(tmp_path: Path) -> None:
     """A live request is answered beside a batch; both ranks are started again, and every row is answered once."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(tmp_path, port, flags=["--tp-size", "2"])
+    server = Server(tmp_path, flags=["--tp-size", "2"])
     server.start(is_forked=False)
     try:
         lines = rows(4, 100, max_tokens=48, ignore_eos=True)

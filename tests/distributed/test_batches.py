@@ -4,15 +4,13 @@ answer at once.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
+from openai.types import Batch
 
 from batchllm.cli.serve_replicas import ServedReplicas
 from batchllm.distributed.cluster import Resources
@@ -20,6 +18,7 @@ from batchllm.offline.jobs import Jobs
 from batchllm.server import BatchOptions
 from tests.distributed.conftest import HeldCluster
 from tests.distributed.ray_engines import Deeds, asked_for, num_of, start
+from tests.server.api_rows import begin, check_each_row_once, counts_of, row, wait_for, wait_for_rows
 from tests.server.instant_server import Api
 
 Serve = Callable[..., Api]
@@ -39,7 +38,7 @@ def serve(cluster: HeldCluster, tmp_path: Path) -> Iterator[Serve]:
             num_engines=2,
         )
         options = BatchOptions(storage=tmp_path / "storage", grace_s=0.2)
-        api = Api(options, runtime, make_job=Jobs(runtime).make_job)  # type: ignore[arg-type]
+        api = Api(options, runtime, make_job=Jobs(runtime).make_job)
         running.append((api, runtime))
         return api
 
@@ -49,59 +48,28 @@ def serve(cluster: HeldCluster, tmp_path: Path) -> Iterator[Serve]:
         runtime.end()
 
 
-def _create(api: Api, first: int, num_rows: int) -> openai.types.Batch:
-    """Rows in groups of ten; the last token of each is its number."""
-    lines = [
-        {
-            "custom_id": str(number),
-            "method": "POST",
-            "url": "/v1/completions",
-            "body": {"model": "m", "prompt": [1, number // 10, 7, 8, number], "max_tokens": 1000},
-        }
-        for number in range(first, first + num_rows)
-    ]
-    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    file = api.client.files.create(file=("rows.jsonl", content), purpose="batch")
-    return api.client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+def _begin(api: Api, first: int, num_rows: int) -> Batch:
+    return begin(api.client, [row(number, max_tokens=1000) for number in range(first, first + num_rows)])
 
 
-def _wait(api: Api, batch: openai.types.Batch) -> openai.types.Batch:
-    deadline = time.monotonic() + 120
-    while (found := api.client.batches.retrieve(batch.id)).status not in ("completed", "failed"):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
-    return found
-
-
-def _check(api: Api, batch: openai.types.Batch, first: int, num_rows: int) -> None:
-    """Every row of the batch has its own answer, once."""
-    assert batch.status == "completed" and batch.output_file_id is not None
-    records = [json.loads(line) for line in api.client.files.content(batch.output_file_id).text.splitlines()]
-    texts = {record["custom_id"]: record["response"]["body"]["choices"][0]["text"] for record in records}
-    assert texts == {str(number): f"after {number}" for number in range(first, first + num_rows)}
-    assert len(records) == num_rows
-
-
-def _is_begun(api: Api, batch: openai.types.Batch, num_rows: int) -> None:
-    while (counts := api.client.batches.retrieve(batch.id).request_counts) is None or counts.completed < num_rows:
-        time.sleep(0.02)
+def _check(api: Api, batch: Batch, first: int, num_rows: int) -> None:
+    """The batch ends with an answer of its own to each row, once."""
+    check_each_row_once(api.client, wait_for(api.client, batch.id, "completed"), num_rows, first=first)
 
 
 def test_a_small_batch_does_not_wait_for_the_end_of_a_large_one(serve: Serve) -> None:
     api = serve(delay_s=0.02)
-    large = _create(api, 0, 600)
-    _is_begun(api, large, 20)
-    small = _create(api, 1000, 60)
-    _check(api, _wait(api, small), 1000, 60)
-    counts = api.client.batches.retrieve(large.id).request_counts
-    assert counts is not None and counts.completed < 600
+    large = _begin(api, 0, 600)
+    wait_for_rows(api.client, large.id, 20)
+    _check(api, _begin(api, 1000, 60), 1000, 60)
+    assert counts_of(api.client.batches.retrieve(large.id))[1] < 600
 
 
 def test_batches_at_once_share_all_engines(serve: Serve, tmp_path: Path) -> None:
     api = serve(delay_s=0.01)
-    first, second = _create(api, 0, 500), _create(api, 1000, 500)
-    _check(api, _wait(api, first), 0, 500)
-    _check(api, _wait(api, second), 1000, 500)
+    first, second = _begin(api, 0, 500), _begin(api, 1000, 500)
+    _check(api, first, 0, 500)
+    _check(api, second, 1000, 500)
     asked = asked_for(tmp_path / "engines")
     assert len(asked) == 2 and all(rows.total() > 250 for rows in asked)
 
@@ -109,7 +77,7 @@ def test_batches_at_once_share_all_engines(serve: Serve, tmp_path: Path) -> None
 def test_engines_that_die_under_batches_at_once_cost_neither_a_row(serve: Serve, tmp_path: Path) -> None:
     """What was planned for them, of both, runs on the others and on those that take their places."""
     api = serve(delay_s=0.01, dies_after=100, num_deaths=2)
-    first, second = _create(api, 0, 400), _create(api, 1000, 400)
-    _check(api, _wait(api, first), 0, 400)
-    _check(api, _wait(api, second), 1000, 400)
+    first, second = _begin(api, 0, 400), _begin(api, 1000, 400)
+    _check(api, first, 0, 400)
+    _check(api, second, 1000, 400)
     assert num_of(tmp_path / "engines", "killed") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from batchllm import BatchEngine
 from batchllm.default_model import default_model_path
+from batchllm.distributed.actor import free_port
 from eval import process_group
 
 # Of SGLang's grammar backends only this one runs on a CPU without our scheduler.
@@ -40,9 +40,7 @@ def engine(engines: None) -> Iterator[BatchEngine]:
 
 @pytest.fixture(scope="module")
 def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("stock") / "log"
     flags = f"--device cpu --dtype float32 --port {port} --max-total-tokens 2048 --grammar-backend {GRAMMAR_BACKEND}"

@@ -86,11 +86,11 @@ def lines_of(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]
     return [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
 
 
-def check_each_row_once(client: openai.OpenAI, batch: Batch, num_rows: int) -> None:
-    """Every row `r0`, `r1`, ... is in one file of results, once, and an answer is its own."""
+def check_each_row_once(client: openai.OpenAI, batch: Batch, num_rows: int, *, first: int = 0) -> None:
+    """Every row from `r0` on, or from the first, is in one file of results, once, and an answer is its own."""
     answers, failures = lines_of(client, batch.output_file_id), lines_of(client, batch.error_file_id)
     found = [line["custom_id"] for line in answers + failures]
-    assert sorted(found) == sorted(f"r{number}" for number in range(num_rows))
+    assert sorted(found) == sorted(f"r{number}" for number in range(first, first + num_rows))
     for line in answers:
         assert line["response"]["body"]["choices"][0]["text"] == f"after {line['custom_id'][1:]}"
     assert counts_of(batch) == (num_rows, len(answers), len(failures))

@@ -25,6 +25,7 @@ import uvicorn
 from batchllm.offline.fake_runtime import FakeJob
 from batchllm.offline.job import JobMaker
 from batchllm.offline.jobs import single_job
+from batchllm.offline.runtime import Runtime
 from batchllm.server import BatchMetrics, BatchOptions, BatchService, LiveNumbers
 from tests.cli.instant_engine import InstantRuntime, Settings
 
@@ -59,7 +60,7 @@ class Api:
     def __init__(
         self,
         options: BatchOptions,
-        runtime: SharedRuntime,
+        runtime: Runtime,
         *,
         is_started: bool = True,
         metrics: BatchMetrics | None = None,
