@@ -9,6 +9,7 @@ from typing import Any
 from batchllm.cli.inputs import add_input_flags
 from batchllm.cli.outcome import EXIT_STATUSES
 from batchllm.cli.plan import plan
+from batchllm.cli.replica_flags import add_replica_flags
 from batchllm.cli.run import retry, run
 from batchllm.cli.serve import serve
 from batchllm.cli.simulate import calibrate, report, simulate_workload
@@ -150,21 +151,7 @@ def _add_run_flags(parser: argparse.ArgumentParser, default: Callable[[Any], Any
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show what the engine's processes say")
     parser.add_argument("--progress-file", metavar="P.jsonl", help="progress for machines, a line a second at most")
-    parser.add_argument(
-        "--replicas",
-        type=int,
-        default=default(1),
-        metavar="N",
-        help="engines that share the job, on Ray, each with a GPU or a part of the CPU cores (default: 1, no Ray)",
-    )
-    parser.add_argument(
-        "--min-replicas", type=int, metavar="M", help="begin when so many are up; others join later (default: all)"
-    )
-    parser.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="a Ray cluster that is there: auto, HOST:PORT or ray://HOST:PORT (default: a Ray of the job's own, here)",
-    )
+    add_replica_flags(parser, default(1))
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics while it runs")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchllm.cli.engine_flags import flag_value, with_config
+from batchllm.cli.replica_flags import add_replica_flags
 from batchllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,20 +44,7 @@ def grace_of(given: dict[str, Any]) -> float:
 
 def add_own_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags, without defaults."""
-    group.add_argument(
-        "--replicas",
-        type=int,
-        metavar="N",
-        help="engines behind this server, on Ray, each with a GPU or a part of the CPU cores (default: 1, no Ray)",
-    )
-    group.add_argument(
-        "--min-replicas", type=int, metavar="M", help="begin when so many are up; others join later (default: all)"
-    )
-    group.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="a Ray cluster that is there: auto, HOST:PORT or ray://HOST:PORT (default: a Ray of the server's, here)",
-    )
+    add_replica_flags(group, argparse.SUPPRESS)
     group.add_argument(
         "--demo-model", action="store_true", help="without --model-path: do not say that the model is for trials"
     )
