@@ -162,7 +162,7 @@ def _segments(ids: Sequence[npt.NDArray[np.generic]], lengths: list[int]) -> Seg
     return columns, np.broadcast_to(np.array(lengths, np.int64), columns.shape).copy()
 
 
-def _tokenize(segments: Segments) -> TokenTable:
+def tokenized(segments: Segments) -> TokenTable:
     """Write every prompt's tokens: a hash of segment level, segment id and place in the segment."""
     ids, lengths = segments
     offsets = np.concatenate([[0], np.cumsum(lengths.sum(axis=1))])
@@ -198,7 +198,7 @@ def measure(shape: str, scale: float, repeat: int) -> Measurement:
         scale: Multiplies the tokens of the workload.
         repeat: Times to plan.
     """
-    table = _tokenize(SHAPES[shape](scale))
+    table = tokenized(SHAPES[shape](scale))
     seconds, extra = [], 0
     for _ in range(repeat):
         Path("/proc/self/clear_refs").write_text("5")
@@ -232,7 +232,7 @@ def measure(shape: str, scale: float, repeat: int) -> Measurement:
 def _warm_up() -> None:
     """Compile every kernel: enough prompts for threads, and a few shared levels."""
     for shape in ("documents", "short"):
-        table = _tokenize(SHAPES[shape](0.05))
+        table = tokenized(SHAPES[shape](0.05))
         plan = plan_batch(table)
         plan.validate(table)
         explain(plan, table)
