@@ -1,8 +1,10 @@
 """What a row costs the driver: a million rows of 16 prompt tokens, all of the way but the engine.
 
 Rows are read from a file, checked, planned, submitted in runs; an engine that answers at once gives completions, which
-go to the journal and from there to the output, in input order. The bounds: 25 us a row, and the memory of the token
-table (4 bytes a token) plus 300 MB.
+go to the journal and from there to the output, in input order. One engine is in the driver's process; with replicas
+there are two in Ray actors, which take the processors from the driver: what counts there is the driver's own processor
+time. Rows of text are tokenized in the actors. The bounds: 25 us a row, and the memory of the token table (4 bytes a
+token) plus 300 MB.
 
     python eval/bench_driver.py --out eval/results/driver.md
 """
@@ -23,6 +25,9 @@ from typing import Any, TypeVar
 import compare
 
 from batchllm.dataset import open_input, read_rows
+from batchllm.default_model import default_model_path
+from batchllm.distributed.cluster import Cluster, Resources
+from batchllm.distributed.runtime import ReplicatedRuntime
 from batchllm.offline.fake_runtime import FakeRequest, FakeRuntime
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.journal import Journal
@@ -33,9 +38,11 @@ from batchllm.offline.runner import Runner, RunOptions
 from batchllm.offline.runtime import RuntimeInfo
 from batchllm.offline.stop import StopSignal
 from batchllm.request import Completion, SamplingParams
+from batchllm.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _PROMPT_LEN = 16
+_CASES = {"one": "one engine", "replicas": "two in Ray actors", "replicas-text": "the same, text"}
 
 
 INFO = RuntimeInfo(
@@ -55,8 +62,8 @@ INFO = RuntimeInfo(
 class InstantRuntime(FakeRuntime):
     """Answers whatever was submitted, at once, each request with one token."""
 
-    def __init__(self) -> None:
-        super().__init__(INFO)
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(INFO, tokenizer)
 
     def answer(self, request: FakeRequest) -> Completion:
         return Completion(
@@ -72,37 +79,64 @@ class InstantRuntime(FakeRuntime):
         assert self.closed == [True]
 
 
+def start_engine() -> InstantRuntime:
+    """An engine in an actor, with the tokenizer of the embedded model."""
+    return InstantRuntime(Tokenizer.from_model(default_model_path()))
+
+
+def start_replicas() -> ReplicatedRuntime:
+    """Two of them."""
+    return ReplicatedRuntime(
+        start_engine,
+        cluster=Cluster(None),
+        resources=Resources(num_cpus=1, num_gpus=0),
+        num_engines=2,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out")
     parser.add_argument("--input", help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=_CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.input:
-        print(json.dumps(_run(Path(args.input))))
+        print(json.dumps(_run(Path(args.input), args.case)))
         return
     results = []
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name, "in.jsonl")
-        _write_rows(path, args.rows)
-        for _ in range(args.repetitions):
+        _write_rows(Path(name, "ids"), args.rows)
+        _write_rows(Path(name, "text"), args.rows, is_text=True)
+        for case in list(_CASES) * args.repetitions:
+            path = Path(name, "text" if "text" in case else "ids")
             done = subprocess.run(
-                [sys.executable, __file__, "--input", str(path)], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--input", str(path), "--case", case],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             )
-            results.append(json.loads(done.stdout))
-    fields = ["us a row, wall", "us a row, processor", "of it ingest", "plan", "run", "output"]
-    rows = [[field, f"{compare.median(results, field):.1f}", 25 if " row" in field else ""] for field in fields]
-    rows += [
-        [field, f"{compare.median(results, field):.0f}", ""] for field in ("table MB", "peak MB before", "peak MB")
-    ]
-    over = compare.median(results, "peak MB") - compare.median(results, "table MB")
-    rows.append(["peak less table, MB", f"{over:.0f}", 300])
-    compare.write(args.out, f"The driver, {args.rows:,} rows", compare.table(["", "median", "bound"], rows), results)
+            results.append({"case": case} | json.loads(done.stdout))
+    compare.write(args.out, f"The driver, {args.rows:,} rows", _text(results), results)
 
 
-def _run(path: Path) -> dict[str, Any]:
+def _text(results: list[compare.Result]) -> str:
+    of_cases = [[result for result in results if result["case"] == case] for case in _CASES]
+    rows = []
+    for field in ("us a row, processor", "us a row, wall", "of it ingest", "plan", "run", "output"):
+        rows.append([field, *(f"{compare.median(runs, field):.1f}" for runs in of_cases), ""])
+    rows[0][-1] = "25"
+    for field in ("table MB", "peak MB before", "peak MB"):
+        rows.append([field, *(f"{compare.median(runs, field):.0f}" for runs in of_cases), ""])
+    over = [compare.median(runs, "peak MB") - compare.median(runs, "table MB") for runs in of_cases]
+    rows.append(["peak less table, MB", *(f"{number:.0f}" for number in over), "300"])
+    return compare.table(["", *_CASES.values(), "bound"], rows)
+
+
+def _run(path: Path, case: str) -> dict[str, Any]:
     before = _peak_mb()
+    runtime = InstantRuntime() if case == "one" else start_replicas()
     started, started_cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name, "job")
@@ -115,7 +149,7 @@ def _run(path: Path) -> dict[str, Any]:
         ):
             outputs = Outputs(str(out), errors_path=None, order="input", journal=journal)
             runner = Runner(
-                InstantRuntime,
+                lambda: runtime,
                 journal=journal,
                 recorder=Recorder(journal, outputs, progress, None),
                 progress=progress,
@@ -140,7 +174,7 @@ def _run(path: Path) -> dict[str, Any]:
         "plan": stats.plan_s / num_rows * 1e6,
         "run": stats.run_s / num_rows * 1e6,
         "output": (finished - answered) / num_rows * 1e6,
-        "table MB": num_rows * _PROMPT_LEN * 4 / 1e6,
+        "table MB": stats.num_prompt_tokens * 4 / 1e6,
         "peak MB before": before,
         "peak MB": _peak_mb(),
         "reuse": 1 - stats.num_computed_prompt_tokens / stats.num_prompt_tokens,
@@ -151,15 +185,17 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def _write_rows(path: Path, num_rows: int) -> None:
-    """Groups of 100 rows share 12 of their 16 tokens, in random order."""
+def _write_rows(path: Path, num_rows: int, *, is_text: bool = False) -> None:
+    """Groups of 100 rows share 12 of their 16 tokens, in random order; the texts of these where ``is_text``."""
     rng = random.Random(0)
+    decode = Tokenizer.from_model(default_model_path()).decode if is_text else None
     groups = [[rng.randrange(4096) for _ in range(12)] for _ in range(max(1, num_rows // 100))]
     with path.open("w") as file:
         for i in range(num_rows):
             ids = rng.choice(groups) + [rng.randrange(4096) for _ in range(_PROMPT_LEN - 12)]
             sampling = {"temperature": 0, "max_new_tokens": 1}
-            file.write(json.dumps({"id": f"row-{i}", "input_ids": ids, "sampling_params": sampling}) + "\n")
+            prompt = {"input_ids": ids} if decode is None else {"prompt": decode(ids)}
+            file.write(json.dumps({"id": f"row-{i}", **prompt, "sampling_params": sampling}) + "\n")
 
 
 if __name__ == "__main__":

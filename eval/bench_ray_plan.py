@@ -126,11 +126,13 @@ def _through_ray(folder: Path, num_engines: int) -> dict[str, Any]:
     import ray
     import ray.data
 
-    ray.init(include_dashboard=False, object_store_memory=_STORE_BYTES, _temp_dir=str(folder / "ray"), log_to_driver=False)
+    ray.init(
+        include_dashboard=False, object_store_memory=_STORE_BYTES, _temp_dir=str(folder / "ray"), log_to_driver=False
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         with _PeakMemory() as peak:
-                began = time.perf_counter()
+            began = time.perf_counter()
             units = plan(ray.data.read_parquet(str(folder / "in")), num_engines=num_engines)
             cut_s = time.perf_counter() - began
             blocks = units.materialize()

@@ -360,7 +360,8 @@ def token_ids(name: str, value: object) -> array[int]:
         raise RowError(f"{name} is empty; give at least one token id", code="empty_prompt", param=name)
     try:
         ids = array("i", value)
-        if min(ids) > 1:  # no bool is among them: it would have become 0 or 1
+        least = min(ids)  # a bool would have become 0 or 1
+        if least > 1 or (least >= 0 and set(map(type, value)) == {int}):
             return ids
     except (TypeError, OverflowError):
         pass  # what follows says which item it is

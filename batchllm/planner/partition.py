@@ -30,6 +30,8 @@ _PIECES_PER_SHARE = 2
 """A unit is at most one engine's share of the work that is left, divided by this (Hummel et al., *Factoring*, 1992)."""
 _MIN_PIECES_PER_ENGINE = 64
 """No piece is made smaller than one engine's share of all work, divided by this."""
+_FEW_PIECES_PER_ENGINE = 8
+"""A job that is small in all is cut in no fewer."""
 _MIN_WORK_PER_LOSS = 16
 """A piece is at least so many times the work that its cut adds."""
 
@@ -143,6 +145,7 @@ def cut_in_ranges(
     loss: npt.NDArray[np.float64],
     num_engines: int,
     *,
+    min_work: float,
     sizes: npt.NDArray[np.float64],
     max_size: float,
 ) -> Int64Array:
@@ -154,6 +157,7 @@ def cut_in_ranges(
         work: Work that each request is beside the one before it, above 0, float64[num_requests].
         loss: Work that a cut before each request adds, float64[num_requests].
         num_engines: Engines that are to end together, at least 1.
+        min_work: Work up to which a range is not cut for its work, as long as each engine has a few.
         sizes: What each request takes of the largest size, float64[num_requests].
         max_size: The most that a range may have, as long as it is more than one request.
 
@@ -162,7 +166,8 @@ def cut_in_ranges(
     """
     num_requests = len(work)
     before, size_before = (np.concatenate([[0.0], values.cumsum()]) for values in (work, sizes))
-    smallest = before[-1] / (num_engines * _MIN_PIECES_PER_ENGINE)
+    share = before[-1] / num_engines
+    smallest = max(share / _MIN_PIECES_PER_ENGINE, min(share / _FEW_PIECES_PER_ENGINE, min_work))
     firsts: list[int] = []
     start = 0
     while start < num_requests:

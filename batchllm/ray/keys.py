@@ -8,9 +8,11 @@ INVARIANT: rows whose prompts begin with the same text, or the same token ids, h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 import xxhash
 
@@ -117,8 +119,9 @@ def _as_text(prompt: str | Sequence[int]) -> str:
     if isinstance(prompt, str):
         return prompt
     first, end = _SURROGATES
-    codes = (_FIRST_ID + token for token in prompt[:MAX_KEY_LEN])
-    return "".join(chr(code if code < first else code + end - first) for code in codes)
+    codes = np.asarray(prompt[:MAX_KEY_LEN], np.int64) + _FIRST_ID
+    codes[codes >= first] += end - first
+    return codes.clip(max=sys.maxunicode).astype("<u4").tobytes().decode("utf-32-le")
 
 
 def _tie(row_id: str) -> str:

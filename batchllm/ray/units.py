@@ -26,6 +26,10 @@ from batchllm.tokens import Int64Array
 
 MAX_UNIT_BYTES = 64 << 20
 """Of a unit's rows: half of what Ray Data makes its blocks of."""
+_MIN_UNIT_WORK = 2048.0
+"""Prompt tokens, or as much: Ray Data and the engine take a tenth of a second for each unit."""
+_SORTED_BYTES = 16 << 20
+"""Of keys, in a task of the sort: Ray Data would have 200 tasks, whatever there is to sort."""
 _UNIT = "batchllm_unit"
 _KEY_TYPES = {"key": pa.string(), "scale": pa.float64(), "prompt_len": pa.float64(), "decode_len": pa.float64()}
 _NUMBERS = ("scale", "prompt_len", "decode_len", "num_bytes")
@@ -64,7 +68,8 @@ def plan(
         raise ConfigError(f"num_engines {num_engines}: must be at least 1")
     reader = TableReader(columns, sampling)
     _check_columns(dataset, reader.columns)
-    keys = dataset.map_batches(_keys, fn_args=(reader,), **_BY_TABLE).sort("key").materialize()
+    keys = dataset.map_batches(_keys, fn_args=(reader,), **_BY_TABLE).materialize()
+    keys = keys.repartition(-(-keys.size_bytes() // _SORTED_BYTES) or 1).sort("key").materialize()
     firsts, num_cut_tokens, starts = _ranges(keys, _num_gpus() if num_engines is None else num_engines)
     borders = _borders(keys, firsts, starts)
     numbered = dataset.map_batches(_with_unit, fn_args=(reader, borders), **_BY_TABLE)
@@ -187,7 +192,7 @@ def _ranges(keys: Any, num_engines: int) -> tuple[Int64Array, list[int], dict[st
     )
     loss = np.minimum(shared * scale, prompt_len)
     work = request_work(prompt_len - loss, prompt_len, decode_len) + 1.0
-    firsts = cut_in_ranges(work, loss, num_engines, sizes=num_bytes, max_size=MAX_UNIT_BYTES)
+    firsts = cut_in_ranges(work, loss, num_engines, min_work=_MIN_UNIT_WORK, sizes=num_bytes, max_size=MAX_UNIT_BYTES)
     starts, place = {}, 0
     for block in blocks:
         starts[block["first"]] = place

@@ -47,6 +47,9 @@ class _Blocks:
         assert num_blocks == 1
         return _Blocks([pa.concat_tables(self._tables)])
 
+    def size_bytes(self) -> int:
+        return sum(table.nbytes for table in self._tables)
+
     def materialize(self) -> _Blocks:
         return self
 
@@ -133,13 +136,16 @@ def test_bad_rows_and_rows_of_all_kinds_are_planned() -> None:
     """Token ids, chats, scores, a row without a prompt: each is in a unit."""
     rows = [
         {"id": "ids", "input_ids": [1, 2, 0xD900]},
+        {"id": "huge", "input_ids": [1, 2, 2**31 - 1]},
         {"id": "chat", "messages": [{"role": "user", "content": "hello"}]},
         {"id": "score", "prompt": "a", "continuation": "b"},
         {"id": "bad"},
         {"id": None, "prompt": "no id"},
     ]
     units = _units_of(plan(_dataset(rows), num_engines=1))
-    assert sorted([str(row["id"]) for unit in units for row in unit]) == ["None", "bad", "chat", "ids", "score"]
+    assert sorted([str(row["id"]) for unit in units for row in unit]) == [
+        *("None", "bad", "chat", "huge", "ids", "score")
+    ]
 
 
 def test_openai_rows_and_columns_of_the_user_s_are_planned() -> None:
@@ -180,7 +186,8 @@ class _KilledStage(BatchStage):
 def test_units_of_an_actor_that_is_killed_are_answered_by_another(cluster: HeldCluster, tmp_path: Any) -> None:
     """On a real Ray, from arrays of numpy: each row comes out once, with its carried column."""
     rows = [{"id": str(i), "input_ids": np.array([7, i // 10, i]), "more": f"m{i}"} for i in range(200)]
-    answers = plan(_data().from_items(rows), num_engines=2, sampling=_SAMPLING).map_batches(
+    dataset = _data().from_items(rows, override_num_blocks=4)
+    answers = plan(dataset, num_engines=2, sampling=_SAMPLING).map_batches(
         _KilledStage,
         fn_constructor_args=(Deeds(folder=str(tmp_path), dies_after=20, num_deaths=1),),
         batch_size=1,

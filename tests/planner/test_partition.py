@@ -224,12 +224,23 @@ def test_what_is_wrong_is_named(work: list[float], num_engines: int, words: str)
 def _ranges(loss: list[float], num_engines: int, max_size: float = 1e9) -> list[int]:
     """First request of each range of requests that are a unit of work each."""
     ones = np.ones(len(loss))
-    return cut_in_ranges(ones, np.array(loss), num_engines, sizes=ones, max_size=max_size).tolist()
+    return cut_in_ranges(ones, np.array(loss), num_engines, min_work=0.0, sizes=ones, max_size=max_size).tolist()
 
 
 def test_ranges_shrink_as_the_work_runs_out() -> None:
     sizes = np.diff(_ranges([0.0] * 1000, 4))
     assert sizes[0] == 125 and (np.diff(sizes) <= 0).all() and sizes[-1] <= 4
+
+
+def test_ranges_are_no_smaller_than_is_worth_while_but_for_the_last() -> None:
+    """A job that is small in all is cut in some ranges for each engine."""
+    ones = np.ones(1600)
+    sizes = np.diff(cut_in_ranges(ones, 0 * ones, 4, min_work=30.0, sizes=ones, max_size=1e9))
+    assert sizes[0] == 200 and min(sizes[:-1]) == 30
+    assert np.array_equal(
+        cut_in_ranges(ones, 0 * ones, 4, min_work=1e6, sizes=ones, max_size=1e9),
+        cut_in_ranges(ones, 0 * ones, 4, min_work=50.0, sizes=ones, max_size=1e9),
+    )
 
 
 def test_ranges_end_where_a_cut_costs_least() -> None:
@@ -245,7 +256,13 @@ def test_a_group_that_is_too_much_for_an_engine_is_cut_in_pieces_worth_their_cos
 
 def test_no_range_is_larger_than_it_may_be_unless_it_is_one_request() -> None:
     sizes = np.array([5.0, 5.0, 50.0, 5.0, 5.0, 5.0])
-    assert cut_in_ranges(np.ones(6), np.zeros(6), 1, sizes=sizes, max_size=10.0).tolist() == [0, 2, 3, 4, 5]
+    assert cut_in_ranges(np.ones(6), np.zeros(6), 1, min_work=0.0, sizes=sizes, max_size=10.0).tolist() == [
+        0,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_there_are_no_ranges_of_nothing() -> None:
