@@ -41,6 +41,13 @@ _VARIABLES = {
 """Of a Ray that is started here: nothing is told to others, and only who has the token may speak to it."""
 
 
+class ClusterLostError(EngineError):
+    """The connection to Ray is gone, and all engines with it."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(f"the connection to Ray is gone: {reason}")
+
+
 @dataclass(frozen=True, slots=True)
 class Resources:
     """What an engine takes of its node: CPUs and GPUs."""
@@ -118,6 +125,13 @@ class Cluster:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether Ray may be asked for something: without a connection it would connect to another that it finds."""
+        if self._is_client:
+            return bool(self.ray.util.client.ray.is_connected())
+        return bool(self.ray.is_initialized())
+
     def draining_nodes(self) -> set[str]:
         """Ray's names of the nodes that are about to go: who runs them has said so, or a spot warning has come.
 
@@ -126,8 +140,8 @@ class Cluster:
         """
         if not self._is_client:
             return _draining_nodes()
-        if not self.ray.is_initialized():
-            raise EngineError("the connection to Ray is gone")  # or Ray would connect to another that it finds
+        if not self.is_connected:
+            raise ClusterLostError("it was closed")
         ask = self.ray.remote(_draining_nodes).options(num_cpus=0)  # Ray tells only who is in the cluster
         nodes: set[str] = self.ray.get(ask.remote())
         return nodes
@@ -218,8 +232,11 @@ def _http2_answer(there: socket.socket) -> bytes:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    """The first line of what Ray says; where that announces others, the last of them too, which is what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[-1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

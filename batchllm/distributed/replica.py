@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchllm.distributed.actor import EngineActor, Message, Output, Software, Started
-from batchllm.distributed.cluster import Cluster, Resources
+from batchllm.distributed.cluster import Cluster, ClusterLostError, Resources
 from batchllm.errors import BatchLLMError, EngineDiedError, EngineError
 from batchllm.host.messages import CloseJob, Submit, Withdraw
 from batchllm.offline.runtime import Runtime
@@ -50,7 +50,7 @@ class Replica:
         self.started: Started | None = None
         self._in_flight: dict[int, int] = {}  # requests sent and not sent back, by job
         self._drain = asyncio.Event()
-        self._ray = cluster.ray
+        self._cluster, self._ray = cluster, cluster.ray
         self._num_sent = 0
         actor = self._ray.remote(EngineActor).options(
             num_cpus=resources.num_cpus,
@@ -65,11 +65,14 @@ class Replica:
         """Wait until the engine has started.
 
         Raises:
+            ClusterLostError: The connection to Ray is gone.
             BatchLLMError: It does not; says why, and on which node.
         """
         try:
             self.node = await self._actor.node.remote()
             started: Started | BatchLLMError = await self._actor.start.remote()
+        except ConnectionError as error:
+            raise ClusterLostError(words_of(error)) from error
         except self._ray.exceptions.RayError as error:
             raise EngineError(f"an engine did not start: {words_of(error)}") from error
         if isinstance(started, BatchLLMError):
@@ -88,7 +91,9 @@ class Replica:
             self._in_flight[message.job_id] = self._in_flight.get(message.job_id, 0) + len(message.requests.run)
         elif isinstance(message, CloseJob):
             self._in_flight.pop(message.job_id, None)
-        self._actor.send.remote(self._num_sent, message)
+        if self._cluster.is_connected:
+            with contextlib.suppress(ConnectionError):
+                self._actor.send.remote(self._num_sent, message)
         self._num_sent += 1
 
     @property
@@ -110,6 +115,7 @@ class Replica:
         """Wait for what has finished; nothing comes where it is draining and has sent all back.
 
         Raises:
+            ClusterLostError: The connection to Ray is gone.
             EngineError: The actor is gone.
         """
         received = asyncio.ensure_future(self._receive())
@@ -131,6 +137,8 @@ class Replica:
     async def _receive(self) -> list[Output]:
         try:
             outputs: list[Output] = await self._actor.receive.remote()
+        except ConnectionError as error:
+            raise ClusterLostError(words_of(error)) from error
         except self._ray.exceptions.RayError as error:
             raise EngineError(words_of(error)) from error
         return outputs
@@ -139,30 +147,37 @@ class Replica:
         """Result of a method of the engine's tokenizer.
 
         Raises:
+            ClusterLostError: The connection to Ray is gone.
             EngineError: The actor is gone.
             Exception: What the method raises.
         """
+        if not self._cluster.is_connected:
+            raise ClusterLostError("it was closed")
         try:
             return await self._actor.call_tokenizer.remote(method, args, kwargs)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except ConnectionError as error:
+            raise ClusterLostError(words_of(error)) from error
         except self._ray.exceptions.RayError as error:
             raise EngineError(words_of(error)) from error
 
     async def shutdown(self) -> None:
         """End the engine, if it still answers, and the actor; one that has not started has no time for that."""
-        if self.started is None:
+        if self.started is None or not self._cluster.is_connected:
             self.kill()
             return
         try:
-            with contextlib.suppress(self._ray.exceptions.RayError, TimeoutError):
+            with contextlib.suppress(self._ray.exceptions.RayError, ConnectionError, TimeoutError):
                 await asyncio.wait_for(self._actor.shutdown.remote(), _STOP_TIMEOUT_S)
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """End the actor at once; the processes of its engine end with it."""
-        self._ray.kill(self._actor)
+        """End the actor at once; its engine's processes end with it. Without a connection Ray does so by itself."""
+        if self._cluster.is_connected:
+            with contextlib.suppress(ConnectionError):
+                self._ray.kill(self._actor)
 
 
 def words_of(error: Exception) -> str:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 
 from batchllm.distributed.actor import Software, Started
-from batchllm.distributed.cluster import Cluster, Resources
+from batchllm.distributed.cluster import Cluster, ClusterLostError, Resources
 from batchllm.distributed.replica import Replica
 from batchllm.distributed.tokenizer import SpreadTokenizer
 from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
@@ -243,7 +243,11 @@ class ReplicatedRuntime:
                     self._tell(f"replica {replica.number} is gone: {death}")
                     if not self._has_begun and self._num_engines == self._min_engines:
                         raise
+                    if isinstance(death, ClusterLostError):
+                        raise
                     await asyncio.sleep(limit.next_pause_s(death))
+                if not self._cluster.is_connected:
+                    raise ClusterLostError("it was closed")
         except BatchLLMError as error:
             self._give_place_up(error)
 
@@ -254,6 +258,8 @@ class ReplicatedRuntime:
             try:
                 nodes = await asyncio.to_thread(self._cluster.draining_nodes)
             except Exception as error:  # Ray's interface for this is not public: it may raise anything
+                if not self._cluster.is_connected:
+                    return
                 self._tell(f"nodes that are drained are not noticed, and end as lost ones do: {error}")
                 return
             for replica in self._live():

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from batchllm.distributed.cluster import ClusterLostError
 from batchllm.distributed.replica import Replica
 from batchllm.errors import EngineDiedError, EngineError, RowError
 from batchllm.offline.event_loop import run_on
@@ -75,7 +76,7 @@ class SpreadTokenizer:
         """Call the engine of this number among those that are up, and the next where it dies meanwhile.
 
         Raises:
-            EngineDiedError: None is up for a minute.
+            EngineDiedError: None is up for a minute, or the connection to Ray is gone.
         """
         num_pauses = 0
         while True:
@@ -89,6 +90,8 @@ class SpreadTokenizer:
             replica = live[number % len(live)]
             try:
                 return await replica.call_tokenizer(method, *args, **kwargs)
+            except ClusterLostError as lost:
+                raise EngineDiedError(str(lost)) from lost
             except EngineError:
                 number += 1
                 await asyncio.sleep(0.1)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from batchllm.dataset import BadRow, Row, reject
-from batchllm.errors import EngineDiedError, EngineError, RowError, WorkloadError
+from batchllm.errors import ConfigError, EngineDiedError, EngineError, RowError, WorkloadError
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.ingest import Ingest, Intake
 from batchllm.offline.job import Job, JobMaker
@@ -284,5 +284,5 @@ class Runner:
             try:
                 self._start()
                 return
-            except EngineError as error:  # e.g. a device whose memory is not free yet
-                reason = error
+            except (ConfigError, EngineError) as error:  # a device whose memory is not free yet, a Ray that restarts
+                reason = EngineError(str(error))

@@ -11,7 +11,7 @@ INVARIANT: each row of the dataset is in exactly one unit, whole.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -182,13 +182,13 @@ def plain(table: pa.Table) -> pa.Table:
 
 def _ranges(keys: Any, num_engines: int) -> tuple[Int64Array, list[int], dict[str, int]]:
     """Where units begin, by place in the order of the keys; what each computes again; the place of each block's key."""
-    blocks = sorted(keys.map_batches(_measured, **_BY_TABLE).take_all(), key=lambda block: str(block["first"]))
+    blocks = sorted(_measured_blocks(keys), key=lambda block: str(block["first"]))
     if not blocks:
         raise WorkloadError("the dataset has no rows; there is nothing to answer")
     for before, block in pairwise(blocks):
         block["shared"][0] = shared_len(before["last"], block["first"])
     scale, prompt_len, decode_len, num_bytes, shared = (
-        np.concatenate([np.asarray(block[name], np.float64) for block in blocks]) for name in (*_NUMBERS, "shared")
+        np.concatenate([block[name] for block in blocks]) for name in (*_NUMBERS, "shared")
     )
     loss = np.minimum(shared * scale, prompt_len)
     work = request_work(prompt_len - loss, prompt_len, decode_len) + 1.0
@@ -198,6 +198,16 @@ def _ranges(keys: Any, num_engines: int) -> tuple[Int64Array, list[int], dict[st
         starts[block["first"]] = place
         place += len(block["shared"])
     return firsts, [round(loss[first]) for first in firsts], starts
+
+
+def _measured_blocks(keys: Any) -> Iterator[dict[str, Any]]:
+    """What `_measured` says of each block: texts, and arrays of float64."""
+    tables = keys.map_batches(_measured, **_BY_TABLE).iter_batches(batch_size=None, batch_format="pyarrow")
+    for table in tables:
+        for row in range(table.num_rows):
+            block = {name: table.column(name)[row].as_py() for name in ("first", "last")}
+            lists = {name: table.column(name)[row].values for name in (*_NUMBERS, "shared")}
+            yield block | {name: np.array(values, np.float64) for name, values in lists.items()}
 
 
 def _borders(keys: Any, firsts: Int64Array, starts: Mapping[str, int]) -> list[str]:

@@ -168,6 +168,28 @@ def test_a_node_that_is_drained_ends_its_engine_in_good_order(
     assert "engine_death" not in kinds
 
 
+@pytest.mark.thorough
+def test_a_connection_that_breaks_ends_the_job_with_words_and_it_goes_on_later(
+    two_nodes: Any, source: Path, tmp_path: Path
+) -> None:
+    """Ray tries to connect again for half a minute; what was answered is safe, and the same command runs the rest."""
+    cluster, _ = two_nodes
+    out = tmp_path / "out.jsonl"
+    with _door(cluster.address) as address:
+        driver = _start(tmp_path, 0.1, "--replicas", "2", "--ray-address", address)
+        _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20)
+    _, words = driver.communicate(timeout=_TIMEOUT_S)
+    assert driver.returncode == 2 and "Traceback" not in words, words
+    assert "the connection to Ray is gone" in words and "what is done is safe in" in words.splitlines()[-1]
+    recorded = recorded_rows(Path(f"{out}.job"))
+    before = sum(asked_for(tmp_path / "engines"), Counter())
+    driver = _start(tmp_path, 0.0, "--replicas", "2", "--ray-address", cluster.address)
+    _, words = driver.communicate(timeout=_TIMEOUT_S)
+    assert driver.returncode == 0, words
+    again = sum(asked_for(tmp_path / "engines"), Counter()) - before
+    assert {int(row) for row in again if row != "start"} == set(range(NUM_ROWS)) - recorded
+
+
 @contextmanager
 def _door(address: str) -> Iterator[str]:
     """The address of a cluster for who is not in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -52,6 +53,9 @@ class _Blocks:
 
     def materialize(self) -> _Blocks:
         return self
+
+    def iter_batches(self, *, batch_size: None, batch_format: str) -> Iterator[pa.Table]:
+        yield from reversed(self._tables)
 
     def take_all(self) -> list[dict[str, Any]]:
         return [row for table in reversed(self._tables) for row in table.to_pylist()]

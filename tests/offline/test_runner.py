@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.dataset import BadRow, Row, RowKind
-from batchllm.errors import ConfigError, EngineDiedError, EngineError, WorkloadError
+from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError, WorkloadError
 from batchllm.offline import recovery
 from batchllm.offline.fake_runtime import FakeJob, FakeRequest, FakeRuntime
 from batchllm.offline.fingerprint import Fingerprint
@@ -73,12 +73,14 @@ class World:
         submitted: How often each prompt was submitted, by its last token.
         death_chance: That an engine dies when asked for answers, for no reason.
         fails_to_start: Engines, by number, that do not come up.
+        start_error: Why not.
     """
 
     tokenizer: Tokenizer | None = field(default_factory=lambda: Tokenizer(AsciiTokenizer()))
     info: RuntimeInfo = INFO
     death_chance: float = 0.0
     fails_to_start: frozenset[int] = frozenset()
+    start_error: BatchLLMError = field(default_factory=lambda: EngineError("no memory on the device"))
     on_receive: Callable[[int], None] = lambda num_answered: None
     num_started: int = 0
     num_answered: int = 0
@@ -91,7 +93,7 @@ class World:
     def start(self) -> LeisurelyRuntime:
         self.num_started += 1
         if self.num_started in self.fails_to_start:
-            raise EngineError("no memory on the device")
+            raise self.start_error
         assert self.num_running == 0, "two engines at once"
         self.num_running += 1
         return LeisurelyRuntime(self)
@@ -349,8 +351,10 @@ def test_a_row_that_kills_the_engine_is_found_and_the_rest_is_answered(tmp_path:
     assert world.num_started <= 6
 
 
-def test_an_engine_that_does_not_come_back_at_once_is_tried_again(tmp_path: Path) -> None:
-    world = World(fails_to_start=frozenset({2, 3}))
+@pytest.mark.parametrize("error", [EngineError("no memory"), ConfigError("--ray-address: nothing is reached there")])
+def test_an_engine_that_does_not_come_back_at_once_is_tried_again(tmp_path: Path, error: BatchLLMError) -> None:
+    """Also where it is its place that is not there: it was, when the job began."""
+    world = World(fails_to_start=frozenset({2, 3}), start_error=error)
     rows = [_row(i, [POISON if i == 3 else i]) for i in range(20)]
     assert _codes(_run(rows, tmp_path, world).lines).count("engine_died") == 1
 
