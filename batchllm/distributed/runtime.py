@@ -28,7 +28,7 @@ from batchllm.distributed.tokenizer import SpreadTokenizer
 from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
 from batchllm.host.messages import CloseJob, GivePlanned, OpenJob, Submit, Withdraw
 from batchllm.offline.event_loop import LoopThread, run_on
-from batchllm.offline.recovery import RestartLimit
+from batchllm.offline.recovery import MAX_FRUITLESS_DEATHS, RestartLimit
 from batchllm.offline.runtime import FinishedRequests, LostEngine, RunRequests, Runtime, RuntimeInfo
 from batchllm.scheduler.counters import JobCounters
 from batchllm.trace.steps import STEP_DTYPE
@@ -42,7 +42,7 @@ _NOTHING = FinishedRequests(positions=[], completions=[], counters=JobCounters()
 class _OpenJob:
     """A job, and what each engine has counted for it."""
 
-    outputs: asyncio.Queue[FinishedRequests | EngineDiedError] = field(default_factory=asyncio.Queue)
+    outputs: asyncio.Queue[FinishedRequests | EngineError] = field(default_factory=asyncio.Queue)
     counters: dict[int, JobCounters] = field(default_factory=dict)
 
 
@@ -87,7 +87,7 @@ class ReplicatedRuntime:
         self._engines: dict[int, int] = {}  # number -> KV limit of those that are up
         self._num_places_left = num_engines
         self._jobs: dict[int, _OpenJob] = {}
-        self._death: EngineDiedError | None = None
+        self._death: EngineError | None = None
         self._enough: Future[Started] = Future()
         self._is_up = True
         self._kv_limit = 0
@@ -134,8 +134,14 @@ class ReplicatedRuntime:
         replica.send(Submit(job_id, requests))
 
     async def receive(self, job_id: int) -> FinishedRequests:
+        """As `Runtime.receive`.
+
+        Raises:
+            EngineDiedError: The connection to Ray is gone: with another one the job may go on.
+            EngineError: No engine is left, and others would end as those have.
+        """
         output = await self._jobs[job_id].outputs.get()
-        if isinstance(output, EngineDiedError):
+        if isinstance(output, EngineError):
             raise output
         return output
 
@@ -170,7 +176,7 @@ class ReplicatedRuntime:
         return {number: url for number, url in urls.items() if url is not None and number in self._engines}
 
     @property
-    def death(self) -> EngineDiedError | None:
+    def death(self) -> EngineError | None:
         """Why there will never be an engine again; None while there may be."""
         return self._death
 
@@ -217,7 +223,8 @@ class ReplicatedRuntime:
 
     async def _keep_place(self) -> None:
         """Keep one engine up: start it, and another one when it has died, as long as that makes sense."""
-        limit = RestartLimit()
+        # A row that kills engines takes two along alone, and there may be some of them.
+        starting, running = RestartLimit(), RestartLimit(2 * MAX_FRUITLESS_DEATHS)
         try:
             while True:
                 replica = Replica(
@@ -230,8 +237,8 @@ class ReplicatedRuntime:
                 self._replicas[replica.number] = replica
                 try:
                     self._join(replica, await replica.start())
-                    limit.answered()
-                    await self._read(replica)
+                    starting.answered()
+                    await self._read(replica, running)
                     self._leave(replica, "drained")
                     self._tell(f"replica {replica.number} has ended in good order: its node is about to go")
                     await replica.shutdown()
@@ -245,6 +252,7 @@ class ReplicatedRuntime:
                         raise
                     if isinstance(death, ClusterLostError):
                         raise
+                    limit = starting if replica.started is None else running
                     await asyncio.sleep(limit.next_pause_s(death))
                 if not self._cluster.is_connected:
                     raise ClusterLostError("it was closed")
@@ -281,7 +289,8 @@ class ReplicatedRuntime:
                 self._enough.set_exception(error)
             return
         if self._num_places_left == 0:
-            self._death = EngineDiedError(f"no engine is left: {error}")
+            kind = EngineDiedError if isinstance(error, ClusterLostError) else EngineError
+            self._death = kind(f"no engine is left: {error}")
             for job in self._jobs.values():
                 job.outputs.put_nowait(self._death)
 
@@ -312,8 +321,8 @@ class ReplicatedRuntime:
             lost = LostEngine(replica.number, reason, is_clean=replica.is_draining)
             self._deliver(number, self._jobs[number], replace(_NOTHING, lost=lost))
 
-    async def _read(self, replica: Replica) -> None:
-        """Hand on what an engine says, until it is drained.
+    async def _read(self, replica: Replica, limit: RestartLimit) -> None:
+        """Hand on what an engine says, until it is drained; tell the limit that it answers.
 
         Raises:
             EngineError: It is gone.
@@ -323,6 +332,8 @@ class ReplicatedRuntime:
                 if isinstance(output, EngineDiedError):
                     raise output
                 number, finished = output
+                if any(completion.finish_reason != "abort" for completion in finished.completions):
+                    limit.answered()
                 if (job := self._jobs.get(number)) is not None:  # else it has been closed
                     job.counters[replica.number] = finished.counters
                     self._deliver(number, job, _answered(finished) if replica.is_draining else finished)

@@ -104,9 +104,14 @@ class WorkQueue:
 
 
 class RestartLimit:
-    """How long to wait before an engine is started again, and when to stop trying."""
+    """How long to wait before an engine is started again, and when to stop trying.
 
-    def __init__(self) -> None:
+    Args:
+        max_fruitless: Engines that may die one after the other, nothing settled between.
+    """
+
+    def __init__(self, max_fruitless: int = MAX_FRUITLESS_DEATHS) -> None:
+        self._max_fruitless = max_fruitless
         self.num_deaths = 0
         """Engines that have died."""
         self._num_fruitless = 0
@@ -130,7 +135,7 @@ class RestartLimit:
         """
         self.num_deaths += 1
         self._num_fruitless += 1
-        if self._num_fruitless >= MAX_FRUITLESS_DEATHS:
+        if self._num_fruitless >= self._max_fruitless:
             raise EngineDiedError(
                 f"the engine died {self._num_fruitless} times in a row before any row was answered; "
                 f"the last time: {death}"

@@ -67,6 +67,21 @@ def test_a_poison_row_is_found_and_does_not_walk_through_the_cluster(
     assert num_of(engines, "poison") == 4
 
 
+def test_engines_that_die_at_once_again_and_again_end_the_job(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them answers anything. Each takes 69 rows along, of many: the job does not wait for all to be taken."""
+    rows = [
+        {"id": f"r{i}", "input_ids": [1000 + i] * 1900, "sampling_params": {"max_new_tokens": 1}} for i in range(400)
+    ]
+    source, engines = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "engines"
+    monkeypatch.setattr("batchllm.distributed.runtime.MAX_FRUITLESS_DEATHS", 1)
+    done = command("run", "-i", source, "-o", tmp_path / "out.jsonl", "--replicas", 2, num_deaths=99)
+    assert done.status == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "no engine is left: the engine died 2 times in a row before any row was answered" in done.stderr
+    assert num_of(engines, "killed") == 4
+
+
 def test_what_was_acknowledged_is_not_asked_for_again(command: Command, source: Path, tmp_path: Path) -> None:
     """A job that is stopped by failures, by the same command: only what has no result goes to engines."""
     rows = rows_of(NUM_ROWS)
