@@ -1,12 +1,14 @@
 """What a row costs the driver: a million rows of 16 prompt tokens, all of the way but the engine.
 
 Rows are read from a file, checked, planned, submitted in runs; an engine that answers at once gives completions, which
-go to the journal and from there to the output, in input order. One engine is in the driver's process; with replicas
-there are two in Ray actors, which take the processors from the driver: what counts there is the driver's own processor
-time. Rows of text are tokenized in the actors. The bounds: 25 us a row, and the memory of the token table (4 bytes a
-token) plus 300 MB.
+go to the journal and from there to the output, in input order. The bounds: 25 us a row, and the memory of the token
+table (4 bytes a token) plus 300 MB.
 
     python eval/bench_driver.py --out eval/results/driver.md
+    python eval/bench_driver.py --cases one replicas text --repetitions 1 --out eval/results/driver_replicas.md
+
+Cases: one engine, in the driver's process; two in Ray actors (replicas), which take the processors from the driver, so
+that what counts is the driver's own processor time; the same with rows of text, which are tokenized in the actors.
 """
 
 from __future__ import annotations
@@ -26,9 +28,6 @@ from typing import Any, TypeVar
 import compare
 
 from batchllm.dataset import open_input, read_rows
-from batchllm.default_model import default_model_path
-from batchllm.distributed.cluster import Cluster, Resources
-from batchllm.distributed.runtime import ReplicatedRuntime
 from batchllm.offline.fake_runtime import FakeRequest, FakeRuntime
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.journal import Journal
@@ -36,14 +35,13 @@ from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
 from batchllm.offline.recorder import Recorder
 from batchllm.offline.runner import Runner, RunOptions
-from batchllm.offline.runtime import RuntimeInfo
+from batchllm.offline.runtime import Runtime, RuntimeInfo
 from batchllm.offline.stop import StopSignal
 from batchllm.request import Completion, SamplingParams
-from batchllm.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _PROMPT_LEN = 16
-_CASES = {"one": "one engine", "replicas": "two in Ray actors", "replicas-text": "the same, text"}
+_CASES = {"one": "one engine", "replicas": "two in Ray actors", "text": "the same, text"}
 
 
 INFO = RuntimeInfo(
@@ -63,7 +61,7 @@ INFO = RuntimeInfo(
 class InstantRuntime(FakeRuntime):
     """Answers whatever was submitted, at once, each request with one token."""
 
-    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, tokenizer: Any = None) -> None:
         super().__init__(INFO, tokenizer)
 
     def answer(self, request: FakeRequest) -> Completion:
@@ -82,23 +80,30 @@ class InstantRuntime(FakeRuntime):
 
 def start_engine() -> InstantRuntime:
     """An engine in an actor, with the tokenizer of the embedded model."""
-    return InstantRuntime(Tokenizer.from_model(default_model_path()))
+    return InstantRuntime(_tokenizer())
 
 
-def start_replicas() -> ReplicatedRuntime:
+def start_replicas() -> Runtime:
     """Two of them."""
-    return ReplicatedRuntime(
-        start_engine,
-        cluster=Cluster(None),
-        resources=Resources(num_cpus=1, num_gpus=0),
-        num_engines=2,
-    )
+    from batchllm.distributed.cluster import Cluster, Resources
+    from batchllm.distributed.runtime import ReplicatedRuntime
+
+    resources = Resources(num_cpus=1, num_gpus=0)
+    return ReplicatedRuntime(start_engine, cluster=Cluster(None), resources=resources, num_engines=2)
+
+
+def _tokenizer() -> Any:
+    from batchllm.default_model import default_model_path
+    from batchllm.tokenizer import Tokenizer
+
+    return Tokenizer.from_model(default_model_path())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=_CASES, default=["one"])
     parser.add_argument("--out")
     parser.add_argument("--input", help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=_CASES, help=argparse.SUPPRESS)
@@ -108,12 +113,14 @@ def main() -> None:
         return
     results = []
     with tempfile.TemporaryDirectory() as name:
-        for is_text in (False, True):  # in a process of its own: what it takes would count as that of who is measured
+        for is_text in {
+            case == "text" for case in args.cases
+        }:  # in a process of its own: what it takes would count as that of who is measured
             write = get_context("spawn").Process(target=_write_rows, args=(Path(name), args.rows, is_text))
             write.start()
             write.join()
-        for case in list(_CASES) * args.repetitions:
-            path = Path(name, "text" if "text" in case else "ids")
+        for case in args.cases * args.repetitions:
+            path = Path(name, "text" if case == "text" else "ids")
             done = subprocess.run(
                 [sys.executable, __file__, "--input", str(path), "--case", case],
                 stdout=subprocess.PIPE,
@@ -121,11 +128,11 @@ def main() -> None:
                 check=True,
             )
             results.append({"case": case} | json.loads(done.stdout))
-    compare.write(args.out, f"The driver, {args.rows:,} rows", _text(results), results)
+    compare.write(args.out, f"The driver, {args.rows:,} rows", _text(results, args.cases), results)
 
 
-def _text(results: list[compare.Result]) -> str:
-    of_cases = [[result for result in results if result["case"] == case] for case in _CASES]
+def _text(results: list[compare.Result], cases: list[str]) -> str:
+    of_cases = [[result for result in results if result["case"] == case] for case in cases]
     rows = []
     for field in ("us a row, processor", "us a row, wall", "of it ingest", "plan", "run", "output"):
         rows.append([field, *(f"{compare.median(runs, field):.1f}" for runs in of_cases), ""])
@@ -134,7 +141,7 @@ def _text(results: list[compare.Result]) -> str:
         rows.append([field, *(f"{compare.median(runs, field):.0f}" for runs in of_cases), ""])
     over = [compare.median(runs, "peak MB") - compare.median(runs, "table MB") for runs in of_cases]
     rows.append(["peak less table, MB", *(f"{number:.0f}" for number in over), "300"])
-    return compare.table(["", *_CASES.values(), "bound"], rows)
+    return compare.table(["", *(_CASES[case] for case in cases), "bound"], rows)
 
 
 def _run(path: Path, case: str) -> dict[str, Any]:
@@ -191,7 +198,7 @@ def _peak_mb() -> float:
 def _write_rows(folder: Path, num_rows: int, is_text: bool) -> None:
     """Groups of 100 rows share 12 of their 16 tokens, in random order; the texts of these where ``is_text``."""
     rng = random.Random(0)
-    decode = Tokenizer.from_model(default_model_path()).decode if is_text else None
+    decode = _tokenizer().decode if is_text else None
     groups = [[rng.randrange(4096) for _ in range(12)] for _ in range(max(1, num_rows // 100))]
     with (folder / ("text" if is_text else "ids")).open("w") as file:
         for i in range(num_rows):

@@ -1,4 +1,4 @@
-"""What a live request pays for several engines: the same engine, asked directly and through ``--replicas 1``.
+"""What a live request pays for several engines: the same engine, asked directly and as one of two behind ``--replicas 2``.
 
 Everything runs on this machine: the client, the server in front and the engine share its cores. Requests come one after
 the other, so that differences are what the way costs and not what waits.
@@ -21,7 +21,7 @@ import numpy as np
 import server_process
 from live_load import Load, Outcome, add_arguments, model_folder
 
-_CASES = {"direct": [], "replicas": ["--replicas", "1"]}
+_CASES = {"direct": [], "replicas": ["--replicas", "2"]}
 _FIELDS = {
     "models_ms": "GET /v1/models",
     "answer_p50_ms": "one token, p50",
@@ -88,7 +88,7 @@ def _text(results: list[compare.Result], args: argparse.Namespace) -> str:
         one, other = compare.median(direct, field), compare.median(replicas, field)
         more = np.median([b[field] - a[field] for a, b in zip(direct, replicas, strict=True)])
         rows.append([words, f"{one:.2f}", f"{other:.2f}", f"{more:+.2f}"])
-    header = ["ms", "one engine", "`--replicas 1`", "more"]
+    header = ["ms", "one engine", "`--replicas 2`", "more"]
     how = (
         f"{args.rounds} rounds in turn; medians, and medians of the rounds' own differences. In each round "
         f"{args.requests} requests of a kind and {args.streams} streams of {args.stream_len} tokens, one after the "
