@@ -1,4 +1,4 @@
-"""What a live request pays for several engines: the same engine, asked directly and as one of two behind ``--replicas 2``.
+"""What a live request pays for several engines: an engine asked directly, and two behind ``--replicas 2``.
 
 Everything runs on this machine: the client, the server in front and the engine share its cores. Requests come one after
 the other, so that differences are what the way costs and not what waits.
