@@ -148,9 +148,12 @@ class FinishedRequests:
         return _from_columns, (self.positions, _columns(self.completions), self.counters, self.steps, self.lost)
 
 
+_FIELDS = msgspec.structs.fields(Completion)
+
+
 def _columns(completions: list[Completion]) -> dict[str, list[Any]]:
     columns = {}
-    for field_ in msgspec.structs.fields(Completion):
+    for field_ in _FIELDS:
         values = [getattr(completion, field_.name) for completion in completions]
         if field_.required or any(value is not field_.default for value in values):
             columns[field_.name] = values
