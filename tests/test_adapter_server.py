@@ -96,7 +96,7 @@ def test_chats_name_adapters_too(server: Server) -> None:
 
 def test_a_live_request_does_not_wait_for_batches_to_leave_their_adapters(server: Server) -> None:
     """Two batches take turns, one by the base model, one by a; b answers meanwhile. Then a can be unloaded."""
-    batches = [create(server, rows(4, 80, max_tokens=80, ignore_eos=True, **of)) for of in ({}, {"lora_path": "a"})]
+    batches = [create(server, rows(4, 40, max_tokens=80, ignore_eos=True, **of)) for of in ({}, {"lora_path": "a"})]
     for batch in batches:
         wait_for_answers(server, batch.id, 1)
     assert live(server, line("", model="b")["body"]).status_code == 200
@@ -105,7 +105,7 @@ def test_a_live_request_does_not_wait_for_batches_to_leave_their_adapters(server
     during = [server.client.batches.retrieve(batch.id).status for batch in batches]
     assert during == ["in_progress"] * 2, "the batches were too short for this test"
     for batch in batches:
-        assert wait(server, batch.id).request_counts.completed == 320
+        assert wait(server, batch.id).request_counts.completed == 160
     assert live(server, {"lora_name": "a"}, "/unload_lora_adapter").status_code == 200
 
 

@@ -20,7 +20,7 @@ from batchllm.cli import main
 from tests import forked
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
-_NUM_ROWS = 900
+_NUM_ROWS = 500
 CHAT = {"method": "POST", "url": "/v1/chat/completions"}
 
 
