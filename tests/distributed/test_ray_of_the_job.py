@@ -60,9 +60,11 @@ def _processes_of(base: Path) -> list[psutil.Process]:
     return found
 
 
-def _wait_until(condition: Any) -> None:
+def _wait_until(condition: Any, driver: subprocess.Popen[str] | None = None) -> None:
+    """Wait for a state; not for one that a driver was to bring about which has ended."""
     limit = time.monotonic() + _TIMEOUT_S
     while not condition():
+        assert driver is None or driver.poll() is None, driver.communicate()[1]
         assert time.monotonic() < limit
         time.sleep(0.1)
 
@@ -79,7 +81,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_its_job_goes_on(source: P
         recorded = recorded_rows(Path(f"{out}.job")) if Path(f"{out}.job").exists() else set()
         driver = _start(tmp_path, 0.02, "--replicas", "2")
         num_recorded = len(recorded)
-        _wait_until(lambda n=num_recorded: len(recorded_rows(Path(f"{out}.job"))) > n if _has_begun(out) else False)
+        _wait_until(lambda n=num_recorded: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > n, driver)
         os.kill(driver.pid, signal.SIGKILL)
         driver.communicate()
         _wait_until(lambda: not _processes_of(tmp_path))
@@ -103,7 +105,7 @@ def test_a_job_that_is_asked_to_stop_ends_in_good_order(source: Path, tmp_path: 
     """By a signal to all of its processes, as a terminal sends it: what runs is answered, and the status says so."""
     out = tmp_path / "out.jsonl"
     driver = _start(tmp_path, 0.1, "--replicas", "2")
-    _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20)
+    _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20, driver)
     os.killpg(driver.pid, number)
     _, words = driver.communicate(timeout=_TIMEOUT_S)
     assert driver.returncode == 3 and f"stopped by {number.name}" in words, words
@@ -143,7 +145,7 @@ def test_a_node_that_is_lost_takes_no_row_along(two_nodes: Any, source: Path, tm
     cluster, nodes = two_nodes
     driver = _start(tmp_path, 0.02, "--replicas", "2", "--ray-address", cluster.address)
     engines = tmp_path / "engines"
-    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)))
+    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)), driver)
     cluster.remove_node(nodes[1])
     _, words = driver.communicate(timeout=_TIMEOUT_S)
     assert driver.returncode == 0, words
@@ -177,7 +179,7 @@ def test_a_connection_that_breaks_ends_the_job_with_words_and_it_goes_on_later(
     out = tmp_path / "out.jsonl"
     with _door(cluster.address) as address:
         driver = _start(tmp_path, 0.1, "--replicas", "2", "--ray-address", address)
-        _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20)
+        _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20, driver)
     _, words = driver.communicate(timeout=_TIMEOUT_S)
     assert driver.returncode == 2 and "Traceback" not in words, words
     assert "the connection to Ray is gone" in words and "what is done is safe in" in words.splitlines()[-1]
