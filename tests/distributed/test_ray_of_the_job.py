@@ -69,10 +69,6 @@ def _wait_until(condition: Any, driver: subprocess.Popen[str] | None = None) -> 
         time.sleep(0.1)
 
 
-def _num_asked(base: Path) -> int:
-    return sum(rows.total() for rows in asked_for(base / "engines"))
-
-
 def test_a_driver_that_is_killed_leaves_no_process_and_its_job_goes_on(source: Path, tmp_path: Path) -> None:
     """Twice: no row that was acknowledged runs again, each is answered once, and nothing is left on disk."""
     out, engines = tmp_path / "out.jsonl", tmp_path / "engines"
