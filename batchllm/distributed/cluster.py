@@ -89,20 +89,12 @@ class Cluster:
                     "this process is connected to a Ray already; end that connection first, ray.shutdown()"
                 )
             options: dict[str, Any] = {"log_to_driver": is_verbose, "logging_level": logging.ERROR}
-            if self.is_own:
-                own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
-                self._folder = str(own_folder.make(own_folder.place_of_sockets(_SOCKET_LEN)))
-                options |= {
-                    "num_cpus": num_cores(),
-                    "include_dashboard": False,
-                    "object_store_memory": _STORE_BYTES,
-                    "_temp_dir": self._folder,
-                }
-            else:
-                options |= {"address": address}
             try:
                 with _kept_signals():
-                    self.ray.init(**options)
+                    if self.is_own:
+                        self._start(options)
+                    else:
+                        self.ray.init(address=address, **options)
             except BaseException as error:
                 self.close()
                 if not isinstance(error, Exception):
@@ -110,6 +102,20 @@ class Cluster:
                 if self.is_own:
                     raise EngineError(f"Ray did not start: {_first_line(error)}") from error
                 raise ConfigError(f"--ray-address {address}: {_first_line(error)}") from error
+
+    def _start(self, options: dict[str, Any]) -> None:
+        """Start a Ray, and another one where that fails: of two that start at once one may take the other's ports."""
+        options |= {"num_cpus": num_cores(), "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        for is_last in (False, True):
+            own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
+            self._folder = str(own_folder.make(own_folder.place_of_sockets(_SOCKET_LEN)))
+            try:
+                self.ray.init(**options, _temp_dir=self._folder)
+                return
+            except Exception:  # whatever Ray raises
+                if is_last:
+                    raise
+                self.close()
 
     def close(self) -> None:
         """Leave Ray; end it, and remove its files, if it was started here. Doing it twice does nothing."""

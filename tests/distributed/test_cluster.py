@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -136,3 +137,33 @@ def test_more_replicas_than_cores_are_refused(cluster: HeldCluster) -> None:
         Cluster.resources(cluster, num + 1, 1)
     assert Cluster.resources(cluster, num, 1).num_cpus == 1
     assert Cluster.resources(cluster, 1, 1).num_cpus == num
+
+
+_FAILS_ONCE = """
+from batchllm.distributed import cluster
+imported = cluster._imported
+def fails_once():
+    ray = imported()
+    init = ray.init
+    def fail(**options):
+        ray.init = init
+        init(**options)
+        raise RuntimeError("The current node timed out during startup.")
+    ray.init = fail
+    return ray
+cluster._imported = fails_once
+held = cluster.Cluster(None)
+print(held.ray.get(held.ray.remote(lambda: 7).remote()))
+held.close()
+"""
+
+
+@pytest.mark.thorough
+def test_a_ray_that_does_not_start_is_started_once_more(tmp_path: Path) -> None:
+    """Nothing is left of either."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _FAILS_ONCE], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "7\n", done.stderr
+    assert not os.listdir(tmp_path)
