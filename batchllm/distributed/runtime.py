@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -264,7 +265,7 @@ class ReplicatedRuntime:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             try:
-                nodes = await asyncio.to_thread(self._cluster.draining_nodes)
+                nodes = await _in_thread(self._cluster.draining_nodes)
             except Exception as error:  # Ray's interface for this is not public: it may raise anything
                 if not self._cluster.is_connected:
                     return
@@ -344,6 +345,21 @@ class ReplicatedRuntime:
 
     def _live(self) -> list[Replica]:
         return [replica for number, replica in self._replicas.items() if number in self._engines]
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """What a function returns that may block for ever, as Ray does without its head: nobody waits for its thread."""
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except Exception as error:  # it is the caller's
+            result.set_exception(error)
+
+    threading.Thread(target=call, name="batchllm-ray", daemon=True).start()
+    return await asyncio.wrap_future(result)
 
 
 def _answered(finished: FinishedRequests) -> FinishedRequests:

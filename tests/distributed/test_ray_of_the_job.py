@@ -98,19 +98,44 @@ def test_a_driver_that_is_killed_leaves_no_process_and_its_job_goes_on(source: P
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_job_that_is_asked_to_stop_ends_in_good_order(source: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """By a signal to all of its processes, as a terminal sends it: what runs is answered, and the status says so."""
+    """What runs is answered, and the status says so. Ctrl-C of a terminal goes to all processes."""
     out = tmp_path / "out.jsonl"
     driver = _start(tmp_path, 0.1, "--replicas", "2")
     _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20, driver)
-    os.killpg(driver.pid, number)
+    if number == signal.SIGINT:
+        os.killpg(driver.pid, number)
+    else:
+        driver.send_signal(number)
+    words = _end_of_stopped(driver, number, tmp_path)
+    assert "is gone" not in words
+
+
+def test_a_job_whose_ray_is_ended_with_it_stops_too(source: Path, tmp_path: Path) -> None:
+    """SIGTERM to all processes, which Ray's obey: nobody waits for what Ray will not answer any more."""
+    out = tmp_path / "out.jsonl"
+    driver = _start(tmp_path, 0.1, "--replicas", "2")
+    _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20, driver)
+    of_ray = [p for p in psutil.Process(driver.pid).children(recursive=True) if _is_needed_by_ray(p)]
+    os.killpg(driver.pid, signal.SIGTERM)
+    for process in of_ray:
+        process.kill()
+    _end_of_stopped(driver, signal.SIGTERM, tmp_path)
+
+
+def _is_needed_by_ray(process: psutil.Process) -> bool:
+    return process.name() in ("gcs_server", "raylet") or "EngineActor" in " ".join(process.cmdline())
+
+
+def _end_of_stopped(driver: subprocess.Popen[str], number: signal.Signals, base: Path) -> str:
+    """A job that is asked to stop does, and leaves nothing but what it has answered; returns what it has said."""
     _, words = driver.communicate(timeout=_TIMEOUT_S)
     assert driver.returncode == 3 and f"stopped by {number.name}" in words, words
-    assert "is gone" not in words
-    _wait_until(lambda: not _processes_of(tmp_path))
-    assert not os.listdir(tmp_path / "t")
-    recorded = recorded_rows(Path(f"{out}.job"))
-    assert {int(row) for rows in asked_for(tmp_path / "engines") for row in rows if row != "start"} >= recorded
+    _wait_until(lambda: not _processes_of(base))
+    assert not os.listdir(base / "t")
+    recorded = recorded_rows(base / "out.jsonl.job")
+    assert {int(row) for rows in asked_for(base / "engines") for row in rows if row != "start"} >= recorded
     assert 20 < len(recorded) < NUM_ROWS
+    return words
 
 
 def _has_begun(out: Path) -> bool:

@@ -50,8 +50,9 @@ class StepRecorder:
     def begin(self, scheduler: Any, batch: Any) -> None:
         """A step is about to run."""
         if self._last_end is None:
+            now = time.monotonic()  # before the mark, or the step would seem to end after it has
             self._last_end = self._clock.mark()
-            self._begins.append((self._last_end, time.monotonic()))
+            self._begins.append((self._last_end, now))
         free = free_kv_tokens(scheduler)
         pinned = scheduler.tree_cache.ledger.num_pinned_tokens
         is_extend = batch.forward_mode.is_extend()
