@@ -110,22 +110,6 @@ def test_a_job_that_is_asked_to_stop_ends_in_good_order(source: Path, tmp_path: 
     assert "is gone" not in words
 
 
-def test_a_job_whose_ray_is_ended_with_it_stops_too(source: Path, tmp_path: Path) -> None:
-    """SIGTERM to all processes, which Ray's obey: nobody waits for what Ray will not answer any more."""
-    out = tmp_path / "out.jsonl"
-    driver = _start(tmp_path, 0.1, "--replicas", "2")
-    _wait_until(lambda: _has_begun(out) and len(recorded_rows(Path(f"{out}.job"))) > 20, driver)
-    of_ray = [p for p in psutil.Process(driver.pid).children(recursive=True) if _is_needed_by_ray(p)]
-    os.killpg(driver.pid, signal.SIGTERM)
-    for process in of_ray:
-        process.kill()
-    _end_of_stopped(driver, signal.SIGTERM, tmp_path)
-
-
-def _is_needed_by_ray(process: psutil.Process) -> bool:
-    return process.name() in ("gcs_server", "raylet") or "EngineActor" in " ".join(process.cmdline())
-
-
 def _end_of_stopped(driver: subprocess.Popen[str], number: signal.Signals, base: Path) -> str:
     """A job that is asked to stop does, and leaves nothing but what it has answered; returns what it has said."""
     _, words = driver.communicate(timeout=_TIMEOUT_S)
