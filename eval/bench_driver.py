@@ -113,9 +113,8 @@ def main() -> None:
         return
     results = []
     with tempfile.TemporaryDirectory() as name:
-        for is_text in {
-            case == "text" for case in args.cases
-        }:  # in a process of its own: what it takes would count as that of who is measured
+        for is_text in {case == "text" for case in args.cases}:
+            # In a process of its own: the memory that it takes would count as that of who is measured.
             write = get_context("spawn").Process(target=_write_rows, args=(Path(name), args.rows, is_text))
             write.start()
             write.join()

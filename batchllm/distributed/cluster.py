@@ -25,6 +25,8 @@ import psutil
 from batchllm.errors import ConfigError, EngineError
 from batchllm.host import own_folder
 
+logger = logging.getLogger(__name__)
+
 _CONNECT_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 20.0
 _STORE_BYTES = 200 * 2**20
@@ -112,9 +114,10 @@ class Cluster:
             try:
                 self.ray.init(**options, _temp_dir=self._folder)
                 return
-            except Exception:  # whatever Ray raises
+            except Exception as error:  # whatever Ray raises
                 if is_last:
                     raise
+                logger.warning("Ray did not start, and is started once more: %s", _first_line(error))
                 self.close()
 
     def close(self) -> None:

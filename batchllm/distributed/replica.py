@@ -69,10 +69,8 @@ class Replica:
             BatchLLMError: It does not; says why, and on which node.
         """
         try:
-            self.node = await self._actor.node.remote()
-            started: Started | BatchLLMError = await self._actor.start.remote()
-        except ConnectionError as error:
-            raise ClusterLostError(words_of(error)) from error
+            self.node = await self._ask("node")
+            started: Started | BatchLLMError = await self._ask("start")
         except self._ray.exceptions.RayError as error:
             raise EngineError(f"an engine did not start: {words_of(error)}") from error
         if isinstance(started, BatchLLMError):
@@ -136,9 +134,7 @@ class Replica:
 
     async def _receive(self) -> list[Output]:
         try:
-            outputs: list[Output] = await self._actor.receive.remote()
-        except ConnectionError as error:
-            raise ClusterLostError(words_of(error)) from error
+            outputs: list[Output] = await self._ask("receive")
         except self._ray.exceptions.RayError as error:
             raise EngineError(words_of(error)) from error
         return outputs
@@ -151,25 +147,35 @@ class Replica:
             EngineError: The actor is gone.
             Exception: What the method raises.
         """
-        if not self._cluster.is_connected:
-            raise ClusterLostError("it was closed")
         try:
-            return await self._actor.call_tokenizer.remote(method, args, kwargs)
+            return await self._ask("call_tokenizer", method, args, kwargs)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except ConnectionError as error:
-            raise ClusterLostError(words_of(error)) from error
         except self._ray.exceptions.RayError as error:
             raise EngineError(words_of(error)) from error
 
+    async def _ask(self, method: str, *args: Any) -> Any:
+        """Result of a method of the actor.
+
+        Raises:
+            ClusterLostError: The connection to Ray is gone, which Ray's client does not say by an error of Ray's.
+            RayError: The actor is gone.
+        """
+        if not self._cluster.is_connected:
+            raise ClusterLostError("it was closed")
+        try:
+            return await getattr(self._actor, method).remote(*args)
+        except ConnectionError as error:
+            raise ClusterLostError(words_of(error)) from error
+
     async def shutdown(self) -> None:
         """End the engine, if it still answers, and the actor; one that has not started has no time for that."""
-        if self.started is None or not self._cluster.is_connected:
+        if self.started is None:
             self.kill()
             return
         try:
-            with contextlib.suppress(self._ray.exceptions.RayError, ConnectionError, TimeoutError):
-                await asyncio.wait_for(self._actor.shutdown.remote(), _STOP_TIMEOUT_S)
+            with contextlib.suppress(self._ray.exceptions.RayError, ClusterLostError, TimeoutError):
+                await asyncio.wait_for(self._ask("shutdown"), _STOP_TIMEOUT_S)
         finally:
             self.kill()
 

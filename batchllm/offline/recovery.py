@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm.errors import EngineDiedError, EngineError
+from batchllm.errors import BatchLLMError, EngineDiedError
 from batchllm.tokens import Int64Array
 
 NUM_NARROW = 64
@@ -127,7 +127,7 @@ class RestartLimit:
         if self._has_answered:
             self._num_fruitless = 0
 
-    def next_pause_s(self, death: EngineError) -> float:
+    def next_pause_s(self, death: BatchLLMError) -> float:
         """An engine has died, or did not start; seconds to wait before the next is tried.
 
         Raises:

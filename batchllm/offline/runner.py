@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from batchllm.dataset import BadRow, Row, reject
-from batchllm.errors import ConfigError, EngineDiedError, EngineError, RowError, WorkloadError
+from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError, RowError, WorkloadError
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.ingest import Ingest, Intake
 from batchllm.offline.job import Job, JobMaker
@@ -277,7 +277,7 @@ class Runner:
         self._condemn(str(death), poison)
         self.runtime.shutdown()
         self._progress.set_state("starting")
-        reason: EngineError = death
+        reason: BatchLLMError = death
         while True:
             time.sleep(self.restarts.next_pause_s(reason))
             self._progress.set_num_engine_restarts(self.restarts.num_deaths)
@@ -285,4 +285,4 @@ class Runner:
                 self._start()
                 return
             except (ConfigError, EngineError) as error:  # a device whose memory is not free yet, a Ray that restarts
-                reason = EngineError(str(error))
+                reason = error

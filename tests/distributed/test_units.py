@@ -147,9 +147,8 @@ def test_bad_rows_and_rows_of_all_kinds_are_planned() -> None:
         {"id": None, "prompt": "no id"},
     ]
     units = _units_of(plan(_dataset(rows), num_engines=1))
-    assert sorted([str(row["id"]) for unit in units for row in unit]) == [
-        *("None", "bad", "chat", "huge", "ids", "score")
-    ]
+    ids = sorted([str(row["id"]) for unit in units for row in unit])
+    assert ids == ["None", "bad", "chat", "huge", "ids", "score"]
 
 
 def test_openai_rows_and_columns_of_the_user_s_are_planned() -> None:
