@@ -250,13 +250,19 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _kept_signals() -> Iterator[None]:
-    """SIGTERM does what it did before, if that was Python's to say: Ray has it end the process at once."""
+    """SIGTERM does what it did before, if that was Python's to say: Ray has it end the process at once.
+
+    What Ray starts meanwhile inherits that SIGTERM is blocked. A signal to all processes of a job must not end Ray's
+    before the driver has had its answers; they end with the driver, whatever ends it.
+    """
     before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +109,26 @@ def test_an_address_where_something_else_listens_is_named_at_once(refused: Refus
 def test_the_ray_of_a_job_is_known_as_one(cluster: HeldCluster) -> None:
     address = cluster.ray.get_runtime_context().gcs_address
     check_reachable(address)
+
+
+def test_the_ray_of_a_job_does_not_obey_what_ends_the_driver(cluster: HeldCluster) -> None:
+    """SIGTERM to all processes of a job leaves those alone of which the driver still wants answers."""
+    node = cluster.ray._private.worker._global_node
+    pids = [info.process.pid for name in ("gcs_server", "raylet") for info in node.all_processes[name]]
+    assert len(pids) == 2
+    for pid in pids:
+        blocked = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        assert int(blocked[0], 16) >> (signal.SIGTERM - 1) & 1
+    actor = cluster.ray.remote(_Actor).remote()
+    pid = cluster.ray.get(actor.pid.remote())
+    os.kill(pid, signal.SIGTERM)
+    assert cluster.ray.get(actor.pid.remote()) == pid
+    cluster.ray.kill(actor)
+
+
+class _Actor:
+    def pid(self) -> int:
+        return os.getpid()
 
 
 def test_another_version_on_a_node_is_named_with_the_node() -> None:
