@@ -48,6 +48,10 @@ def test_a_batch_runs_on_both_engines_and_answers_what_live_requests_do(server: 
     num_optimal = server.metric("batchllm_planned_prompt_tokens", of="optimum")
     num_computed = server.metric("batchllm_planned_prompt_tokens", of="computed")
     assert num_optimal <= num_computed <= num_optimal + 200 * 3
+    for line in lines[:8]:  # its document has been in nothing but the batch
+        fields = {"input_ids": [*line["body"]["prompt"][:200], 3], "sampling_params": {"max_new_tokens": 1}}
+        answer = httpx.post(f"{server.url}/generate", json=fields, headers={"authorization": f"Bearer {KEY}"}).json()
+        assert answer["meta_info"]["cached_tokens"] == 200
     before = _num_asked(server)
     for line in lines[::9]:
         answer = server.client.completions.create(**line["body"])

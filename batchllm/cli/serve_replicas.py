@@ -30,8 +30,10 @@ from batchllm.cli.outcome import DEMO_MODEL, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STO
 from batchllm.cli.replicas import check_replicas, start_replicas
 from batchllm.cli.serve_flags import add_own_flags, batch_options, grace_of
 from batchllm.default_model import default_model_path
+from batchllm.distributed.beginnings import BatchBeginnings
 from batchllm.distributed.gateway import Gateway
 from batchllm.distributed.live_metrics import merged
+from batchllm.distributed.live_router import LiveRouter
 from batchllm.distributed.runtime import ReplicatedRuntime
 from batchllm.errors import ConfigError
 from batchllm.offline.jobs import Jobs
@@ -100,10 +102,9 @@ def serve_replicas(flags: list[str]) -> int:
         engine_key = own.get("api_key") or secrets.token_urlsafe(32)
         runtime = _start_engines(command, grace_s, engine_key)
         stack.callback(runtime.end)
-        latency = LiveLatency()
-        gateway = Gateway(
-            lambda: runtime.live_urls, api_key=None if own.get("api_key") else engine_key, latency=latency
-        )
+        latency, router = LiveLatency(), LiveRouter()
+        key = None if own.get("api_key") else engine_key
+        gateway = Gateway(lambda: runtime.live_urls, api_key=key, latency=latency, router=router)
         app = _application(command, service, runtime, gateway)
         config = uvicorn.Config(
             service.page.before(app),
@@ -112,7 +113,7 @@ def serve_replicas(flags: list[str]) -> int:
             **{name: own[name] for name in _TLS if name in own},
         )
         server = _Server(config, service, runtime)
-        _begin_batches(service, runtime, latency, has_metrics="enable_metrics" in own)
+        _begin_batches(service, runtime, latency, router, has_metrics="enable_metrics" in own)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and passes the signal on
             server.run(sockets=[listener])
     if server.is_interrupted:
@@ -178,7 +179,9 @@ def _start_engines(command: _ServeCommand, grace_s: float, key: str) -> ServedRe
     return start_replicas(command, command.model or default, options, ServedReplicas)
 
 
-def _begin_batches(service: BatchService, runtime: ServedReplicas, latency: LiveLatency, *, has_metrics: bool) -> None:
+def _begin_batches(
+    service: BatchService, runtime: ServedReplicas, latency: LiveLatency, router: LiveRouter, *, has_metrics: bool
+) -> None:
     jobs = Jobs(runtime)
     numbers = LiveNumbers(
         job_stats=lambda: jobs.stats,
@@ -187,7 +190,9 @@ def _begin_batches(service: BatchService, runtime: ServedReplicas, latency: Live
         kv_limit_tokens=runtime.info.kv_limit_tokens,
     )
     metrics = BatchMetrics(job_stats=lambda: jobs.stats) if has_metrics else None
-    service.start(lambda: runtime, jobs.make_job, metrics, numbers, runtime.give_planned)
+    service.start(
+        lambda: runtime, jobs.make_job, metrics, numbers, runtime.give_planned, lambda: BatchBeginnings(router)
+    )
 
 
 def _application(command: _ServeCommand, service: BatchService, runtime: ServedReplicas, gateway: Gateway) -> FastAPI:

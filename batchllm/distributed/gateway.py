@@ -16,11 +16,11 @@ from http import HTTPStatus
 from urllib.parse import quote
 
 import aiohttp
-import orjson
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
 
+from batchllm.distributed.beginnings import of_body
 from batchllm.distributed.live_router import LiveRouter
 from batchllm.trace.latency import LiveLatency
 
@@ -47,10 +47,6 @@ _TO_ALL = frozenset(
 _STATEFUL = "/v1/responses"
 """Its answers are kept in the process that gave them."""
 _MODELS = "/v1/models/"
-_PROMPT_FIELDS = (
-    *("model", "lora_path", "tools", "system", "messages", "prompt", "text", "input_ids", "query", "input", "items"),
-)
-"""Fields of bodies that say what is computed, in the order in which a prompt has them."""
 _OF_A_CONNECTION = frozenset(
     [
         "connection",
@@ -75,13 +71,21 @@ class Gateway:
         urls: Where the engines that are up answer, by their numbers.
         api_key: What they ask for, in place of what the client gives; None: what that gives is for them to judge.
         latency: Told what streamed requests wait.
+        router: Says which engine a request goes to; None: one that knows nothing but these requests.
     """
 
-    def __init__(self, urls: Callable[[], Mapping[int, str]], *, api_key: str | None, latency: LiveLatency) -> None:
+    def __init__(
+        self,
+        urls: Callable[[], Mapping[int, str]],
+        *,
+        api_key: str | None,
+        latency: LiveLatency,
+        router: LiveRouter | None = None,
+    ) -> None:
         self._urls = urls
         self._api_key = api_key
         self._latency = latency
-        self._router = LiveRouter()
+        self._router = router or LiveRouter()
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -156,7 +160,7 @@ class Gateway:
 
     async def _hand_on(self, scope: Scope, body: bytes, send: Send) -> None:
         """One engine answers. Another is asked only where the first was not reached at all."""
-        untried, prompt = dict(self._urls()), prompt_of(body)
+        untried, prompt = dict(self._urls()), of_body(body)
         if untried and scope["path"].startswith(_STATEFUL):
             untried = {min(untried): untried[min(untried)]}
         while untried:
@@ -213,16 +217,6 @@ class Gateway:
             await send({"type": "http.response.body", "body": b"data: %b\n\n" % bytes(_down().body)})
             return
         await send({"type": "http.response.body", "body": b""})
-
-
-def prompt_of(body: bytes) -> bytes:
-    """What of a request's body is computed, in the order of its prompt; empty where the body has nothing of it."""
-    try:
-        fields = orjson.loads(body)
-        is_object = isinstance(fields, dict)
-        return b"\n".join(orjson.dumps(fields[name]) for name in _PROMPT_FIELDS if is_object and name in fields)
-    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the engine says what is wrong with it
-        return b""
 
 
 async def _read(receive: Receive) -> bytes | None:

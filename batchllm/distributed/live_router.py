@@ -10,8 +10,9 @@ Mirrokni, Thorup and Zadimoghaddam, *Consistent Hashing with Bounded Loads*, 201
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import xxhash
 
@@ -23,12 +24,14 @@ _MAX_PIECES_OF_ONE = 4096
 
 class LiveRouter:
     """Remembers which engine has which beginnings: a prefix tree, whose nodes are known by the hash of their path.
+    Called from any thread.
 
     Args:
         max_pieces: Nodes that are kept; those that were used least recently go.
     """
 
     def __init__(self, *, max_pieces: int = 1_000_000) -> None:
+        self._turn = threading.Lock()
         self._max_pieces = max_pieces
         self._holders: OrderedDict[int, set[int]] = OrderedDict()
         self._in_flight: dict[int, int] = {}
@@ -41,38 +44,45 @@ class LiveRouter:
             prompt: What the request computes, from its beginning.
             engines: Numbers of those that are up; at least one.
         """
-        num_in_flight = sum(self._in_flight.get(engine, 0) for engine in engines)
-        most = math.ceil(MAX_LOAD_RATIO * (num_in_flight + 1) / len(engines))
-        free = {engine for engine in engines if self._in_flight.get(engine, 0) < most}
-        pieces = list(_pieces(prompt))
-        best = free
-        for piece in pieces:
-            if not (best_here := self._holders.get(piece, set()) & best):
-                break
-            best = best_here
-        engine = min(best, key=lambda e: (self._in_flight.get(e, 0), self._num_given.get(e, 0), e))
-        self._remember(pieces, engine, engines)
-        self._in_flight[engine] = self._in_flight.get(engine, 0) + 1
-        self._num_given[engine] = self._num_given.get(engine, 0) + 1
+        pieces = list(pieces_of(prompt))
+        with self._turn:
+            num_in_flight = sum(self._in_flight.get(engine, 0) for engine in engines)
+            most = math.ceil(MAX_LOAD_RATIO * (num_in_flight + 1) / len(engines))
+            best = {engine for engine in engines if self._in_flight.get(engine, 0) < most}
+            for piece in pieces:
+                if not (best_here := self._holders.get(piece, set()) & best):
+                    break
+                best = best_here
+            engine = min(best, key=lambda e: (self._in_flight.get(e, 0), self._num_given.get(e, 0), e))
+            self._remember(pieces, engine, engines)
+            self._in_flight[engine] = self._in_flight.get(engine, 0) + 1
+            self._num_given[engine] = self._num_given.get(engine, 0) + 1
         return engine
 
     def end(self, engine: int) -> None:
         """A request has ended, however."""
-        self._in_flight[engine] -= 1
-        if not self._in_flight[engine]:
-            del self._in_flight[engine]
+        with self._turn:
+            self._in_flight[engine] -= 1
+            if not self._in_flight[engine]:
+                del self._in_flight[engine]
 
-    def _remember(self, pieces: list[int], engine: int, engines: Collection[int]) -> None:
+    def learn(self, pieces: Sequence[int], engine: int) -> None:
+        """An engine computes, for another than a live request, what these `pieces_of` begin."""
+        with self._turn:
+            self._remember(pieces, engine, None)
+
+    def _remember(self, pieces: Sequence[int], engine: int, engines: Collection[int] | None) -> None:
         for piece in reversed(pieces):  # so that the end of a path goes before its beginning
             holders = self._holders.setdefault(piece, set())
-            holders.intersection_update(engines)
+            if engines is not None:
+                holders.intersection_update(engines)
             holders.add(engine)
             self._holders.move_to_end(piece)
         while len(self._holders) > self._max_pieces:
             self._holders.popitem(last=False)
 
 
-def _pieces(prompt: bytes) -> Iterator[int]:
+def pieces_of(prompt: bytes) -> Iterator[int]:
     """Hash of each whole piece and all before it."""
     path = 0
     for first in range(0, min(len(prompt), PIECE_LEN * _MAX_PIECES_OF_ONE) - PIECE_LEN + 1, PIECE_LEN):

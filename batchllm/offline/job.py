@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -98,6 +98,7 @@ class Job:
         max_in_flight: Most requests submitted and not finished, while those of no other job are; None for as many as
             serve throughput.
         keep_steps: Keep what each forward step was like, in ``steps``.
+        on_submit: Told which rows are submitted, by their places in the input, and the number of the engine.
 
     Attributes:
         max_in_flight: As given.
@@ -122,6 +123,7 @@ class Job:
         subset: Int64Array | None = None,
         max_in_flight: int | None = None,
         keep_steps: bool = False,
+        on_submit: Callable[[Int64Array, int], None] | None = None,
     ) -> None:
         started = time.perf_counter()
         self._jobs = jobs
@@ -143,6 +145,7 @@ class Job:
         self.deaths: list[str] = []
         self.has_given_back = False
         self._lost: list[Int64Array] = []
+        self._on_submit = on_submit
         self.steps: list[StepArray] | None = [] if keep_steps else None
         self.stats = JobStats(plan_s=time.perf_counter() - started)
 
@@ -266,9 +269,11 @@ class Job:
             wants_prefixes=not self.largest_prefixes,
         )
 
-    def submit(self, samples: Int64Array) -> None:
+    def submit(self, samples: Int64Array, engine: int) -> None:
         """These are in flight."""
         self._began_at = self._began_at or time.perf_counter()
+        if self._on_submit is not None:
+            self._on_submit(self._rows.index[self._samples.rows(samples)], engine)
         self._state[samples] = _IN_FLIGHT
         self._num_in_flight += len(samples)
 
@@ -344,4 +349,5 @@ class JobMaker(Protocol):
         subset: Int64Array | None = None,
         max_in_flight: int | None = None,
         keep_steps: bool = False,
+        on_submit: Callable[[Int64Array, int], None] | None = None,
     ) -> Job: ...

@@ -281,7 +281,7 @@ class Jobs:
         while not any(job.is_behind or job.is_stopping for job in jobs) and (taken := plan.take_run()) is not None:
             requests, samples_of = taken
             for part, samples in samples_of:
-                jobs[part].submit(samples)
+                jobs[part].submit(samples, requests.engine)
             self._runtime.submit(plan.job_id, requests)
 
     async def _read(self, plan: RunningPlan, jobs: Sequence[Job]) -> None:

@@ -42,6 +42,7 @@ from batchllm.server.file_store import FileStore
 from batchllm.server.metrics import BatchMetrics
 from batchllm.server.objects import ACTIVE_STATUSES, OUTPUT_PURPOSE
 from batchllm.server.options import BatchOptions
+from batchllm.server.placement import Placement
 from batchllm.server.steady_clock import unix_now
 from batchllm.server.validation import MAX_SHOWN, Verdict, validate
 
@@ -86,6 +87,7 @@ class BatchContext:
     token_memory: TokenMemory
     metrics: BatchMetrics | None
     activity: BatchActivity = field(default_factory=BatchActivity)
+    make_placement: Callable[[], Placement] | None = None
 
     def folder(self, batch_id: str) -> Path:
         """Where a batch has its journal."""
@@ -214,6 +216,7 @@ class BatchRun:
         )
         context.batches.update(batch.id, model=model)
         folder = context.folder(batch.id)
+        placement = None if context.make_placement is None else context.make_placement()
         with ExitStack() as stack:
             stack.callback(progress.show)
             # Nothing is written as rows finish.
@@ -229,10 +232,15 @@ class BatchRun:
                 stop=self._stop,
                 folder=folder,
                 options=RunOptions(token_memory=context.token_memory),
-                make_job=partial(context.activity.make_job, batch.id, context.make_job),
+                make_job=partial(
+                    context.activity.make_job,
+                    batch.id,
+                    context.make_job,
+                    on_submit=None if placement is None else placement.give,
+                ),
             )
             stack.callback(runner.close)
-            is_complete = runner.run(self._rows(batch, runtime.info.context_len))
+            is_complete = runner.run(self._rows(batch, runtime.info.context_len, placement))
             if runner.num_shards > 1:
                 logger.info(
                     "%s: its token ids did not fit in memory beside those of other batches (--batch-max-token-bytes); "
@@ -245,13 +253,15 @@ class BatchRun:
         self._leave()
         return None
 
-    def _rows(self, batch: BatchRecord, context_len: int) -> Iterator[Row | BadRow]:
+    def _rows(self, batch: BatchRecord, context_len: int, placement: Placement | None) -> Iterator[Row | BadRow]:
         with open_unwrapped(self._context.files.path(batch.input_file_id)) as stream:
             # A chat row without a limit may use what the context leaves, as with OpenAI.
             for row in read_rows(stream, defaults=SamplingParams(), default_max_new_tokens=context_len):
                 if self._stop.is_set:
                     self._leave()
                     raise _StoppedError("asked to stop")
+                if placement is not None and isinstance(row, Row):
+                    placement.add(row.index, row.request)
                 yield row
 
     def _leave(self) -> None:

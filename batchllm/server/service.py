@@ -32,6 +32,7 @@ from batchllm.server.metrics import BatchMetrics
 from batchllm.server.options import BatchOptions
 from batchllm.server.page import BatchPage, LiveNumbers
 from batchllm.server.page.content import PageContent
+from batchllm.server.placement import Placement
 
 
 class BatchService:
@@ -92,6 +93,7 @@ class BatchService:
         metrics: BatchMetrics | None = None,
         numbers: LiveNumbers | None = None,
         give_planned: Callable[[float], None] = lambda share: None,
+        make_placement: Callable[[], Placement] | None = None,
     ) -> None:
         """Open the routes, and go on with batches that have not ended. Returns at once.
 
@@ -102,6 +104,7 @@ class BatchService:
             metrics: Told what happens.
             numbers: How the engine is doing, for the page.
             give_planned: Lets batches have this part of what they and live requests compete for.
+            make_placement: Makes what is told where the rows of a batch go, where there are several engines.
         """
         assert self._dispatcher is None, "started twice"
         self._metrics = metrics
@@ -114,6 +117,7 @@ class BatchService:
             make_job=make_job,
             token_memory=TokenMemory(self._options.max_token_bytes, self._options.max_active_jobs),
             metrics=metrics,
+            make_placement=make_placement,
         )
         self._content.activity, self._content.numbers = context.activity, numbers
         self._dispatcher = Dispatcher(context, give_planned)

@@ -9,12 +9,11 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 import pytest
 
-from batchllm.distributed.gateway import Gateway, prompt_of
+from batchllm.distributed.gateway import Gateway
 from batchllm.distributed.live_metrics import merged
 from batchllm.trace.latency import LiveLatency
 from tests.distributed.live_engines import LiveEngine, dying, gateway_to, served
@@ -190,23 +189,3 @@ def test_metrics_of_all_engines_are_on_one_page_each_with_its_number() -> None:
         assert "python_info" in page  # this process's own
 
     _run(test)
-
-
-@pytest.mark.parametrize(
-    ("longer", "beginning"),
-    [
-        ({"messages": [{"role": "system", "content": "S" * 50}, {"role": "user", "content": "1"}], "seed": 1},) * 2,
-        ({"seed": 3, "prompt": "abc" * 50 + "1"}, {"prompt": "abc" * 50 + "2", "max_tokens": 3}),
-        ({"input_ids": [*range(99), 1]}, {"input_ids": [*range(99), 2], "sampling_params": {}}),
-    ],
-)
-def test_what_goes_to_the_router_begins_as_the_prompt_does(longer: dict[str, Any], beginning: dict[str, Any]) -> None:
-    one, other = (prompt_of(json.dumps(body).encode()) for body in (longer, beginning))
-    assert one[:100] == other[:100] and len(one) > 100
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"[1]", b"{", b"\xff", b"3", b"{}", b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}"]
-)
-def test_a_body_without_a_prompt_has_none(body: bytes) -> None:
-    assert prompt_of(body) == b""
