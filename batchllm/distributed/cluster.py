@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import os
 import secrets
@@ -16,6 +17,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +30,7 @@ from batchllm.host import own_folder
 logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
-_STOP_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S, _LOOK_EVERY_S = 20.0, 0.02
 _STORE_BYTES = 200 * 2**20
 _SOCKET_LEN = len("session_2026-11-29_15-10-00_000000_4194304/sockets/plasma_store")
 _HTTP2_SETTINGS = b"\x04"
@@ -126,13 +128,22 @@ class Cluster:
             self.ray.shutdown()
             return
         own = [process for process in psutil.Process().children(recursive=True) if self._is_of_folder(process)]
+        self._end_at_once()
         self.ray.shutdown()
-        _, alive = psutil.wait_procs(own, timeout=_STOP_TIMEOUT_S)
-        for process in alive:
+        for process in own:  # those that another of Ray's has started look for its end now and then
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while not all(map(_has_ended, own)) and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
+
+    def _end_at_once(self) -> None:
+        """Have Ray's shutdown kill its processes: each has a second to obey a SIGTERM, which they do not hear."""
+        node = self.ray._private.worker._global_node
+        for info in [] if node is None else itertools.chain.from_iterable(node.all_processes.values()):
+            info.process.terminate = info.process.kill
 
     @property
     def is_connected(self) -> bool:
@@ -246,6 +257,14 @@ def _first_line(error: Exception) -> str:
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[-1]}"
     return lines[0] if lines else type(error).__name__
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether it does nothing any more. Who is to take note of its end, in a container perhaps nobody, may be late."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 @contextlib.contextmanager
