@@ -44,8 +44,13 @@ _ORDER = ("emulated GPU", "one engine", "command", "server", "leftovers", "progr
 
 @pytest.fixture(scope="session")
 def engines() -> Iterator[None]:
-    """Engines of tests are forked from one import of SGLang, with its strict memory checks on."""
+    """Engines of tests are forked from one import of SGLang, with its strict memory checks on.
+
+    Each computes on one thread: two workers have two cores. Commands and servers in processes of their own take as many
+    as they do for a user.
+    """
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
     with template.held(is_verbose=False):
         yield
 

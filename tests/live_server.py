@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -22,7 +21,8 @@ import psutil
 from openai import OpenAI
 
 from batchllm.distributed.actor import free_port
-from tests import forked
+from tests import forked, plain_http  # noqa: F401 - for clients that are made quickly
+from tests.environment import of_user
 
 KEY = "sk-test"
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -53,7 +53,7 @@ class Server:
 
     def start(self, *, is_forked: bool = True) -> None:
         """Start the command, forked from a process that has imported SGLang; or in an interpreter of its own."""
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        environment = of_user()
         temporary = self.folder / "tmp"
         temporary.mkdir(exist_ok=True)
         environment |= {"TMPDIR": str(temporary), "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}

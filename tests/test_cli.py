@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from batchllm.cli import main
 from tests import forked
+from tests.environment import of_user
+from tests.run_here import run_here
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 _NUM_ROWS = 500
@@ -25,7 +24,7 @@ CHAT = {"method": "POST", "url": "/v1/chat/completions"}
 
 
 def _batchllm(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = of_user()
     return subprocess.run(
         [sys.executable, "-m", "batchllm", *map(str, arguments)],
         capture_output=True,
@@ -38,15 +37,6 @@ def _batchllm(*arguments: str | Path, timeout: float = 240) -> subprocess.Comple
 def _forked(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The command without an engine of its own; what it imports is held by `test_import_weight`."""
     return forked.run("batchllm.cli:command", [str(argument) for argument in arguments], timeout=60)
-
-
-def _main(*arguments: str | Path) -> int:
-    """The command in this process, on an engine that is forked as others are; its exit status."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return main([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _write(path: Path, rows: list[Any]) -> Path:
@@ -148,7 +138,7 @@ def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(engin
     assert 150 < status["num_finished"] < _NUM_ROWS
     assert [kind for _, kind, _ in status["events"]] == ["start", "engine_death", "stop"]
     assert not out.exists()
-    assert _main(*flags, "--report", tmp_path / "r.json") == 0
+    assert run_here(*flags, "--report", tmp_path / "r.json") == 0
     assert [row["id"] for row in _read(out)] == [str(i) for i in range(_NUM_ROWS)]
     assert {len(row["output_ids"]) for row in _read(out)} == {32}
     report = json.loads((tmp_path / "r.json").read_text())
@@ -157,7 +147,7 @@ def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(engin
 
 
 def _start(*arguments: str | Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = of_user()
     command = [sys.executable, "-m", "batchllm", *map(str, arguments)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -269,7 +259,7 @@ def test_a_job_whose_engine_s_process_refuses_it_says_why_and_exits_with_2(
 ) -> None:
     """What else it refuses is in tests/srt/test_engine.py."""
     good = _write(tmp_path / "good.jsonl", [{"id": "a", "prompt": "x", "sampling_params": GREEDY}])
-    assert _main("run", "-i", good, "-o", tmp_path / "o", *flag.split()) == 2
+    assert run_here("run", "-i", good, "-o", tmp_path / "o", *flag.split()) == 2
     said = capfd.readouterr().err
     assert flag.split()[flag.startswith("-m ")] in said
     assert "Traceback" not in said

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -19,6 +17,7 @@ import pytest
 from batchllm.default_model import default_model_path
 from tests.live_server import KEY, Server, in_a_batch, running
 from tests.reranker import TEMPLATE, make_reranker
+from tests.run_here import run_here
 from tests.srt.harness_tasks import responses, tasks
 
 pytestmark = pytest.mark.engine
@@ -259,7 +258,7 @@ def _optimum(prompts: list[tuple[int, ...]]) -> int:
 
 
 def test_the_command_answers_rows_of_all_kinds_as_the_server(
-    server: Server, reranker: tuple[Path, int, int], tmp_path: Path
+    server: Server, reranker: tuple[Path, int, int], engines: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One file of scores, rankings and completions, each row at its optimum."""
     rng = random.Random(12)
@@ -272,16 +271,8 @@ def test_the_command_answers_rows_of_all_kinds_as_the_server(
     rows = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, (url, body) in enumerate(bodies)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["-i", str(tmp_path / "in.jsonl"), "-m", str(reranker[0])]
-    command = [sys.executable, "-W", "ignore", "-m", "batchllm"]
-    planned = subprocess.run([*command, "plan", *common], capture_output=True, text=True, timeout=120)
-    assert planned.returncode == 0 and "7" in planned.stdout, planned.stderr
-    done = subprocess.run(
-        [*command, "run", *common, "-o", str(tmp_path / "out.jsonl"), "--max-total-tokens", "4096"],
-        capture_output=True,
-        text=True,
-        timeout=160,
-    )
-    assert done.returncode == 0, done.stderr
+    assert run_here("plan", *common) == 0 and "7" in capfd.readouterr().out
+    assert run_here("run", *common, "-o", tmp_path / "out.jsonl", "--max-total-tokens", "4096") == 0
     answered = [json.loads(line)["response"]["body"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     wanted = [ask(server, url, body) for url, body in bodies]
     assert answered[0]["scores"] == [pytest.approx(scores, abs=1e-5) for scores in wanted[0]["scores"]]

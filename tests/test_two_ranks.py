@@ -5,14 +5,13 @@ engine's.)
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
-from batchllm.cli import main
 from tests.live_server import Server, answers, create, rows, text_of, wait, wait_for_answers
+from tests.run_here import run_here
 
 pytestmark = pytest.mark.engine
 
@@ -20,12 +19,8 @@ pytestmark = pytest.mark.engine
 def _run(folder: Path, name: str, *flags: str) -> list[str]:
     """The command's output lines."""
     out, report = folder / f"{name}.jsonl", folder / f"{name}.json"
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        arguments = ["run", "-i", str(folder / "in.jsonl"), "-o", str(out), "--report", str(report)]
-        assert main([*arguments, "--max-total-tokens", "4096", "--random-seed", "3", *flags]) == 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    arguments = ("run", "-i", folder / "in.jsonl", "-o", out, "--report", report)
+    assert run_here(*arguments, "--max-total-tokens", "4096", "--random-seed", "3", *flags) == 0
     numbers = json.loads(report.read_text())
     assert numbers["num_computed_prompt_tokens"] == numbers["num_optimal_prompt_tokens"] < numbers["num_prompt_tokens"]
     return out.read_text().splitlines()

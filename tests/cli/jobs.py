@@ -6,7 +6,6 @@ Knows how a process is started and what files a job has; claims nothing.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from batchllm.offline.journal import JobStatus, read_status
 from tests import forked
 from tests.cli.instant_engine import Settings
+from tests.environment import of_user
 
 ENGINE = Path(__file__).with_name("instant_engine.py")
 TIMEOUT_S = 60
@@ -46,8 +46,7 @@ def arguments_of(command: Sequence[Argument]) -> list[str]:
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return kept | settings.to_environment()
+    return of_user() | settings.to_environment()
 
 
 def batchllm(*command: Argument, stdin: bytes = b"", cwd: Path | None = None, **settings: Any) -> Done:

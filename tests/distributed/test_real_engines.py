@@ -22,6 +22,8 @@ from batchllm.tokenizer import Tokenizer
 from batchllm.tokens import TokenTable
 from tests.cli.jobs import read_lines, write_rows
 from tests.distributed.conftest import HeldCluster
+from tests.environment import of_user
+from tests.run_here import run_here
 
 _FLAGS = ("--max-total-tokens", "4096", "--random-seed", "7", "--demo-model")
 
@@ -45,27 +47,37 @@ def _rows() -> list[dict[str, Any]]:
 
 def _run(base: Path, *flags: str, program: tuple[str, ...] = ("-m", "batchllm")) -> _Run:
     """The command in a process and a temporary folder of its own."""
-    out, report, temporary = base / "out.jsonl", base / "report.json", base / "t"
+    temporary = base / "t"
     temporary.mkdir()
-    write_rows(base / "in.jsonl", _rows())
-    files = ("-i", str(base / "in.jsonl"), "-o", str(out), "--report", str(report))
     done = subprocess.run(
-        [sys.executable, *program, "run", *files, *_FLAGS, *flags],
-        env=os.environ | {"TMPDIR": str(temporary)},
+        [sys.executable, *program, *_arguments(base), *flags],
+        env=of_user() | {"TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
     assert not os.listdir(temporary)
-    answers = [(line["id"], line["output_ids"]) for line in read_lines(out)]
-    return _Run(answers, json.loads(report.read_text()), done.stderr)
+    return _result(base, done.stderr)
+
+
+def _arguments(base: Path) -> list[str]:
+    write_rows(base / "in.jsonl", _rows())
+    files = ("-i", str(base / "in.jsonl"), "-o", str(base / "out.jsonl"), "--report", str(base / "report.json"))
+    return ["run", *files, *_FLAGS]
+
+
+def _result(base: Path, words: str) -> _Run:
+    answers = [(line["id"], line["output_ids"]) for line in read_lines(base / "out.jsonl")]
+    return _Run(answers, json.loads((base / "report.json").read_text()), words)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> _Run:
+def one(tmp_path_factory: pytest.TempPathFactory, engines: None) -> _Run:
     """What one engine makes of the rows."""
-    return _run(tmp_path_factory.mktemp("one"))
+    base = tmp_path_factory.mktemp("one")
+    assert run_here(*_arguments(base)) == 0
+    return _result(base, "")
 
 
 def _check(several: _Run, one: _Run) -> None:

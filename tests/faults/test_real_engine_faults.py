@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.environment import of_user
 from tests.faults.matrix import HOLDERS, REAL, Cell
 from tests.shared_memory import left_behind, ownerless
 
@@ -58,7 +59,7 @@ class RealJob:
         ]
         (base / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         command = ["run", "-i", str(base / "in.jsonl"), "-o", str(self.out), "--max-total-tokens", "8192"]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        environment = of_user()
         self._log = (base / "log").open("ab")
         self.driver = subprocess.Popen(
             [sys.executable, "-m", "batchllm", *command, "--progress-file", str(base / "progress.jsonl")],

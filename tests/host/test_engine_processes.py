@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from batchllm import BatchEngine
 from batchllm.errors import EngineDiedError, EngineError
 from batchllm.host import template
+from tests.environment import of_user
 
 pytestmark = pytest.mark.engine
 
@@ -215,7 +215,7 @@ def test_processes_are_spawned_where_a_fork_would_be_broken(expected: list[list[
 def test_a_driver_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
     """While SGLang is being imported, too, when nothing listens to it yet."""
     script = "from batchllm import BatchEngine; BatchEngine(max_total_tokens=2000)"
-    with subprocess.Popen([sys.executable, "-c", script], env=_environment()) as driver:
+    with subprocess.Popen([sys.executable, "-c", script], env=of_user()) as driver:
         _wait_until(lambda: bool(psutil.Process(driver.pid).children()))
         children = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
@@ -224,11 +224,7 @@ def test_a_driver_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
 
 def _run(script: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=_environment() | variables
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=of_user() | variables
     )
     assert done.returncode == 0, done.stderr
     return done
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from batchllm import BatchEngine
 from batchllm.default_model import default_model_path
 from batchllm.distributed.actor import free_port
 from eval import process_group
+from tests.environment import of_user
 
 # Of SGLang's grammar backends only this one runs on a CPU without our scheduler.
 GRAMMAR_BACKEND = "llguidance"
@@ -46,7 +46,7 @@ def stock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     flags = f"--device cpu --dtype float32 --port {port} --max-total-tokens 2048 --grammar-backend {GRAMMAR_BACKEND}"
     flags += " --sleep-on-idle"
     command = [sys.executable, "-c", _STOCK, "--model-path", default_model_path(), *flags.split()]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = of_user()
     environment["TMPDIR"] = str(log.parent)
     before = set(_SHARED_MEMORY.glob("sglang_loads_*"))
     with log.open("wb") as file:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import batchllm
+from tests.environment import of_user
 
 _PLAN = """
 import numpy as np
@@ -34,6 +34,6 @@ def test_planning_compiles_nothing_after_set_up() -> None:
     """`scripts/setup` has run `compile_ahead`; a job of another size and shape finds every function compiled."""
     before = _compiled()
     assert before, "run scripts/setup"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = of_user()
     subprocess.run([sys.executable, "-c", _PLAN], check=True, env=environment)
     assert _compiled() == before

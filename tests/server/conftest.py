@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from batchllm.server import BatchMetrics, BatchOptions, LiveNumbers
+from tests import plain_http  # noqa: F401 - for clients that are made quickly
 from tests.cli.instant_engine import Settings
 from tests.server.instant_server import Api, SharedRuntime
 

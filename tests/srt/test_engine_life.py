@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from batchllm.host import own_folder
+from tests.environment import of_user
 from tests.shared_memory import left_behind, ownerless
 
 pytestmark = pytest.mark.engine
@@ -58,7 +59,7 @@ def test_a_dead_scheduler_raises_and_shutdown_leaves_nothing(tmp_path: Path) -> 
         folder.mkdir()
         own_folder.mark(folder)
     shared_memory = ownerless()
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = of_user()
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,

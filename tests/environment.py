@@ -1,0 +1,12 @@
+"""What a process has from its user."""
+
+from __future__ import annotations
+
+import os
+
+_OF_THE_TESTS = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")
+
+
+def of_user() -> dict[str, str]:
+    """The environment variables of this process, but for those that tests are run with."""
+    return {name: value for name, value in os.environ.items() if name not in _OF_THE_TESTS}
