@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import msgspec
+import numpy as np
 import orjson
 
 from batchllm.dataset.field_checks import json_bytes, show, task_name, token_ids
@@ -288,8 +289,8 @@ class _Batch:
 
     def take(self, finished: FinishedSamples) -> Iterator[Completion]:
         """Completions of samples, each with the number of its prompt."""
-        for row, sample, completion in zip(finished.rows, finished.samples, finished.completions, strict=True):
-            index = int(self._rows.index[row])
+        places = self._rows.places(np.array(finished.rows, np.int64)).tolist()
+        for index, sample, completion in zip(places, finished.samples, finished.completions, strict=True):
             if completion.finish_reason == "abort":
                 self._failed.add(index)
             yield msgspec.structs.replace(completion, index=index, sample=sample)

@@ -48,15 +48,24 @@ def test_a_batch_runs_on_both_engines_and_answers_what_live_requests_do(server: 
     num_optimal = server.metric("batchllm_planned_prompt_tokens", of="optimum")
     num_computed = server.metric("batchllm_planned_prompt_tokens", of="computed")
     assert num_optimal <= num_computed <= num_optimal + 200 * 3
-    for line in lines[:8]:  # its document has been in nothing but the batch
-        fields = {"input_ids": [*line["body"]["prompt"][:200], 3], "sampling_params": {"max_new_tokens": 1}}
-        answer = httpx.post(f"{server.url}/generate", json=fields, headers={"authorization": f"Bearer {KEY}"}).json()
-        assert answer["meta_info"]["cached_tokens"] == 200
     before = _num_asked(server)
     for line in lines[::9]:
         answer = server.client.completions.create(**line["body"])
         assert answer.choices[0].text == text_of(found[line["custom_id"]])
     assert all(now > then for now, then in zip(_num_asked(server), before, strict=True))
+
+
+def test_a_live_request_reads_what_a_batch_has_computed_in_one_of_the_engines(server: Server) -> None:
+    """A document on each engine; of one after another live request, none of which has been asked before."""
+    lines = [line for line in rows(10, 100, max_tokens=40, ignore_eos=True) if line["custom_id"] >= "8"]
+    batch = create(server, lines)
+    wait_for_answers(server, batch.id, 30)
+    for line in lines[:2]:
+        fields = {"input_ids": [*line["body"]["prompt"][:200], 3], "sampling_params": {"max_new_tokens": 1}}
+        answer = httpx.post(f"{server.url}/generate", json=fields, headers={"authorization": f"Bearer {KEY}"}).json()
+        assert answer["meta_info"]["cached_tokens"] == 200
+    assert server.client.batches.retrieve(batch.id).status == "in_progress"
+    assert wait(server, batch.id).status == "completed"
 
 
 def test_live_requests_with_one_beginning_go_to_one_engine(server: Server) -> None:

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any
 
+import numpy as np
+
 from batchllm.dataset.prompts import check_text
 from batchllm.dataset.sampling import parse_sampling
 from batchllm.errors import EngineError, RowError
@@ -85,7 +87,7 @@ class PlannedWaves:
             if not len(rows):
                 return
             job = single_job(self._runtime, rows, **self._job_options)
-            places = (rows.index - first_index).tolist()
+            places = (rows.places(np.arange(len(rows))) - first_index).tolist()
             async with aclosing(job.run_rows()) as stream:
                 async for finished in stream:
                     for row, completions in zip(finished.rows, finished.completions, strict=True):

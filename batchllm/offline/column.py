@@ -41,6 +41,11 @@ class Column:
         return self._same if self._array is None else self._array[row]
 
     @property
+    def same(self) -> int | None:
+        """The number of all rows; None where they differ."""
+        return self._same if self._array is None else None
+
+    @property
     def values(self) -> npt.NDArray[Any]:
         """Not to be written to. Shape ``[num_rows]``."""
         if self._array is None:

@@ -273,7 +273,7 @@ class Job:
         """These are in flight."""
         self._began_at = self._began_at or time.perf_counter()
         if self._on_submit is not None:
-            self._on_submit(self._rows.index[self._samples.rows(samples)].astype(np.int64), engine)
+            self._on_submit(self._rows.places(self._samples.rows(samples)), engine)
         self._state[samples] = _IN_FLIGHT
         self._num_in_flight += len(samples)
 

@@ -117,11 +117,10 @@ class JobRows:
     def __len__(self) -> int:
         return len(self._group)
 
-    @property
-    def index(self) -> npt.NDArray[np.int32]:
-        """Position in the input of each row. Shape ``[num_rows]``."""
-        index: npt.NDArray[np.int32] = np.arange(len(self), dtype=np.int32) + self._shift.values
-        return index
+    def places(self, rows: Int64Array) -> Int64Array:
+        """Where in the input these rows are, from 0. Shape of ``rows``."""
+        places: Int64Array = rows + self._shift.values[rows]
+        return places
 
     @property
     def max_new_len(self) -> npt.NDArray[np.int32]:
@@ -150,7 +149,8 @@ class JobRows:
     def prompt_of(self, rows: Int64Array, samples: Int64Array) -> Int64Array:
         """Which row of the store each of these samples of these rows answers."""
         per_prompt = self.num_samples(rows) // self.num_prompts[rows]
-        prompts: Int64Array = self.first_prompt[rows] + samples // per_prompt
+        same = self._num_prompts.same
+        prompts: Int64Array = (self.first_prompt[rows] if same is None else rows * same) + samples // per_prompt
         return prompts
 
     def per_prompt(self, values: npt.NDArray[Any]) -> Int64Array:

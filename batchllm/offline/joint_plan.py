@@ -155,7 +155,7 @@ class JointPlan:
         prefixes = largest_prefixes(self.plan, None if is_alone else self.part_at == number)
         first = sum(len(other) for other in self._parts[:number])
         planned = np.array([prefix.example_row for prefix in prefixes], np.int64) - first
-        places = part.rows.index[part.row_numbers[planned]]
+        places = part.rows.places(part.row_numbers[planned])
         return [replace(prefix, example_row=place) for prefix, place in zip(prefixes, places.tolist(), strict=True)]
 
     def requests(self, run: PlannedRun, engine: int = 0) -> RunRequests:

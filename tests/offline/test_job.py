@@ -150,7 +150,7 @@ class Loaded(Job):
     def completions(self, runtime: ShufflingRuntime) -> list[Completion]:
         """Run it; each with its index and sample."""
         return [
-            msgspec.structs.replace(completion, index=int(self.rows.index[row]), sample=sample)
+            msgspec.structs.replace(completion, index=int(self.rows.places(np.array(row))), sample=sample)
             for finished in runtime.iterate(self.run())
             for row, sample, completion in zip(finished.rows, finished.samples, finished.completions, strict=True)
         ]
