@@ -57,7 +57,7 @@ def test_a_batch_runs_on_both_engines_and_answers_what_live_requests_do(server: 
 
 def test_a_live_request_reads_what_a_batch_has_computed_in_one_of_the_engines(server: Server) -> None:
     """A document on each engine; of one after another live request, none of which has been asked before."""
-    lines = [line for line in rows(10, 100, max_tokens=40, ignore_eos=True) if line["custom_id"] >= "8"]
+    lines = [line for line in rows(10, 100, max_tokens=80, ignore_eos=True) if line["custom_id"] >= "8"]
     batch = create(server, lines)
     wait_for_answers(server, batch.id, 30)
     for line in lines[:2]:
