@@ -141,8 +141,11 @@ class Cluster:
 
     def _end_at_once(self) -> None:
         """Have Ray's shutdown kill its processes: each has a second to obey a SIGTERM, which they do not hear."""
-        node = self.ray._private.worker._global_node
-        for info in [] if node is None else itertools.chain.from_iterable(node.all_processes.values()):
+        try:
+            processes = self.ray._private.worker._global_node.all_processes.values()
+        except AttributeError:  # Ray has not started; or it is one that has no such names, and takes some seconds to end
+            return
+        for info in itertools.chain.from_iterable(processes):
             info.process.terminate = info.process.kill
 
     @property
