@@ -143,7 +143,7 @@ class Cluster:
         """Have Ray's shutdown kill its processes: each has a second to obey a SIGTERM, which they do not hear."""
         try:
             processes = self.ray._private.worker._global_node.all_processes.values()
-        except AttributeError:  # Ray has not started; or it is one that has no such names, and takes some seconds to end
+        except AttributeError:  # Ray has not started, or has no such names: it takes some seconds to end
             return
         for info in itertools.chain.from_iterable(processes):
             info.process.terminate = info.process.kill
