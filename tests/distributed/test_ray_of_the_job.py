@@ -158,7 +158,7 @@ def test_a_node_that_is_drained_ends_its_engine_in_good_order(
     with _door(cluster.address) if is_outside else nullcontext(cluster.address) as address:
         delay_s = 0.2 if is_outside else 0.1  # from outside engines start one after the other
         driver = _start(tmp_path, delay_s, "--replicas", "2", "--ray-address", address)
-        _drain(cluster.address, nodes[1], tmp_path)
+        _drain(cluster.address, nodes[1], tmp_path, driver)
         _, words = driver.communicate(timeout=_TIMEOUT_S)
     assert driver.returncode == 0, words
     assert [line["text"] for line in read_lines(tmp_path / "out.jsonl")] == [f"after {i}" for i in range(NUM_ROWS)]
@@ -206,11 +206,11 @@ def _is_listened_to(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _drain(address: str, node: Any, base: Path) -> None:
+def _drain(address: str, node: Any, base: Path, driver: subprocess.Popen[str]) -> None:
     """Warn of the end of a node whose engine has begun something."""
     from ray._raylet import GcsClient
 
     engines = base / "engines"
-    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)))
+    _wait_until(lambda: len(asked_for(engines)) == 2 and all(rows.total() > 1 for rows in asked_for(engines)), driver)
     is_accepted, why = GcsClient(address=address).drain_node(node.node_id, 2, "spot", 0)
     assert is_accepted, why
