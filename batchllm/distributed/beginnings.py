@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -20,6 +21,8 @@ from batchllm.tokens import Int64Array
 _FIELDS = ("lora_path", "tools", "system", "messages", "prompt", "text", "input_ids", "query", "input", "items")
 """Fields of bodies that say what is computed, in the order in which a prompt has them."""
 _MAX_PIECES = 250_000
+_MAX_PIECES_OF_A_ROW = 64
+"""Rows that have so much in common have all they need to be found by."""
 
 
 def of_body(body: bytes) -> bytes:
@@ -74,7 +77,7 @@ class BatchBeginnings:
             place: Where in the input it is, from 0.
             request: What it asks.
         """
-        pieces = list(pieces_of(of_request(request)))
+        pieces = list(islice(pieces_of(of_request(request)), _MAX_PIECES_OF_A_ROW))
         for i, piece in enumerate(pieces):
             first = self._first_with.get(piece)
             if first is None:

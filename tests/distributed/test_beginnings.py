@@ -60,7 +60,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in range(100):
         batch.add(place, _request(f"{place // 2:03}" * PIECE_LEN))
         assert len(batch._first_with) <= 20
-    assert sum(map(len, batch._shared.values())) <= 20 + 4096
+    assert sum(map(len, batch._shared.values())) <= 20 + 64
     batch.give(np.arange(100), 2)
     assert router.begin(of_body(orjson.dumps({"text": "000" * PIECE_LEN})), _ENGINES) == 2
 
