@@ -21,8 +21,11 @@ import psutil
 from openai import OpenAI
 
 from batchllm.distributed.actor import free_port
-from tests import forked, plain_http  # noqa: F401 - for clients that are made quickly
+from tests import forked
 from tests.environment import of_user
+from tests.plain_http import read_certificates_once
+
+read_certificates_once()
 
 KEY = "sk-test"
 ENDED = ("completed", "failed", "expired", "cancelled")

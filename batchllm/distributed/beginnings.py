@@ -2,7 +2,8 @@
 
 Knows which fields of a request are computed, and in which order. Must not know engines, plans or HTTP.
 
-INVARIANT: a row and a live request that ask the same begin with the same bytes; memory is that of `_MAX_PIECES`.
+INVARIANT: a row for which there are bytes has those of the live request that asks the same. Memory is that of
+`_MAX_PIECES`.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def _of_fields(fields: Mapping[str, Any]) -> bytes:
 
 
 class BatchBeginnings:
-    """What rows of a batch have in common at their beginnings: found as the rows are read, told to the router when an
-    engine is given the first of the rows that have it. One thread reads rows, another one gives them to engines.
+    """Finds, while the rows of a batch are read, which beginnings several rows have. When an engine is given the first
+    row with such a beginning, the router is told. One thread reads rows, another one gives them to engines.
 
     Args:
         router: Learns which engine has which beginning.

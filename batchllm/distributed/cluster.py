@@ -141,9 +141,12 @@ class Cluster:
 
     def _end_at_once(self) -> None:
         """Have Ray's shutdown kill its processes: each has a second to obey a SIGTERM, which they do not hear."""
+        if not self.ray.is_initialized():
+            return
         try:
             processes = self.ray._private.worker._global_node.all_processes.values()
-        except AttributeError:  # Ray has not started, or has no such names: it takes some seconds to end
+        except AttributeError as error:  # these names are not public
+            logger.warning("Ray takes some seconds to end: %s", error)
             return
         for info in itertools.chain.from_iterable(processes):
             info.process.terminate = info.process.kill

@@ -182,10 +182,10 @@ class Ingest:
     def _refuse_duplicates(self, job_rows: JobRows) -> npt.NDArray[np.bool_]:
         """Rows that were taken in and have failed all the same: their id is another row's. Shape ``[num_rows]``."""
         is_refused = np.zeros(len(job_rows), bool)
-        index = job_rows.places(np.arange(len(job_rows)))
+        places = job_rows.places(np.arange(len(job_rows)))
         for duplicate, first in self._ids.find_duplicates():
-            row = int(np.searchsorted(index, duplicate))
-            if row < len(index) and index[row] == duplicate:  # else it has failed already, or is done
+            row = int(np.searchsorted(places, duplicate))
+            if row < len(places) and places[row] == duplicate:  # else it has failed already, or is done
                 is_refused[row] = True
                 head = self._spool.read(row)
                 self._fail(reject(head, duplicate_error(head.given_id, self._lines[first], head.kind)))

@@ -7,7 +7,7 @@ GPU, to `eval/bench_attention.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from batchllm.attention.base import LayerShape
 from batchllm.attention.tile_config import TileConfig
 from batchllm.attention.triton_shared import SharedAttention
 from tests.attention.cases import CASES, Case, make_case
+from tests.attention.interpreter import patched_once
 from tests.attention.tolerance import check_close
 from tests.sizes import sized
 
@@ -60,7 +61,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
-    monkeypatch.setattr(triton_interpreter, "_patch_lang", _patched_once())
+    monkeypatch.setattr(triton_interpreter, "_patch_lang", patched_once())
     monkeypatch.setattr(triton_interpreter.InterpreterBuilder, "create_dot", _dot)
     yield
     # The interpreter leaves its own operators behind wherever one function calls another.
@@ -78,28 +79,6 @@ def _widened(handle: Any) -> np.ndarray:
     """The interpreter keeps bfloat16 as the upper half of a float32, in uint16."""
     data: np.ndarray = handle.data
     return (data.astype(np.uint32) << 16).view(np.float32) if handle.dtype.scalar == tl.bfloat16 else data
-
-
-def _patched_once() -> Callable[[Any], Any]:
-    """Triton's `_patch_lang`, which exchanges its operators, done once a launch: it does so for every call within."""
-    patch, done = triton_interpreter._patch_lang, set()
-
-    def patch_once(fn: Any) -> Any:
-        key = tuple(module in fn.__globals__.values() for module in (tl, tl.core))
-        if key in done:
-            return triton_interpreter._LangPatchScope()
-        done.add(key)
-        scope = patch(fn)
-        restore = scope.restore
-
-        def restore_and_forget() -> None:  # called at the end of a launch only
-            done.clear()
-            restore()
-
-        scope.restore = restore_and_forget
-        return scope
-
-    return patch_once
 
 
 def _attention(

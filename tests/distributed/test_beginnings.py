@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.dataset import Row, read_rows
@@ -17,6 +17,7 @@ from batchllm.distributed import beginnings
 from batchllm.distributed.beginnings import BatchBeginnings, of_body, of_request
 from batchllm.distributed.live_router import PIECE_LEN, LiveRouter
 from batchllm.request import Request, SamplingParams
+from tests.sizes import sized
 
 _ENGINES = range(4)
 _documents = st.lists(st.sampled_from("abcd"), min_size=1, max_size=4).map(
@@ -28,6 +29,7 @@ def _request(prompt: str) -> Request:
     return Request(row_id="", index=0, sampling=SamplingParams(), prompt=prompt)
 
 
+@settings(deadline=None, max_examples=sized(50, 500))
 @given(st.lists(st.tuples(_documents, st.sampled_from(_ENGINES)), min_size=2, max_size=12), st.data())
 def test_a_beginning_that_rows_share_is_where_the_first_of_them_is(rows: list[tuple[str, int]], data: Any) -> None:
     router = LiveRouter()

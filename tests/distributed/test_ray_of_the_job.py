@@ -156,7 +156,7 @@ def test_a_node_that_is_drained_ends_its_engine_in_good_order(
     """A spot warning: what the engine has begun is answered, the rest runs elsewhere, and no row is suspected."""
     cluster, nodes = two_nodes
     with _door(cluster.address) if is_outside else nullcontext(cluster.address) as address:
-        delay_s = 0.2 if is_outside else 0.1  # from outside engines start one after the other
+        delay_s = 0.2 if is_outside else 0.1  # from outside it takes longer until both have begun
         driver = _start(tmp_path, delay_s, "--replicas", "2", "--ray-address", address)
         _drain(cluster.address, nodes[1], tmp_path, driver)
         _, words = driver.communicate(timeout=_TIMEOUT_S)

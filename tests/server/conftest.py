@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from batchllm.server import BatchMetrics, BatchOptions, LiveNumbers
-from tests import plain_http  # noqa: F401 - for clients that are made quickly
 from tests.cli.instant_engine import Settings
+from tests.plain_http import read_certificates_once
 from tests.server.instant_server import Api, SharedRuntime
+
+read_certificates_once()
 
 Serve = Callable[..., Api]
 

@@ -25,7 +25,6 @@ import sglang.srt.layers.attention.triton_backend as stock_backend
 import sglang.srt.managers.scheduler as upstream
 import sglang.srt.model_executor.runner.decode_cuda_graph_runner as graph_runner
 import torch
-import triton.language as tl
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
@@ -40,6 +39,7 @@ from batchllm.srt.layers import gpu_attention_backend
 from batchllm.srt.managers.scheduler_process import OfflineBatchScheduler, install
 from batchllm.srt.platforms.platform_cpu import CpuPlatform
 from batchllm.trace.whole_file import write_whole
+from tests.attention.interpreter import patched_once
 
 COUNTS = "EMULATED_GPU_COUNTS"
 """Environment variable: a file for a JSON object, steps by path, graphs as ``graph`` (nothing shared) and ``graph,
@@ -164,20 +164,6 @@ def _no_capture_stream(*_: Any, **__: Any) -> Iterator[Any]:
     yield SimpleNamespace(stream=None)
 
 
-def _patched_for_good() -> Callable[[Any], Any]:
-    """Triton's `_patch_lang`, which exchanges its operators, done once: it does so for every call of every launch."""
-    patch, done = interpreter._patch_lang, set()
-
-    def patch_once(fn: Any) -> Any:
-        key = tuple(module in fn.__globals__.values() for module in (tl, tl.core))
-        if key not in done:
-            done.add(key)
-            patch(fn)
-        return interpreter._LangPatchScope()  # with nothing to take back
-
-    return patch_once
-
-
 def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Target of the scheduler process; TRITON_INTERPRET must be set in its environment."""
     child_process.begin("scheduler")
@@ -186,7 +172,7 @@ def run_scheduler_process(server_args: Any, *args: Any, **kwargs: Any) -> None:
     ATTENTION_BACKENDS["torch_native"] = gpu_attention_backend.create
     CpuPlatform.get_paged_allocator_cls = lambda _: PagedTokenToKVPoolAllocator
     stock_backend.get_device_core_count = lambda *_: _NUM_PROCESSORS
-    interpreter._patch_lang = _patched_for_good()
+    interpreter._patch_lang = patched_once()
     graph_runner.resolve_decode_backend = _TapeBackend
     graph_runner.graph_capture = _no_capture_stream
     graph_runner.get_batch_sizes_to_capture = lambda *_: (_GRAPH_ROWS, [])
