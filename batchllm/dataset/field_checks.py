@@ -351,11 +351,12 @@ def token_ids(name: str, value: object) -> array[int]:
     Returns:
         A flat int32 array: a ninth of a list's memory, and numpy reads it without a copy.
     """
-    value = as_list(value)
-    if isinstance(value, (tuple, range, array)):
-        value = list(value)
-    if not isinstance(value, list):
-        raise _bad_ids(name, f"{name} must be a list of token ids, not {show(value)}")
+    if type(value) is not list:
+        value = as_list(value)
+        if isinstance(value, (tuple, range, array)):
+            value = list(value)
+        if not isinstance(value, list):
+            raise _bad_ids(name, f"{name} must be a list of token ids, not {show(value)}")
     if not value:
         raise RowError(f"{name} is empty; give at least one token id", code="empty_prompt", param=name)
     try:

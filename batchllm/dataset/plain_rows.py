@@ -19,9 +19,8 @@ from batchllm.request import Request, SamplingParams
 
 PROMPT_FIELDS = ("prompt", "input_ids", "messages")
 SCORE_FIELDS = frozenset({"score", "continuation"})
-ROW_FIELDS = frozenset(
-    {"id", "sampling_params", "lora_path", "namespace", "task", "expected_new_tokens", *PROMPT_FIELDS, *SCORE_FIELDS}
-)
+_USUAL_FIELDS = frozenset({"id", "sampling_params", *PROMPT_FIELDS})
+ROW_FIELDS = _USUAL_FIELDS | SCORE_FIELDS | {"lora_path", "namespace", "task", "expected_new_tokens"}
 
 ReadSampling = Callable[[object], tuple[SamplingParams, bool]]
 """Gives the sampling of a row and whether the row set ``max_new_tokens`` itself."""
@@ -41,42 +40,48 @@ def parse_plain(
     Raises:
         RowError: Anything in the row is wrong.
     """
-    if not record.keys() <= ROW_FIELDS:
+    has_more = not record.keys() <= _USUAL_FIELDS
+    if has_more and not record.keys() <= ROW_FIELDS:
         raise _unknown_field(record)
     get = record.get
     prompt, input_ids, messages = get("prompt"), get("input_ids"), get("messages")
     if (prompt is None) + (input_ids is None) + (messages is None) != 2:
         raise _not_one_prompt(record)
     params, given = sampling(get("sampling_params"))
+    more = _more_fields(record, params, sets_limit=given) if has_more else {"sampling": checked(params, sets_limit=given)}
+    request = Request(
+        row_id=str(given_id),
+        index=index,
+        prompt=None if prompt is None else check_text("prompt", prompt),
+        input_ids=None if input_ids is None else token_ids("input_ids", input_ids),
+        messages=None if messages is None else check_messages(messages),
+        may_lower_max_new_tokens=not given,
+        **more,
+    )
+    return Row(request=request, kind="plain", given_id=given_id, line=line, carried=carried)
+
+
+def _more_fields(record: dict[str, Any], params: SamplingParams, *, sets_limit: bool) -> dict[str, Any]:
+    """What a row with fields that few rows have makes of its request, its sampling included."""
+    get = record.get
     adapter = get("lora_path")
     if adapter is not None and adapter != params.lora_path:
         params = _with_adapter(params, adapter)
     score_from, continuation = 0, None
     if get("score") is not None or get("continuation") is not None:
-        params, score_from, continuation = read_score(get("score"), get("continuation"), params, sets_limit=given)
-    elif _is_special(params):
-        params = checked(params, sets_limit=given)
-    request = Request(
-        row_id=str(given_id),
-        index=index,
-        sampling=params,
-        prompt=None if prompt is None else check_text("prompt", prompt),
-        input_ids=None if input_ids is None else token_ids("input_ids", input_ids),
-        messages=None if messages is None else check_messages(messages),
-        namespace=_namespace(get("namespace")),
-        task=task_name(get("task")),
-        expected_new_tokens=expected_len(get("expected_new_tokens")),
-        may_lower_max_new_tokens=not given,
-        score_from=score_from,
-        continuation=continuation,
-    )
-    return Row(request=request, kind="plain", given_id=given_id, line=line, carried=carried)
-
-
-def _is_special(params: SamplingParams) -> bool:
-    """It asks for something else than an answer, or beside one."""
-    asks = params.label_token_ids or params.embed or not params.max_new_tokens
-    return bool(asks) or params.prompt_logprobs is not None or params.dimensions is not None
+        params, score_from, continuation = read_score(
+            get("score"), get("continuation"), params, sets_limit=sets_limit
+        )
+    else:
+        params = checked(params, sets_limit=sets_limit)
+    return {
+        "sampling": params,
+        "namespace": _namespace(get("namespace")),
+        "task": task_name(get("task")),
+        "expected_new_tokens": expected_len(get("expected_new_tokens")),
+        "score_from": score_from,
+        "continuation": continuation,
+    }
 
 
 def _with_adapter(sampling: SamplingParams, value: object) -> SamplingParams:

@@ -82,7 +82,9 @@ def render_success(
         job_seed: Goes into the generated identifiers.
     """
     assert completions, f"row {head.given_id!r}: no completions to render"
-    samples = sorted(completions, key=lambda completion: completion.sample)
+    samples = completions
+    if len(samples) > 1:
+        samples = sorted(samples, key=lambda completion: completion.sample)
     if head.kind == "plain":
         return _plain_line(head, samples)
     chat = head.kind == "chat"
@@ -173,7 +175,9 @@ def _plain_answer(head: RowHead, sample: Completion) -> dict[str, Any]:
         answer["label_logprobs"] = list(sample.label_logprobs)
     if sample.embedding is not None:
         answer["embedding"] = list(sample.embedding)
-    return answer | _schema_error(head, sample)
+    if head.schema is not None:
+        answer |= _schema_error(head, sample)
+    return answer
 
 
 def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: str) -> dict[str, Any]:

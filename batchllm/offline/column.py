@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,20 @@ class Column:
 
     def append(self, value: int) -> None:
         """The number of the next row."""
+        self.extend([value])
+
+    def extend(self, values: Sequence[int]) -> None:
+        """The numbers of the next rows."""
         if self._array is not None:
-            self._array.append(value)
-        elif value == self._same:
-            self._len += 1
-        elif self._len == 0:
-            self._same, self._len = value, 1
-        else:
-            self._array = array(np.dtype(self._dtype).char, [self._same]) * self._len
-            self._array.append(value)
+            self._array.extend(values)
+            return
+        if self._len == 0 and values:
+            self._same = values[0]
+        if values.count(self._same) == len(values):
+            self._len += len(values)
+            return
+        self._array = array(np.dtype(self._dtype).char, [self._same]) * self._len
+        self._array.extend(values)
 
     def __len__(self) -> int:
         return self._len if self._array is None else len(self._array)

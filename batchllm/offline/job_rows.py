@@ -10,23 +10,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from operator import attrgetter
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from batchllm.dataset.embedding import check_engine
 from batchllm.dataset.field_checks import MAX_INT32
 from batchllm.dataset.limits import (
-    check_adapter,
     check_expected_len,
     check_prompt_len,
-    check_sampling_ids,
-    check_sampling_texts,
     check_token_ids,
     fit_max_new_tokens,
 )
@@ -34,19 +29,18 @@ from batchllm.dataset.sampling import with_adapter
 from batchllm.errors import RowError
 from batchllm.offline.column import Column
 from batchllm.offline.encode import Encoded, encode_requests, of_prompt
-from batchllm.offline.identical import IdenticalRows, is_determined, is_greedy
+from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.namespaces import Namespace
 from batchllm.offline.row_scores import RowScores, cut_targets
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
+from batchllm.offline.sampling_kinds import NO_SEED, CheckedSampling, SamplingKinds
 from batchllm.offline.samples import Samples
 from batchllm.offline.token_store import TokenStore
-from batchllm.request import GRAMMARS, Request, SamplingParams
+from batchllm.request import Request, SamplingParams
 from batchllm.tokens import Int64Array, TokenTable
 
 ENCODE_SLICE = 1024
 """Requests that are tokenized at once: enough for the tokenizer to work in bulk, few enough to hold."""
-
-NO_SEED = -(1 << 63)
 
 UNLIMITED = RuntimeInfo(
     model_name="",
@@ -64,8 +58,23 @@ UNLIMITED = RuntimeInfo(
 )
 """Numbers of an engine on which everything runs: where rows are planned or simulated, not run."""
 
-_OF_THE_ROW = ("max_new_tokens", "n", "seed")
-_kind_of = attrgetter(*(field.name for field in fields(SamplingParams) if field.name not in _OF_THE_ROW))
+
+class _Taken(NamedTuple):
+    """A row that can run.
+
+    Attributes:
+        request: The prompt's, answered by the adapter that its model names.
+        group: Number of what it has in common with other rows.
+        limit: Most tokens that it may generate.
+        targets: As `cut_targets` gives them.
+    """
+
+    prompt: Encoded
+    request: Request
+    sampling: CheckedSampling
+    group: int
+    limit: int
+    targets: Sequence[int]
 
 
 class JobRows:
@@ -78,8 +87,6 @@ class JobRows:
         identical: Told of every row, to find those that need not run; None where all shall run.
 
     Attributes:
-        kinds: Distinct ways to sample, without what each row says for itself: output limit, samples, seed.
-        draws: 1 for each of ``kinds`` that needs a seed, else 0.
         all_namespaces: The namespaces, by number.
         scores: Which of them are scored, and from where.
     """
@@ -97,14 +104,12 @@ class JobRows:
         self._tokenizer = tokenizer
         self.store = store
         self._identical = identical
-        self.kinds: list[SamplingParams] = []
-        self.draws = Column(np.int8)
-        self._kind_ids: dict[Any, int] = {}
+        self._kinds = SamplingKinds(info)
         self._task_ids: dict[str, int] = {"": -1}
         self.all_namespaces = [Namespace("", "")]
         self._namespace_ids = {self.all_namespaces[0]: 0}
         # What many rows have in common stands once: (kind, samples, task, namespace), and of each row which of these.
-        self._group_ids: dict[tuple[int, int, int, int], int] = {}
+        self._group_ids: dict[tuple[int, int, str, str, str], int] = {}
         self._group_columns = [Column(np.int32) for _ in range(4)]
         self._group = Column(np.int32)
         self._max_new_len = Column(np.int32)
@@ -157,6 +162,17 @@ class JobRows:
         """A value of every row, for each row of the store. Shape ``[num_prompts]``."""
         return np.repeat(values, self.num_prompts).astype(np.int64)
 
+    @property
+    def kinds(self) -> list[SamplingParams]:
+        """Distinct ways to sample, without what each row says for itself: output limit, samples, seed."""
+        return self._kinds.all
+
+    @property
+    def draws(self) -> npt.NDArray[np.int8]:
+        """1 for each of `kinds` that needs a seed, else 0."""
+        values: npt.NDArray[np.int8] = self._kinds.draws.values
+        return values
+
     def kind(self, rows: Int64Array) -> npt.NDArray[np.int32]:
         """Which of `kinds` these rows are sampled by."""
         return self._of_group(0, rows)
@@ -200,34 +216,42 @@ class JobRows:
     def take_in(self, encoded: Sequence[Encoded | RowError]) -> list[RowError | None]:
         """The second half of `add`."""
         errors: list[RowError | None] = []
-        kept: list[array[int]] = []
-        lengths: list[int] = []
+        taken: list[_Taken] = []
         for prompt, is_known in zip(encoded, self._are_in_vocabulary(encoded), strict=True):
+            if isinstance(prompt, RowError):
+                errors.append(prompt)
+                continue
             try:
-                if isinstance(prompt, RowError):
-                    raise prompt
-                if not is_known and prompt.request.prompt is None:
-                    self._refuse_ids(prompt)
-                prompt, targets = cut_targets(prompt)
-                request = self._with_adapter(prompt.request)
-                longest = max(prompt.lengths)
-                self._check(request, longest)
-                try:
-                    limit = self._output_limit(request, longest)
-                except RowError as error:
-                    raise of_prompt(error, prompt, prompt.lengths.index(longest)) from error
+                taken.append(self._check(prompt, is_known))
+                errors.append(None)
             except RowError as error:
                 errors.append(error)
-                continue
-            errors.append(None)
-            kept.append(prompt.ids)
-            lengths += prompt.lengths
-            self._append(request, limit, len(prompt.lengths))
-            self.scores.append(prompt, targets)
-            if self._identical is not None:
-                self._compare(request, prompt.ids, targets)
-        self.store.extend(np.frombuffer(b"".join(kept), np.int32), np.array(lengths, np.int64))
+        self._append(taken)
         return errors
+
+    def _check(self, prompt: Encoded, is_known: bool) -> _Taken:
+        """What there is to know of a row that can run.
+
+        Args:
+            is_known: All its token ids are the model's.
+
+        Raises:
+            RowError: It cannot.
+        """
+        if not is_known and prompt.request.prompt is None:
+            self._refuse_ids(prompt)
+        prompt, targets = cut_targets(prompt)
+        request = self._with_adapter(prompt.request)
+        lengths = prompt.lengths
+        longest = lengths[0] if len(lengths) == 1 else max(lengths)
+        sampling = self._kinds.check(request.sampling)
+        if request.expected_new_tokens is not None:
+            check_expected_len(request.expected_new_tokens, longest, self._info.context_len)
+        try:
+            limit = self._output_limit(request, longest)
+        except RowError as error:
+            raise of_prompt(error, prompt, lengths.index(longest)) from error
+        return _Taken(prompt, request, sampling, self._group_number(request, sampling, len(lengths)), limit, targets)
 
     def _refuse_ids(self, prompt: Encoded) -> None:
         start = 0
@@ -290,17 +314,6 @@ class JobRows:
     def _num_samples_per_prompt(self, row: int) -> int:
         return int(self._group_columns[1][self._group[row]]) // self._num_prompts[row]
 
-    def _check(self, request: Request, prompt_len: int) -> None:
-        info = self._info
-        check_engine(request.sampling, info.embeds, info.max_dimensions, info.dimensions)
-        _check_supported(request.sampling, info)
-        if not info.has_tokenizer:
-            check_sampling_texts(request.sampling)
-        check_sampling_ids(request.sampling, info.vocab_size)
-        check_adapter(request.sampling.lora_path, info.adapters)
-        if request.expected_new_tokens is not None:
-            check_expected_len(request.expected_new_tokens, prompt_len, info.context_len)
-
     def _with_adapter(self, request: Request) -> Request:
         """The adapter that ``model`` names answers."""
         if not self._info.adapters or request.model not in self._info.adapters:
@@ -337,47 +350,38 @@ class JobRows:
             )
         return sampling.max_new_tokens
 
-    def _append(self, request: Request, limit: int, num_prompts: int) -> None:
-        sampling = request.sampling
-        group = (
-            self._kind_id(sampling),
-            sampling.n * num_prompts,
-            self._task_ids.setdefault(request.task, len(self._task_ids) - 1),
-            self._namespace_id(Namespace(sampling.lora_path or "", request.namespace)),
+    def _append(self, taken: Sequence[_Taken]) -> None:
+        first = len(self)
+        self._group.extend([row.group for row in taken])
+        self._seed.extend([row.sampling.seed for row in taken])
+        self._shift.extend([row.request.index - number for number, row in enumerate(taken, first)])
+        self._max_new_len.extend([row.limit for row in taken])
+        self._num_prompts.extend([len(row.prompt.lengths) for row in taken])
+        self._known_len.extend(
+            [row.limit if row.sampling.has_known_len else row.request.expected_new_tokens or 0 for row in taken]
         )
-        number = self._group_ids.setdefault(group, len(self._group_ids))
-        if number == len(self._group_columns[0]):
-            for column, value in zip(self._group_columns, group, strict=True):
+        self.scores.extend([(row.prompt, row.targets) for row in taken])
+        if self._identical is not None:
+            for row in taken:
+                _compare(self._identical, row)
+        lengths = [length for row in taken for length in row.prompt.lengths]
+        tokens = np.frombuffer(b"".join([row.prompt.ids for row in taken]), np.int32)
+        self.store.extend(tokens, np.array(lengths, np.int64))
+
+    def _group_number(self, request: Request, sampling: CheckedSampling, num_prompts: int) -> int:
+        names = (sampling.sampling.lora_path or "", request.namespace, request.task)
+        key = (sampling.kind, sampling.sampling.n * num_prompts, *names)
+        number = self._group_ids.get(key)
+        if number is None:
+            number = self._group_ids[key] = len(self._group_ids)
+            adapter, namespace, task = names
+            of_rows = (self._task_ids.setdefault(task, len(self._task_ids) - 1), self._namespace_id(adapter, namespace))
+            for column, value in zip(self._group_columns, (*key[:2], *of_rows), strict=True):
                 column.append(value)
-        self._group.append(number)
-        self._seed.append(NO_SEED if sampling.seed is None else sampling.seed)
-        self._shift.append(request.index - len(self._shift))
-        self._max_new_len.append(limit)
-        self._num_prompts.append(num_prompts)
-        self._known_len.append(limit if sampling.has_known_len else request.expected_new_tokens or 0)
+        return number
 
-    def _compare(self, request: Request, ids: array[int], targets: Sequence[int]) -> None:
-        assert self._identical is not None
-        sampling = request.sampling
-        if is_determined(sampling) and len(targets) == 1:
-            seed = NO_SEED if is_greedy(sampling) or sampling.seed is None else sampling.seed
-            # The group holds the task too, which says nothing of the answer: rows of two tasks are not found alike.
-            last = len(self) - 1
-            scores = () if sampling.prompt_logprobs is None else (request.score_from, targets[0])
-            self._identical.append(ids.tobytes(), self._group[last], self._max_new_len[last], seed, *scores)
-        else:
-            self._identical.append_single()
-
-    def _kind_id(self, sampling: SamplingParams) -> int:
-        key = _kind_of(sampling)
-        found = self._kind_ids.get(key)
-        if found is None:
-            found = self._kind_ids[key] = len(self.kinds)
-            self.kinds.append(replace(sampling, n=1, seed=None))
-            self.draws.append(not is_greedy(sampling))
-        return found
-
-    def _namespace_id(self, namespace: Namespace) -> int:
+    def _namespace_id(self, adapter: str, name: str) -> int:
+        namespace = Namespace(adapter, name)
         found = self._namespace_ids.get(namespace)
         if found is None:
             found = self._namespace_ids[namespace] = len(self.all_namespaces)
@@ -385,16 +389,12 @@ class JobRows:
         return found
 
 
-def _check_supported(sampling: SamplingParams, info: RuntimeInfo) -> None:
-    if not info.has_seeded_sampling and sampling.seed is not None:
-        raise RowError(
-            "a seed needs --sampling-backend pytorch; this engine runs another one",
-            code="seed_not_supported",
-            param="seed",
-        )
-    if not info.has_grammar and sampling.has_grammar:
-        raise RowError(
-            "structured output is switched off; start the engine without --grammar-backend none",
-            code="grammar_not_supported",
-            param=next(name for name in GRAMMARS if getattr(sampling, name) is not None),
-        )
+def _compare(identical: IdenticalRows, row: _Taken) -> None:
+    same_seed = row.sampling.same_seed
+    if same_seed is None or len(row.targets) != 1:
+        identical.append_single()
+        return
+    # The group holds the task too, which says nothing of the answer: rows of two tasks are not found alike.
+    is_scored = row.request.sampling.prompt_logprobs is not None
+    scores = (row.request.score_from, row.targets[0]) if is_scored else ()
+    identical.append(row.prompt.ids.tobytes(), row.group, row.limit, same_seed, *scores)

@@ -217,7 +217,7 @@ def _sampling_of(part: Part, samples: Int64Array) -> tuple[Int32Array, Int64Arra
     rows, row_numbers = part.rows, part.samples.rows(samples)
     kinds = rows.kind(row_numbers)
     seeds = np.zeros(len(samples), np.int64)
-    drawn = np.flatnonzero(rows.draws.values[kinds])  # a greedy row needs no seed
+    drawn = np.flatnonzero(rows.draws[kinds])  # a greedy row needs no seed
     of_drawn = row_numbers[drawn].tolist(), part.samples.samples(samples)[drawn].tolist()
     seeds[drawn] = [rows.sample_seed(row, sample) for row, sample in zip(*of_drawn, strict=True)]
     numbers = rows.namespace(row_numbers)

@@ -215,8 +215,9 @@ class Answers:
             return False
         stats = self._stats
         stats.num_optimal_prompt_tokens += optimal_len
-        stats.num_prompt_tokens += sum([completion.prompt_tokens for completion in completions])
-        stats.num_output_tokens += sum([completion.completion_tokens for completion in completions])
+        for completion in completions:
+            stats.num_prompt_tokens += completion.prompt_tokens
+            stats.num_output_tokens += len(completion.output_ids)
         if bad is not None:
             self.fail(row, bad)
             return False

@@ -57,15 +57,17 @@ class RowScores:
         self._merged_lens: dict[int, int] = {}
         self.has_any = False
 
-    def append(self, prompt: Encoded, targets: Sequence[int]) -> None:
-        """The next row, as `cut_targets` gave it."""
-        is_scored = prompt.request.sampling.prompt_logprobs is not None
-        if prompt.merged_len:
-            self._merged_lens[len(self._first)] = prompt.merged_len
-        self._first.append(prompt.request.score_from if is_scored else _UNSCORED)
-        for target in targets:
-            self._target.append(target)
-        self.has_any = self.has_any or is_scored
+    def extend(self, rows: Sequence[tuple[Encoded, Sequence[int]]]) -> None:
+        """The next rows, each as `cut_targets` gave it."""
+        first: list[int] = []
+        for number, (prompt, _) in enumerate(rows, len(self._first)):
+            is_scored = prompt.request.sampling.prompt_logprobs is not None
+            first.append(prompt.request.score_from if is_scored else _UNSCORED)
+            if prompt.merged_len:
+                self._merged_lens[number] = prompt.merged_len
+            self.has_any = self.has_any or is_scored
+        self._first.extend(first)
+        self._target.extend([target for _, targets in rows for target in targets])
 
     def share_lens(self, rows: Int64Array, lengths: npt.NDArray[np.integer]) -> Int32Array:
         """Tokens at the start of a prompt of each of these rows that may be shared (`planner.plan_batch`).
