@@ -48,7 +48,9 @@ def parse_plain(
     if (prompt is None) + (input_ids is None) + (messages is None) != 2:
         raise _not_one_prompt(record)
     params, given = sampling(get("sampling_params"))
-    more = _more_fields(record, params, sets_limit=given) if has_more else {"sampling": checked(params, sets_limit=given)}
+    more = (
+        _more_fields(record, params, sets_limit=given) if has_more else {"sampling": checked(params, sets_limit=given)}
+    )
     request = Request(
         row_id=str(given_id),
         index=index,
@@ -69,9 +71,7 @@ def _more_fields(record: dict[str, Any], params: SamplingParams, *, sets_limit: 
         params = _with_adapter(params, adapter)
     score_from, continuation = 0, None
     if get("score") is not None or get("continuation") is not None:
-        params, score_from, continuation = read_score(
-            get("score"), get("continuation"), params, sets_limit=sets_limit
-        )
+        params, score_from, continuation = read_score(get("score"), get("continuation"), params, sets_limit=sets_limit)
     else:
         params = checked(params, sets_limit=sets_limit)
     return {

@@ -24,7 +24,7 @@ Codes of a `BadRow`; they are part of the output format and never change meaning
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
@@ -47,7 +47,7 @@ class BrokenRecord:
     looks_openai: bool = False
 
 
-class RowHead(NamedTuple):
+class RowHead(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the answer of a row needs of it: all but prompt and sampling. JSON values, so that it can wait on disk.
 
     Attributes:

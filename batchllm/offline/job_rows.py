@@ -8,10 +8,9 @@ Python object.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -33,8 +32,8 @@ from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.namespaces import Namespace
 from batchllm.offline.row_scores import RowScores, cut_targets
 from batchllm.offline.runtime import PromptTokenizer, RuntimeInfo
-from batchllm.offline.sampling_kinds import NO_SEED, CheckedSampling, SamplingKinds
 from batchllm.offline.samples import Samples
+from batchllm.offline.sampling_kinds import NO_SEED, CheckedSampling, SamplingKinds
 from batchllm.offline.token_store import TokenStore
 from batchllm.request import Request, SamplingParams
 from batchllm.tokens import Int64Array, TokenTable
@@ -59,7 +58,7 @@ UNLIMITED = RuntimeInfo(
 """Numbers of an engine on which everything runs: where rows are planned or simulated, not run."""
 
 
-class _Taken(NamedTuple):
+class _Taken(msgspec.Struct, frozen=True, gc=False):
     """A row that can run.
 
     Attributes:
@@ -265,13 +264,14 @@ class JobRows:
     def _are_in_vocabulary(self, encoded: Sequence[Encoded | RowError]) -> list[bool]:
         """Whether all token ids of each row are the model's; found for all rows together."""
         rows = [b"" if isinstance(prompt, RowError) else prompt.ids for prompt in encoded]
-        lens = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.frombuffer(b"".join(rows), np.int32)
+        if not len(tokens) or (tokens.min() >= 0 and tokens.max() < self._info.vocab_size):
+            return [True] * len(rows)
+        lens = np.fromiter(map(len, rows), np.int64, len(rows))
         are_in = np.ones(len(rows), bool)
         starts = (np.cumsum(lens) - lens)[lens > 0]
-        if len(starts):
-            highest, lowest = np.maximum.reduceat(tokens, starts), np.minimum.reduceat(tokens, starts)
-            are_in[lens > 0] = (highest < self._info.vocab_size) & (lowest >= 0)
+        highest, lowest = np.maximum.reduceat(tokens, starts), np.minimum.reduceat(tokens, starts)
+        are_in[lens > 0] = (highest < self._info.vocab_size) & (lowest >= 0)
         found: list[bool] = are_in.tolist()
         return found
 

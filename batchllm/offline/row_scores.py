@@ -30,7 +30,7 @@ def cut_targets(prompt: Encoded) -> tuple[Encoded, Sequence[int]]:
     Raises:
         RowError: It is to be scored, and there is nothing to score.
     """
-    request, ids, lengths, _ = prompt
+    request, ids, lengths = prompt.request, prompt.ids, prompt.lengths
     if request.sampling.prompt_logprobs is None:
         return prompt, [NO_TARGET] * len(lengths)
     shortest = min(lengths)
@@ -45,7 +45,8 @@ def cut_targets(prompt: Encoded) -> tuple[Encoded, Sequence[int]]:
         kept += ids[start : start + length - 1]
         targets.append(ids[start + length - 1])
         start += length
-    return prompt._replace(ids=kept, lengths=tuple(length - 1 for length in lengths)), targets
+    shorter = msgspec.structs.replace(prompt, ids=kept, lengths=tuple(length - 1 for length in lengths))
+    return shorter, targets
 
 
 class RowScores:

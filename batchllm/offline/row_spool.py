@@ -11,12 +11,13 @@ import tempfile
 from array import array
 from pathlib import Path
 
-import orjson
+import msgspec
 
 from batchllm.dataset.records import RowHead
 from batchllm.errors import WorkloadError
 
 _BLOCK = 1 << 20
+_ENCODER, _DECODER = msgspec.json.Encoder(), msgspec.json.Decoder(RowHead)
 
 
 class RowSpool:
@@ -47,7 +48,7 @@ class RowSpool:
         Raises:
             WorkloadError: The disk refuses.
         """
-        self._buffer += orjson.dumps(tuple(head))
+        self._buffer += _ENCODER.encode(head)
         self._offsets.append(self._num_flushed + len(self._buffer))
         if len(self._buffer) >= _BLOCK:
             self.flush()
@@ -67,7 +68,7 @@ class RowSpool:
         """The head of a row that has been flushed."""
         start = self._offsets[row]
         data = os.pread(self._number, self._offsets[row + 1] - start, start)
-        return RowHead._make(orjson.loads(data))
+        return _DECODER.decode(data)
 
     def close(self) -> None:
         """Give the file back. Closing twice does nothing."""

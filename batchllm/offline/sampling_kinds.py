@@ -1,7 +1,7 @@
 """The ways in which the rows of a job are sampled, each of them once.
 
-Knows sampling parameters and the engine's numbers; not rows, prompts or files. Most jobs sample all rows in the same few
-ways, and the reader gives rows of one way the same object: what there is to check and to find is done once for each.
+Knows sampling parameters and the engine's numbers; not rows, prompts or files. Most jobs sample all rows in the same
+few ways, and the reader gives rows of one way the same object: each object is checked once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from batchllm.dataset import BadRow, ColumnMap, Row, read_rows, reject, render_error
 from batchllm.errors import ConfigError, RowError
+from batchllm.offline.row_spool import RowSpool
 from batchllm.request import SamplingParams
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -192,10 +195,13 @@ def test_what_is_nested_too_deep_to_be_written_is_refused() -> None:
 
 
 @pytest.mark.parametrize("depth", range(248, 258))
-def test_whatever_is_carried_can_be_kept_and_written(depth: int) -> None:
+def test_whatever_is_carried_can_be_kept_and_written(depth: int, tmp_path: Path) -> None:
     row = read_one(b'{"prompt":"x","deep":' + b"[" * depth + b"]" * depth + b"}", carry=("deep",))
     if isinstance(row, Row):
-        orjson.dumps(tuple(row.head))
+        with contextlib.closing(RowSpool(tmp_path)) as spool:
+            spool.append(row.head)
+            spool.flush()
+            assert spool.read(0) == row.head
         orjson.dumps(render_error(reject(row.head, RowError("no", code="aborted"))))
     else:
         assert row.code == "not_json" and depth > 250

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 import pytest
 
 from batchllm.dataset import BadRow, Row, read_rows
+from batchllm.offline.row_spool import RowSpool
 from batchllm.request import SamplingParams
 
 Body = dict[str, Any]
@@ -63,12 +67,18 @@ def _read(*bodies: Body) -> list[Row | BadRow]:
 
 @pytest.mark.parametrize("depth", [100, *range(244, 258), 300, 600, 900])
 @pytest.mark.parametrize("make", [*SCHEMAS, *OPTIONS, *REFUSED])
-def test_what_is_read_can_be_written_and_the_other_rows_run(make: Callable[[Body], Body], depth: int) -> None:
+def test_what_is_read_can_be_written_and_the_other_rows_run(
+    make: Callable[[Body], Body], depth: int, tmp_path: Path
+) -> None:
     """Heads of rows are written as JSON; requests go from process to process as pickles."""
     before, row, after = _read({}, make(_nested(depth)), {})
     assert isinstance(before, Row) and isinstance(after, Row)
     if isinstance(row, Row):
-        orjson.dumps(tuple(row.head))
+        with contextlib.closing(RowSpool(tmp_path)) as spool:
+            spool.append(row.head)
+            spool.flush()
+            assert spool.read(0) == row.head
+        orjson.dumps(msgspec.structs.astuple(row.head))  # lines of the output repeat some of it
         pickle.dumps((row.request, row.head))
 
 
