@@ -18,11 +18,16 @@ from batchllm.kernels import cpu
 
 
 class CompiledSharedAttention:
-    """`StepAttention` of compiled kernels, for the shapes of heads and dtypes that they support."""
+    """`StepAttention` of compiled kernels, for the shapes of heads and dtypes that they support.
+
+    Attributes:
+        shape: Of the layers.
+        step: What was planned last, as the kernels read it.
+    """
 
     def __init__(self, kernels: cpu.CpuKernels, shape: LayerShape) -> None:
-        self._kernels, self._shape = kernels, shape
-        self._step: cpu.AttentionStep | None = None
+        self._kernels, self.shape = kernels, shape
+        self.step: cpu.AttentionStep | None = None
 
     def plan(self, layout: AttentionLayout, table: torch.Tensor) -> None:
         """Hand a step to the kernels; see `StepAttention`."""
@@ -30,7 +35,7 @@ class CompiledSharedAttention:
         place = np.repeat(np.arange(len(layout.order)), np.diff(row_indptr))
         # A sequence's last row sees all of it, each one before that a token less.
         num_after = row_indptr[1:][place] - 1 - np.arange(len(tokens))
-        self._step = cpu.AttentionStep(
+        self.step = cpu.AttentionStep(
             table,
             row_place=place,
             row_token=tokens,
@@ -51,9 +56,9 @@ class CompiledSharedAttention:
         Raises:
             ValueError: No step is planned, or a tensor is not what the kernels read: they take its address.
         """
-        if self._step is None or len(output) < self._step.num_query_tokens:
+        if self.step is None or len(output) < self.step.num_query_tokens:
             raise ValueError("plan() a step first, with no more query tokens than the output has rows")
-        shape = self._shape
+        shape = self.shape
         for tensor, num_heads in (
             (query, shape.num_heads),
             (key_cache, shape.num_kv_heads),
@@ -70,7 +75,7 @@ class CompiledSharedAttention:
                     "side"
                 )
         self._kernels.attention(
-            self._step, query, key_cache, value_cache, output, shape.scale, shape.logit_cap, shape.window
+            self.step, query, key_cache, value_cache, output, shape.scale, shape.logit_cap, shape.window
         )
 
 

@@ -79,17 +79,50 @@ class Rows(ctypes.Structure):
     ]
 
 
+class DecoderLayer(ctypes.Structure):
+    _fields_ = [  # ctypes reads a plain list
+        ("qkv", Linear),
+        ("output", Linear),
+        ("gate_up", Linear),
+        ("down", Linear),
+        ("attention", Layer),
+        ("input_norm", _P),
+        ("post_norm", _P),
+        ("input_epsilon", _F32),
+        ("post_epsilon", _F32),
+        ("cos_sin_cache", _P),
+        ("num_positions", _I64),
+        ("rotary_dim", _I32),
+        ("is_neox", _I32),
+        ("element_bytes", _I64),
+    ]
+
+
+class DecoderStep(ctypes.Structure):
+    _fields_ = [  # ctypes reads a plain list
+        ("attention", ctypes.POINTER(Step)),
+        ("positions", _P),
+        ("slots", _P),
+        ("num_rows", _I64),
+        ("normed", _P),
+        ("qkv", _P),
+        ("attended", _P),
+        ("activated", _P),
+    ]
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [ctypes.POINTER(Linear)],
     "pack": [_P, _I64, _P, _I64, _I64, _I32],
     "unpack": [_P, _P, _I64, _I64, _I64, _I32],
     "attention": [ctypes.POINTER(Step), ctypes.POINTER(Layer)],
+    "decoder_layer": [ctypes.POINTER(DecoderLayer), ctypes.POINTER(DecoderStep), _P, _P, _P],
     "rms_norm": [_P, _P, _P, _P, _I64, _I64, _F32],
     "silu_and_mul": [_P, _P, _I64, _I64],
     "rotary_embedding": [_P, _P, _P, _I64, _I64, _P, _I64, _I64, _I32, _I32, _I32, _I32, _I32],
 }
-_SAYS_WHETHER = ("attention", "rotary_embedding")
-"""Functions that return something: whether they have done nothing."""
+_SAYS_WHETHER = ("attention", "decoder_layer", "rotary_embedding")
+"""Functions that return something: 0, or why they have not done it."""
 
 
 @dataclass(frozen=True, slots=True)

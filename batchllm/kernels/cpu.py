@@ -90,6 +90,10 @@ class CpuKernels:
     level: str
     _functions: Functions
 
+    def function(self, name: str, dtype: torch.dtype) -> Any:
+        """The function of that name in `bindings`, for tensors of that type."""
+        return self._functions.of_dtype[name, dtype]
+
     def pack(self, weight: torch.Tensor, is_gated: bool = False) -> PackedWeight:
         """What `linear` reads fastest, of a weight [outputs, inputs]."""
         num_outputs, num_inputs = weight.shape
@@ -274,8 +278,7 @@ class CpuKernels:
             is_neox,
         )
         if lacks_one:
-            span = f"{int(positions.min())} to {int(positions.max())}"
-            raise IndexError(f"positions {span}: the model has {cos_sin_cache.shape[0]}")
+            raise lacks_position(positions, cos_sin_cache)
 
     def store_kv(
         self,
@@ -290,6 +293,11 @@ class CpuKernels:
             self._functions.store_kv(
                 _rows(keys, key_cache), _rows(values, value_cache), slots.data_ptr(), slots.shape[0]
             )
+
+
+def lacks_position(positions: torch.Tensor, cos_sin_cache: torch.Tensor) -> IndexError:
+    """The error of a step with a position that the rotary embedding's cache does not have."""
+    return IndexError(f"positions {int(positions.min())} to {int(positions.max())}: the model has {len(cos_sin_cache)}")
 
 
 def _rows(rows: torch.Tensor, cache: torch.Tensor) -> Rows:

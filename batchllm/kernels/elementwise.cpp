@@ -4,18 +4,8 @@
 #include <cmath>
 #include <initializer_list>
 
+#include "functions.h"
 #include "vector.h"
-
-extern "C" {
-
-struct BatchllmRows {
-    const void* from;
-    int64_t stride;
-    void* cache;
-    int64_t cache_stride;
-    int64_t bytes;
-};
-}
 
 namespace batchllm {
 namespace {

@@ -15,25 +15,8 @@
 
 #include <omp.h>
 
+#include "functions.h"
 #include "multiply.h"
-
-extern "C" {
-
-// One product. Strides are those of a row, in elements.
-struct BatchllmLinear {
-    const void* rows;
-    int64_t rows_stride;
-    const void* weight;     // packed, or [outputs, inputs]
-    int64_t weight_stride;  // 0: packed
-    const void* bias;       // of the outputs, or null
-    void* out;
-    int64_t out_stride;
-    int64_t num_rows;
-    int64_t num_inputs;
-    int64_t num_outputs;
-    int32_t is_gated;  // packed as such: out = silu(first half of the outputs) * second half
-};
-}
 
 namespace batchllm {
 namespace {

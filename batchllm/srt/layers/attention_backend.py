@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from batchllm.attention.base import LayerShape, StepAttention
-from batchllm.attention.cpu_shared import make_cpu_attention
+from batchllm.attention.cpu_shared import CompiledSharedAttention, make_cpu_attention
 from batchllm.attention.layout import AttentionLayout
 from batchllm.errors import EngineError
 from batchllm.kernels.cpu import CpuKernels
@@ -74,6 +74,14 @@ class SharedCpuAttnBackend(SharesPrefixes, TorchNativeAttnBackend):
             attention.plan(layout, self._table)
         WANTED.widen()
         self._wanted_rows = last_rows(forward_batch, layout, self._architectures)
+
+    def compiled_attention(self, layer_id: int) -> CompiledSharedAttention | None:
+        """What computes attention of this layer in this step, over all rows of it; None where that is something else,
+        or not known yet.
+        """
+        attention = self._of_layer.get(layer_id)
+        is_narrowed = self._wanted_rows is not None and layer_id == self._last_layer_id
+        return attention if isinstance(attention, CompiledSharedAttention) and not is_narrowed else None
 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True

@@ -118,6 +118,22 @@ def restore_weights(model: torch.nn.Module) -> None:
             _replace_weight(module, weight)
 
 
+def kernels_for(dtype: torch.dtype) -> CpuKernels | None:
+    """What computes linear layers of this type; None where that is torch."""
+    return _KERNELS.get(dtype)
+
+
+def packed_weight(layer: Any) -> PackedWeight | None:
+    """The layer's weight, where it is packed."""
+    packed: PackedWeight | None = layer.__dict__.get(_PACKED)
+    return packed
+
+
+def is_gated(layer: Any) -> bool:
+    """Whether a packed weight of this layer computes the activation behind it too."""
+    return bool(getattr(layer, _IS_GATED, False))
+
+
 def _replace_weight(layer: Any, weight: torch.Tensor) -> None:
     parameter = torch.nn.Parameter(weight, requires_grad=False)
     parameter.__dict__.update(layer.weight.__dict__)  # how it is loaded

@@ -70,6 +70,11 @@ def _add_gated(
     output.add_(torch.sigmoid(hidden_states @ gate_weight)[:, None] * shared_output)
 
 
+def is_plain_norm(norm: Any) -> bool:
+    """Whether an `RMSNorm` is what the compiled one computes."""
+    return norm.variance_size_override is None and norm.override_orig_dtype is None and not norm.cast_x_before_out_mul
+
+
 def _rms_norm(kernels: CpuKernels) -> Callable[..., Any]:
     def forward(
         self: Any,
@@ -83,9 +88,7 @@ def _rms_norm(kernels: CpuKernels) -> Callable[..., Any]:
             and weight.dtype == x.dtype
             and x.shape[-1] == self.hidden_size
             and x.is_contiguous()
-            and self.variance_size_override is None
-            and self.override_orig_dtype is None
-            and not self.cast_x_before_out_mul
+            and is_plain_norm(self)
             and post_residual_addition is None
         )
         if residual is not None:

@@ -33,7 +33,9 @@ from sglang.utils import TypeBasedDispatcher
 from batchllm.scheduler.output_length import OutputLengths
 from batchllm.scheduler.window import RequestWindow
 from batchllm.srt.constrained.grammars import bound_cache, bounded_compilers, quiet_row_faults
+from batchllm.srt.layers.attention_backend import SharedCpuAttnBackend
 from batchllm.srt.layers.cpu_linear import choose_products, mark_layers, restore_weights
+from batchllm.srt.layers.decoder_layer import fuse_layers
 from batchllm.srt.layers.step_layout import SharesPrefixes
 from batchllm.srt.managers import control_faults, live_sampling
 from batchllm.srt.managers.coserving import Coserving
@@ -115,6 +117,8 @@ class BatchScheduler(Scheduler):
         self.attention = self.tp_worker.model_runner.attn_backend
         if isinstance(self.attention, SharesPrefixes):
             self.attention.follow(self.shared_prefixes)
+        if isinstance(self.attention, SharedCpuAttnBackend):
+            fuse_layers(self.tp_worker.model_runner.model, self.attention)
         has_metrics = self.server_args.enable_metrics and self.ps.tp_rank == 0
         has_bound = self.server_args.max_tbt_ms is not None
         self.metrics = SchedulerMetrics(has_bound=has_bound) if has_metrics else None

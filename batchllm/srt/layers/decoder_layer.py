@@ -1,0 +1,166 @@
+"""Decoder layers on a CPU, each in one call of the compiled kernels. Runs in the scheduler's process.
+
+SGLang's modules call some fifteen operators a layer. Each costs some microseconds of Python: in a decode step of a few
+rows that adds up to as much as small models compute. The model's own loop over its layers stays.
+
+(Upstream: ``srt/models/llama.py``, ``qwen2.py``.)
+
+INVARIANT: a layer gives what SGLang's code gives, bit for bit: the same kernels run in the same order. Where anything
+of a layer or of a step is not as it was read, that code runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+from batchllm.attention.cpu_shared import CompiledSharedAttention
+from batchllm.kernels.decoder import Buffers, DecoderLayer, DecoderStep, Heads, Norm, Rotary
+from batchllm.srt.layers.attention_backend import SharedCpuAttnBackend
+from batchllm.srt.layers.cpu_linear import is_gated, kernels_for, packed_weight
+from batchllm.srt.layers.cpu_ops import is_plain_norm
+
+_LAYERS = (("sglang.srt.models.llama", "LlamaDecoderLayer"), ("sglang.srt.models.qwen2", "Qwen2DecoderLayer"))
+"""Of SGLang's modules, those that were read."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def fuse_layers(model: torch.nn.Module, backend: SharedCpuAttnBackend) -> None:
+    """Have the layers of a loaded model that are of a kind that was read computed in one call each.
+
+    Args:
+        model: The model, whose layers `cpu_linear.mark_layers` has marked.
+        backend: Its attention.
+    """
+    steps = _Steps()
+    for layer in model.modules():
+        if (type(layer).__module__, type(layer).__name__) in _LAYERS and _is_plain(layer):
+            layer.forward = _FusedLayer(layer, backend, steps).forward
+
+
+def _is_plain(layer: Any) -> bool:
+    """Nothing of the layer does anything else than in the model that was read."""
+    attention, mlp = layer.self_attn, layer.mlp
+    products = (
+        (attention.qkv_proj, QKVParallelLinear),
+        (attention.o_proj, RowParallelLinear),
+        (mlp.gate_up_proj, MergedColumnParallelLinear),
+        (mlp.down_proj, RowParallelLinear),
+    )
+    has_hooks = any(getattr(module, hooks) for module in layer.modules() for hooks in _HOOKS)
+    rotary = attention.rotary_emb
+    return (
+        not has_hooks
+        and all(type(module) is kind and module.tp_size == 1 and not module.skip_bias_add for module, kind in products)
+        and is_gated(mlp.gate_up_proj)
+        and type(mlp.act_fn) is SiluAndMul
+        and all(
+            type(norm) is RMSNorm and is_plain_norm(norm) and not norm.fp32_residual
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        and isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+        and type(attention.attn) is RadixAttention
+        and not attention.attn.is_cross_attention
+    )
+
+
+class _Steps:
+    """The step at hand, which all layers with the same attention share."""
+
+    def __init__(self) -> None:
+        self._buffers = Buffers()
+        self._step: DecoderStep | None = None
+
+    def of(
+        self, layer: DecoderLayer, attention: CompiledSharedAttention, positions: torch.Tensor, slots: torch.Tensor
+    ) -> DecoderStep | None:
+        """None where its arrays are not such as the kernels read."""
+        step, planned = self._step, attention.step
+        if step is not None and step.attention is planned and step.positions is positions:
+            return step
+        shape = None if planned is None else (planned.num_query_tokens,)
+        if planned is None or any(array.shape != shape or array.dtype != torch.int64 for array in (positions, slots)):
+            return None
+        self._step = DecoderStep(layer, planned, positions.contiguous(), slots.contiguous(), self._buffers)
+        return self._step
+
+
+class _FusedLayer:
+    """A layer of SGLang's, and the same for the kernels once its weights have been packed."""
+
+    def __init__(self, layer: Any, backend: SharedCpuAttnBackend, steps: _Steps) -> None:
+        self._host_forward = layer.forward
+        self._layer, self._backend, self._steps = layer, backend, steps
+        self._layer_id: int = layer.self_attn.attn.layer_id
+        attention, mlp = layer.self_attn, layer.mlp
+        self._products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        self._made_of: list[Any] = []
+        self._fused: DecoderLayer | None = None
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: Any, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As SGLang's; ``hidden_states`` and ``residual`` are overwritten, which nobody reads behind it."""
+        attention = self._backend.compiled_attention(self._layer_id)
+        fused = None if attention is None else self._fused_layer(attention)
+        if attention is not None and fused is not None:
+            step = self._steps.of(fused, attention, positions, forward_batch.out_cache_loc)
+            states = (hidden_states,) if residual is None else (hidden_states, residual)
+            if step is not None and all(fused.takes(state, step.num_rows) for state in states):
+                return fused.run(step, hidden_states, residual)
+        outputs: tuple[torch.Tensor, torch.Tensor] = self._host_forward(
+            positions, hidden_states, forward_batch, residual
+        )
+        return outputs
+
+    def _fused_layer(self, attention: CompiledSharedAttention) -> DecoderLayer | None:
+        """The layer for the kernels; made again where its weights, its KV or its cosines are others than before."""
+        pool, layer_id = self._backend.token_to_kv_pool, self._layer_id
+        parts = [packed_weight(product) for product in self._products]
+        # These wait until the KV is there, where it comes from somewhere else.
+        parts += [pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)]
+        parts.append(self._layer.self_attn.rotary_emb.cos_sin_cache)
+        if len(parts) != len(self._made_of) or any(a is not b for a, b in zip(parts, self._made_of, strict=True)):
+            self._made_of, self._fused = parts, self._make(parts, attention)
+        return self._fused
+
+    def _make(self, parts: list[Any], attention: CompiledSharedAttention) -> DecoderLayer | None:
+        *packed, keys, values, cos_sin_cache = parts
+        layer, shape = self._layer, attention.shape
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        kernels = kernels_for(shape.dtype)
+        others = (keys, values, cos_sin_cache, *(norm.weight for norm in norms))
+        if kernels is None or None in packed or any(tensor.dtype != shape.dtype for tensor in others):
+            return None
+        qkv, output, gate_up, down = (
+            (weight, product.bias) for weight, product in zip(packed, self._products, strict=True)
+        )
+        input_norm, post_norm = (Norm(weight=norm.weight, epsilon=norm.variance_epsilon) for norm in norms)
+        rotary = layer.self_attn.rotary_emb
+        return DecoderLayer(
+            kernels,
+            qkv=qkv,
+            output=output,
+            gate_up=gate_up,
+            down=down,
+            input_norm=input_norm,
+            post_norm=post_norm,
+            rotary=Rotary(cos_sin_cache=cos_sin_cache, rotary_dim=rotary.rotary_dim, is_neox=rotary.is_neox_style),
+            heads=Heads(
+                num_heads=shape.num_heads,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                key_cache=keys,
+                value_cache=values,
+                scale=shape.scale,
+                logit_cap=shape.logit_cap,
+                window=shape.window,
+            ),
+        )
