@@ -23,7 +23,7 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from batchllm.attention.cpu_shared import CompiledSharedAttention
 from batchllm.kernels.decoder import Buffers, DecoderLayer, DecoderStep, Heads, Norm, Rotary
 from batchllm.srt.layers.attention_backend import SharedCpuAttnBackend
-from batchllm.srt.layers.cpu_linear import is_gated, kernels_for, packed_weight
+from batchllm.srt.layers.cpu_linear import is_gated, kernels_for, packed_weight, weights_version
 from batchllm.srt.layers.cpu_ops import is_plain_norm
 
 _LAYERS = (("sglang.srt.models.llama", "LlamaDecoderLayer"), ("sglang.srt.models.qwen2", "Qwen2DecoderLayer"))
@@ -97,11 +97,13 @@ class _FusedLayer:
 
     def __init__(self, layer: Any, backend: SharedCpuAttnBackend, steps: _Steps) -> None:
         self._host_forward = layer.forward
-        self._layer, self._backend, self._steps = layer, backend, steps
+        self._backend, self._steps = backend, steps
         self._layer_id: int = layer.self_attn.attn.layer_id
         attention, mlp = layer.self_attn, layer.mlp
         self._products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        self._made_of: list[Any] = []
+        self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        self._rotary = attention.rotary_emb
+        self._made_of: tuple[Any, ...] = ()
         self._fused: DecoderLayer | None = None
 
     def forward(
@@ -112,8 +114,7 @@ class _FusedLayer:
         fused = None if attention is None else self._fused_layer(attention)
         if attention is not None and fused is not None:
             step = self._steps.of(fused, attention, positions, forward_batch.out_cache_loc)
-            states = (hidden_states,) if residual is None else (hidden_states, residual)
-            if step is not None and all(fused.takes(state, step.num_rows) for state in states):
+            if step is not None and fused.takes(hidden_states, step.num_rows):
                 return fused.run(step, hidden_states, residual)
         outputs: tuple[torch.Tensor, torch.Tensor] = self._host_forward(
             positions, hidden_states, forward_batch, residual
@@ -122,28 +123,39 @@ class _FusedLayer:
 
     def _fused_layer(self, attention: CompiledSharedAttention) -> DecoderLayer | None:
         """The layer for the kernels; made again where its weights, its KV or its cosines are others than before."""
-        pool, layer_id = self._backend.token_to_kv_pool, self._layer_id
-        parts = [packed_weight(product) for product in self._products]
-        # These wait until the KV is there, where it comes from somewhere else.
-        parts += [pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)]
-        parts.append(self._layer.self_attn.rotary_emb.cos_sin_cache)
-        if len(parts) != len(self._made_of) or any(a is not b for a, b in zip(parts, self._made_of, strict=True)):
-            self._made_of, self._fused = parts, self._make(parts, attention)
+        pool, layer_id, made_of = self._backend.token_to_kv_pool, self._layer_id, self._made_of
+        # The pool waits here until KV is there that comes from somewhere else.
+        keys, values, cosines = (
+            pool.get_key_buffer(layer_id),
+            pool.get_value_buffer(layer_id),
+            self._rotary.cos_sin_cache,
+        )
+        if not (
+            made_of
+            and made_of[0] == weights_version()
+            and made_of[1] is keys
+            and made_of[2] is values
+            and made_of[3] is cosines
+        ):
+            self._fused = self._make(attention, keys, values, cosines)
+            self._made_of = () if self._fused is None else (weights_version(), keys, values, cosines)
         return self._fused
 
-    def _make(self, parts: list[Any], attention: CompiledSharedAttention) -> DecoderLayer | None:
-        *packed, keys, values, cos_sin_cache = parts
-        layer, shape = self._layer, attention.shape
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        kernels = kernels_for(shape.dtype)
-        others = (keys, values, cos_sin_cache, *(norm.weight for norm in norms))
-        if kernels is None or None in packed or any(tensor.dtype != shape.dtype for tensor in others):
+    def _make(
+        self, attention: CompiledSharedAttention, keys: torch.Tensor, values: torch.Tensor, cosines: torch.Tensor
+    ) -> DecoderLayer | None:
+        """None where something is not packed yet, or of another type."""
+        shape, kernels = attention.shape, kernels_for(attention.shape.dtype)
+        products = [(packed, layer.bias) for layer in self._products if (packed := packed_weight(layer)) is not None]
+        others = (keys, values, cosines, *(norm.weight for norm in self._norms))
+        if (
+            kernels is None
+            or len(products) < len(self._products)
+            or any(tensor.dtype != shape.dtype for tensor in others)
+        ):
             return None
-        qkv, output, gate_up, down = (
-            (weight, product.bias) for weight, product in zip(packed, self._products, strict=True)
-        )
-        input_norm, post_norm = (Norm(weight=norm.weight, epsilon=norm.variance_epsilon) for norm in norms)
-        rotary = layer.self_attn.rotary_emb
+        qkv, output, gate_up, down = products
+        input_norm, post_norm = (Norm(weight=norm.weight, epsilon=norm.variance_epsilon) for norm in self._norms)
         return DecoderLayer(
             kernels,
             qkv=qkv,
@@ -152,7 +164,9 @@ class _FusedLayer:
             down=down,
             input_norm=input_norm,
             post_norm=post_norm,
-            rotary=Rotary(cos_sin_cache=cos_sin_cache, rotary_dim=rotary.rotary_dim, is_neox=rotary.is_neox_style),
+            rotary=Rotary(
+                cos_sin_cache=cosines, rotary_dim=self._rotary.rotary_dim, is_neox=self._rotary.is_neox_style
+            ),
             heads=Heads(
                 num_heads=shape.num_heads,
                 num_kv_heads=shape.num_kv_heads,
