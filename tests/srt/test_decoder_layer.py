@@ -24,7 +24,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from batchllm.default_model import DEFAULT, cached_model_path
 from batchllm.kernels.cpu import CpuKernels, load
-from batchllm.srt.layers import cpu_linear, cpu_ops
+from batchllm.srt.layers import cpu_linear, cpu_ops, decoder_layer
 from batchllm.srt.layers.attention_backend import SharedCpuAttnBackend
 from batchllm.srt.layers.decoder_layer import fuse_layers
 
@@ -193,3 +193,22 @@ def test_other_layers_are_left_alone() -> None:
     fuse_layers(model.layers, model.backend)
     assert all("forward" not in vars(layer) for layer in model.layers)
     assert cpu_ops.is_plain_norm(model.layers[1].input_layernorm)
+
+
+def test_a_layer_that_was_changed_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whoever edits or patches SGLang's model; a line of the log says so."""
+    forward = LlamaDecoderLayer.forward
+
+    def _changed(self: Any, *args: Any) -> Any:
+        return forward(self, *args)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", _changed)
+    decoder_layer._was_read.cache_clear()
+    model = _Model(KINDS[0], torch.float32)
+    with caplog.at_level("WARNING", decoder_layer.__name__):
+        fuse_layers(model.layers, model.backend)
+    decoder_layer._was_read.cache_clear()
+    assert "LlamaDecoderLayer.forward: changed" in caplog.text
+    assert all("forward" not in vars(layer) for layer in model.layers)

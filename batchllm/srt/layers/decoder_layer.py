@@ -11,6 +11,8 @@ of a layer or of a step is not as it was read, that code runs.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -22,12 +24,27 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
 from batchllm.attention.cpu_shared import CompiledSharedAttention
 from batchllm.kernels.decoder import Buffers, DecoderLayer, DecoderStep, Heads, Norm, Rotary
+from batchllm.srt.compat import digest
 from batchllm.srt.layers.attention_backend import SharedCpuAttnBackend
 from batchllm.srt.layers.cpu_linear import is_gated, kernels_for, packed_weight, weights_version
 from batchllm.srt.layers.cpu_ops import is_plain_norm
 
-_LAYERS = (("sglang.srt.models.llama", "LlamaDecoderLayer"), ("sglang.srt.models.qwen2", "Qwen2DecoderLayer"))
-"""Of SGLang's modules, those that were read."""
+logger = logging.getLogger(__name__)
+
+_READ = {
+    "LlamaDecoderLayer": {
+        "sglang.srt.models.llama:LlamaDecoderLayer.forward": "0c20f4d1a720",
+        "sglang.srt.models.llama:LlamaAttention.forward": "232b19ff5008",
+        "sglang.srt.models.llama:LlamaAttention.forward_prepare_native": "eb09e68f522b",
+        "sglang.srt.models.llama:LlamaMLP.forward": "682b54dac399",
+    },
+    "Qwen2DecoderLayer": {
+        "sglang.srt.models.qwen2:Qwen2DecoderLayer.forward": "0c20f4d1a720",
+        "sglang.srt.models.qwen2:Qwen2Attention.forward": "41849402eca6",
+        "sglang.srt.models.qwen2:Qwen2MLP.forward": "b99edb0cd1b7",
+    },
+}
+"""The layers of SGLang's that were read: the functions that compute them, with their `compat.digest`."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -40,8 +57,20 @@ def fuse_layers(model: torch.nn.Module, backend: SharedCpuAttnBackend) -> None:
     """
     steps = _Steps()
     for layer in model.modules():
-        if (type(layer).__module__, type(layer).__name__) in _LAYERS and _is_plain(layer):
+        if _was_read(type(layer)) and _is_plain(layer):
             layer.forward = _FusedLayer(layer, backend, steps).forward
+
+
+@functools.cache
+def _was_read(kind: Any) -> bool:
+    """A layer of SGLang's, and nobody has changed it since."""
+    functions = _READ.get(kind.__name__, {})
+    if f"{kind.__module__}:{kind.__qualname__}.forward" not in functions:
+        return False
+    changed = [name for name, expected in functions.items() if digest(name) != expected]
+    if changed:
+        logger.warning("%s: changed; its layers are computed by SGLang's code, which takes longer", ", ".join(changed))
+    return not changed
 
 
 def _is_plain(layer: Any) -> bool:
