@@ -57,7 +57,8 @@ def fuse_layers(model: torch.nn.Module, backend: SharedCpuAttnBackend) -> None:
     """
     steps = _Steps()
     for layer in model.modules():
-        if _was_read(type(layer)) and _is_plain(layer):
+        kind: Any = type(layer)
+        if _was_read(kind) and _is_plain(layer):
             layer.forward = _FusedLayer(layer, backend, steps).forward
 
 
