@@ -22,7 +22,7 @@ class Norm:
     """An RMS norm.
 
     Attributes:
-        weight: [hidden_size].
+        weight: As long as what is normed: [hidden_size], or [head_dim].
     """
 
     weight: torch.Tensor
@@ -71,22 +71,26 @@ Product = tuple[PackedWeight, torch.Tensor | None]
 
 
 class Buffers:
-    """Memory for what a layer computes in between; layers and steps use it in turn."""
+    """Memory for what a layer computes in between; layers and steps use it in turn.
+
+    Attributes:
+        memory: Where what was taken last is.
+    """
 
     def __init__(self) -> None:
-        self._data = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, *sizes: int) -> list[int]:
-        """Addresses of pieces of so many bytes; what was taken before is of no use any more."""
+        """Addresses of pieces of so many bytes; what was taken before is overwritten."""
         aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        if len(self._data) < sum(aligned) + _ALIGNMENT:
-            self._data = torch.empty(sum(aligned) + _ALIGNMENT, dtype=torch.uint8)
-        address = -(-self._data.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        if len(self.memory) < sum(aligned) + _ALIGNMENT:
+            self.memory = torch.empty(sum(aligned) + _ALIGNMENT, dtype=torch.uint8)
+        address = -(-self.memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT
         return [address + sum(aligned[:i]) for i in range(len(aligned))]
 
 
 class DecoderStep:
-    """What a step says to each of its layers. Keeps what it points to alive, but for the buffers' memory.
+    """What a step says to each of its layers. Keeps what it points to alive.
 
     Args:
         layer: Any of the layers: all have one shape.
@@ -113,6 +117,7 @@ class DecoderStep:
                 raise ValueError(f"{name} must be int64 [{num_rows}], not {array.dtype} {tuple(array.shape)}")
         self.attention, self.positions, self._slots = attention, positions, slots
         normed, qkv, attended, activated = buffers.take(*(num_rows * width for width in layer.row_bytes))
+        self._memory = buffers.memory
         self.num_rows = num_rows
         self.struct = bindings.DecoderStep(
             attention=ctypes.pointer(attention.struct),
@@ -135,6 +140,7 @@ class DecoderLayer:
         output: What follows attention.
         gate_up: Packed as gated.
         down: What follows the activation.
+        head_norms: Norms of each head's queries and of its keys, before they are turned; None without.
 
     Attributes:
         row_bytes: Of a row in the buffers of a step.
@@ -155,10 +161,12 @@ class DecoderLayer:
         post_norm: Norm,
         rotary: Rotary,
         heads: Heads,
+        head_norms: tuple[Norm, Norm] | None = None,
     ) -> None:
         products = (qkv, output, gate_up, down)
         dtype = qkv[0].data.dtype
-        tensors = [input_norm.weight, post_norm.weight, rotary.cos_sin_cache, heads.key_cache, heads.value_cache]
+        norms = (input_norm, post_norm, *(head_norms or ()))
+        tensors = [*(norm.weight for norm in norms), rotary.cos_sin_cache, heads.key_cache, heads.value_cache]
         tensors += [tensor for packed, bias in products for tensor in (packed.data, bias) if tensor is not None]
         if any(tensor.dtype != dtype or tensor.stride(-1) != 1 for tensor in tensors):
             raise ValueError(f"all weights and KV must be dense and {dtype}: {[tensor.dtype for tensor in tensors]}")
@@ -169,7 +177,10 @@ class DecoderLayer:
         wanted += [(num_gated, hidden_size), (hidden_size, num_gated // 2)]
         if shapes != wanted or [packed.is_gated for packed, _ in products] != [False, False, True, False]:
             raise ValueError(f"weights of {shapes} are no layer of {heads.num_heads} heads of {heads.head_dim}")
-        self._keeps = (products, input_norm, post_norm, rotary, heads)
+        sizes = [hidden_size, hidden_size, heads.head_dim, heads.head_dim]
+        if any(len(norm.weight) != size for norm, size in zip(norms, sizes, strict=False)):
+            raise ValueError(f"norms of {[len(norm.weight) for norm in norms]} elements")
+        self._keeps = (products, norms, rotary, heads)
         self._dtype, self._hidden_size = dtype, hidden_size
         self._cos_sin_cache = rotary.cos_sin_cache
         self._function = kernels.function("decoder_layer", dtype)
@@ -194,6 +205,10 @@ class DecoderLayer:
             ),
             input_norm=input_norm.weight.data_ptr(),
             post_norm=post_norm.weight.data_ptr(),
+            query_norm=None if head_norms is None else head_norms[0].weight.data_ptr(),
+            key_norm=None if head_norms is None else head_norms[1].weight.data_ptr(),
+            query_epsilon=0.0 if head_norms is None else head_norms[0].epsilon,
+            key_epsilon=0.0 if head_norms is None else head_norms[1].epsilon,
             input_epsilon=input_norm.epsilon,
             post_epsilon=post_norm.epsilon,
             cos_sin_cache=rotary.cos_sin_cache.data_ptr(),

@@ -13,8 +13,12 @@ struct BatchllmDecoderLayer {
     BatchllmAttentionLayer attention;
     const void* input_norm;
     const void* post_norm;
+    const void* query_norm;  // of each head's queries, and of its keys; or null
+    const void* key_norm;
     float input_epsilon;
     float post_epsilon;
+    float query_epsilon;
+    float key_epsilon;
     const void* cos_sin_cache;
     int64_t num_positions;
     int32_t rotary_dim;
@@ -37,6 +41,8 @@ struct BatchllmDecoderStep {
 }
 
 namespace {
+
+constexpr int64_t kMinParallelElements = 1 << 17;  // below, waking threads takes longer than the work
 
 struct Float32 {
     static constexpr auto linear = batchllm_linear_float32;
@@ -62,6 +68,14 @@ void multiply(BatchllmLinear layer, const void* rows, void* out, int64_t num_row
     Kernels::linear(&layer);
 }
 
+// In place, heads of `head_dim` that stand side by side in rows of `stride` bytes.
+template <typename Kernels>
+void norm_heads(char* rows, int64_t stride, const void* weight, float epsilon, int64_t num_rows, int num_heads, int head_dim) {
+#pragma omp parallel for if (num_rows * num_heads * head_dim >= kMinParallelElements)
+    for (int64_t row = 0; row < num_rows; ++row)
+        Kernels::rms_norm(rows + row * stride, nullptr, weight, rows + row * stride, num_heads, head_dim, epsilon);
+}
+
 void store_kv(const BatchllmDecoderLayer& layer, const BatchllmDecoderStep& step, const char* key, const char* value) {
     const BatchllmAttentionLayer& heads = layer.attention;
     const int64_t bytes = layer.element_bytes, width = bytes * heads.num_kv_heads * heads.head_dim;
@@ -82,6 +96,13 @@ int decoder_layer(const BatchllmDecoderLayer& layer, const BatchllmDecoderStep& 
     char* query = static_cast<char*>(step.qkv);
     char* key = query + layer.element_bytes * attention.num_heads * attention.head_dim;
     char* value = key + layer.element_bytes * attention.num_kv_heads * attention.head_dim;
+    if (layer.query_norm != nullptr) {
+        const int64_t stride = layer.element_bytes * layer.qkv.num_outputs;
+        norm_heads<Kernels>(query, stride, layer.query_norm, layer.query_epsilon, num_rows, attention.num_heads,
+                            attention.head_dim);
+        norm_heads<Kernels>(key, stride, layer.key_norm, layer.key_epsilon, num_rows, attention.num_kv_heads,
+                            attention.head_dim);
+    }
     if (Kernels::rotary_embedding(step.positions, query, key, layer.qkv.num_outputs, layer.qkv.num_outputs,
                                   layer.cos_sin_cache, layer.num_positions, num_rows, attention.num_heads,
                                   attention.num_kv_heads, attention.head_dim, layer.rotary_dim, layer.is_neox))

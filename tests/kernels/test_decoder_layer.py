@@ -28,13 +28,14 @@ class _Parts(NamedTuple):
     norms: list[Norm]
     rotary: Rotary
     heads: Heads
+    head_norms: tuple[Norm, Norm] | None
 
 
-def _parts(dtype: torch.dtype, *, has_bias: bool, is_neox: bool, window: int) -> _Parts:
+def _parts(dtype: torch.dtype, *, is_rich: bool, is_neox: bool, window: int) -> _Parts:
     shapes = [(_WIDTH + 2 * _KV_WIDTH, _HIDDEN), (_HIDDEN, _WIDTH), (2 * _INNER, _HIDDEN), (_HIDDEN, _INNER)]
     weights = [random_tensor(*shape, dtype=dtype, seed=i) * shape[1] ** -0.5 for i, shape in enumerate(shapes)]
     biases = [
-        random_tensor(shape[0], dtype=dtype, seed=9) if has_bias and i < 2 else None for i, shape in enumerate(shapes)
+        random_tensor(shape[0], dtype=dtype, seed=9) if is_rich and i < 2 else None for i, shape in enumerate(shapes)
     ]
     norms = [Norm(weight=random_tensor(_HIDDEN, dtype=dtype, seed=20 + i), epsilon=10.0**-i) for i in (5, 6)]
     rotary = Rotary(
@@ -51,7 +52,13 @@ def _parts(dtype: torch.dtype, *, has_bias: bool, is_neox: bool, window: int) ->
         logit_cap=0.0,
         window=window,
     )
-    return _Parts(weights, biases, norms, rotary, heads)
+    head_norms = None
+    if is_rich:
+        query_norm, key_norm = (
+            Norm(weight=random_tensor(_HEAD_DIM, dtype=dtype, seed=60 + i), epsilon=10.0**-i) for i in (4, 6)
+        )
+        head_norms = (query_norm, key_norm)
+    return _Parts(weights, biases, norms, rotary, heads, head_norms)
 
 
 def _attention(kernels: CpuKernels, heads: Heads) -> CompiledSharedAttention:
@@ -85,6 +92,11 @@ def _one_by_one(
     normed = kernels.rms_norm(x, first.weight, first.epsilon, residual)
     residual = x if residual is None else residual
     query, key, value = kernels.linear(normed, qkv, parts.biases[0]).split([_WIDTH, _KV_WIDTH, _KV_WIDTH], dim=-1)
+    if parts.head_norms is not None:
+        query, key = (
+            kernels.rms_norm(heads_of.reshape(-1, _HEAD_DIM), norm.weight, norm.epsilon).view(heads_of.shape)
+            for heads_of, norm in zip((query, key), parts.head_norms, strict=True)
+        )
     kernels.rotary_embedding(
         positions,
         query,
@@ -123,20 +135,23 @@ def _fused(kernels: CpuKernels, parts: _Parts) -> DecoderLayer:
         post_norm=parts.norms[1],
         rotary=parts.rotary,
         heads=parts.heads,
+        head_norms=parts.head_norms,
     )
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize(("has_bias", "is_neox", "window"), [(False, True, 0), (True, False, 7)])
+@pytest.mark.parametrize(("is_rich", "is_neox", "window"), [(False, True, 0), (True, False, 7)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer(
-    kernels: CpuKernels, dtype: torch.dtype, has_bias: bool, is_neox: bool, window: int, is_first: bool
+    kernels: CpuKernels, dtype: torch.dtype, is_rich: bool, is_neox: bool, window: int, is_first: bool
 ) -> None:
-    """Hidden states, residual and KV; of the first layer, which has no residual yet, and of another, twice."""
+    """Hidden states, residual and KV; of the first layer, which has no residual yet, and of another, twice. A rich layer
+    has biases, and norms of each head.
+    """
     buffers, outputs = Buffers(), []
     positions, slots = torch.tensor([2, 16, 39, 4, 5, 6, 7, 8]), torch.arange(0, 64, 8)
     for is_fused in (False, True):
-        parts = _parts(dtype, has_bias=has_bias, is_neox=is_neox, window=window)
+        parts = _parts(dtype, is_rich=is_rich, is_neox=is_neox, window=window)
         attention = _attention(kernels, parts.heads)
         x = random_tensor(8, _HIDDEN, dtype=dtype, seed=50)
         residual = None if is_first else random_tensor(8, _HIDDEN, dtype=dtype, seed=51)
@@ -154,7 +169,7 @@ def test_a_layer(
 
 
 def test_a_position_that_the_model_lacks_is_an_error(kernels: CpuKernels) -> None:
-    parts = _parts(torch.float32, has_bias=False, is_neox=True, window=0)
+    parts = _parts(torch.float32, is_rich=False, is_neox=True, window=0)
     attention, layer = _attention(kernels, parts.heads), _fused(kernels, parts)
     assert attention.step is not None
     step = DecoderStep(layer, attention.step, torch.full((8,), _NUM_POSITIONS), torch.arange(8), Buffers())
@@ -164,7 +179,7 @@ def test_a_position_that_the_model_lacks_is_an_error(kernels: CpuKernels) -> Non
 
 def test_what_does_not_belong_together_is_refused(kernels: CpuKernels) -> None:
     """Kernels take addresses, and would read beyond what is there."""
-    parts = _parts(torch.float32, has_bias=False, is_neox=True, window=0)
+    parts = _parts(torch.float32, is_rich=False, is_neox=True, window=0)
     attention, layer = _attention(kernels, parts.heads), _fused(kernels, parts)
     assert attention.step is not None
     with pytest.raises(ValueError, match="positions must be int64"):

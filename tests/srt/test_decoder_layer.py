@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt import runtime_context
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
@@ -19,8 +21,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.models.llama import LlamaDecoderLayer
 from sglang.srt.models.qwen2 import Qwen2DecoderLayer
+from sglang.srt.models.qwen3 import Qwen3DecoderLayer
 from sglang.srt.server_args import ServerArgs
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from batchllm.default_model import DEFAULT, cached_model_path
 from batchllm.kernels.cpu import CpuKernels, load
@@ -41,6 +44,7 @@ KINDS: list[Callable[[int], Any]] = [
     lambda number: LlamaDecoderLayer(LlamaConfig(**_SIZES), layer_id=number),
     lambda number: LlamaDecoderLayer(LlamaConfig(**_SIZES, attention_bias=True), layer_id=number),
     lambda number: Qwen2DecoderLayer(Qwen2Config(**_SIZES), layer_id=number),
+    lambda number: Qwen3DecoderLayer(Qwen3Config(**_SIZES), layer_id=number),
 ]
 
 
@@ -54,6 +58,7 @@ def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{path}", backend="gloo"
     )
     parallel_state.initialize_model_parallel()
+    initialize_dp_attention(args, ModelConfig.from_server_args(args))
     yield
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()

@@ -3,7 +3,7 @@
 SGLang's modules call some fifteen operators a layer. Each costs some microseconds of Python: in a decode step of a few
 rows that adds up to as much as small models compute. The model's own loop over its layers stays.
 
-(Upstream: ``srt/models/llama.py``, ``qwen2.py``.)
+(Upstream: ``srt/models/llama.py``, ``qwen2.py``, ``qwen3.py``.)
 
 INVARIANT: a layer gives what SGLang's code gives, bit for bit: the same kernels run in the same order. Where anything
 of a layer or of a step is not as it was read, that code runs.
@@ -42,6 +42,17 @@ _READ = {
         "sglang.srt.models.qwen2:Qwen2DecoderLayer.forward": "0c20f4d1a720",
         "sglang.srt.models.qwen2:Qwen2Attention.forward": "41849402eca6",
         "sglang.srt.models.qwen2:Qwen2MLP.forward": "b99edb0cd1b7",
+    },
+    "Qwen3DecoderLayer": {
+        "sglang.srt.models.qwen3:Qwen3DecoderLayer.forward": "df493ded35e7",
+        "sglang.srt.models.qwen3:Qwen3Attention.forward": "82b23774de34",
+        "sglang.srt.models.qwen3:Qwen3Attention.forward_prepare_native": "8c0f40419376",
+        "sglang.srt.models.utils:apply_qk_norm": "00e19e9b462b",
+        "sglang.srt.models.qwen2:Qwen2MLP.forward": "b99edb0cd1b7",
+        "sglang.srt.layers.communicator:LayerCommunicator": "7fcc7e0402df",
+        "sglang.srt.layers.communicator:CommunicateSimpleFn": "a71d17a52bad",
+        "sglang.srt.layers.communicator:CommunicateWithAllReduceAndLayerNormFn": "f75a5faab08c",
+        "sglang.srt.layers.communicator:CommunicateSummableTensorPairFn": "d625c1fefab9",
     },
 }
 """The layers of SGLang's that were read: the functions that compute them, with their `compat.digest`."""
@@ -90,15 +101,19 @@ def _is_plain(layer: Any) -> bool:
         and all(type(module) is kind and module.tp_size == 1 and not module.skip_bias_add for module, kind in products)
         and is_gated(mlp.gate_up_proj)
         and type(mlp.act_fn) is SiluAndMul
-        and all(
-            type(norm) is RMSNorm and is_plain_norm(norm) and not norm.fp32_residual
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        )
+        and all(type(norm) is RMSNorm and is_plain_norm(norm) and not norm.fp32_residual for norm in _norms(layer))
         and isinstance(rotary, RotaryEmbedding)
         and type(rotary).forward_native is RotaryEmbedding.forward_native
         and type(attention.attn) is RadixAttention
         and not attention.attn.is_cross_attention
     )
+
+
+def _norms(layer: Any) -> tuple[Any, ...]:
+    """Those of the layer's two halves, and of queries and keys where it has such."""
+    attention = layer.self_attn
+    of_heads = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+    return (layer.input_layernorm, layer.post_attention_layernorm, *of_heads)
 
 
 class _Steps:
@@ -131,23 +146,28 @@ class _FusedLayer:
         self._layer_id: int = layer.self_attn.attn.layer_id
         attention, mlp = layer.self_attn, layer.mlp
         self._products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        self._norms = _norms(layer)
         self._rotary = attention.rotary_emb
         self._made_of: tuple[Any, ...] = ()
         self._fused: DecoderLayer | None = None
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: Any, residual: torch.Tensor | None
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        forward_batch: Any,
+        residual: torch.Tensor | None,
+        **more: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As SGLang's; ``hidden_states`` and ``residual`` are overwritten, which nobody reads behind it."""
         attention = self._backend.compiled_attention(self._layer_id)
         fused = None if attention is None else self._fused_layer(attention)
-        if attention is not None and fused is not None:
+        if attention is not None and fused is not None and not any(value is not None for value in more.values()):
             step = self._steps.of(fused, attention, positions, forward_batch.out_cache_loc)
             if step is not None and fused.takes(hidden_states, step.num_rows):
                 return fused.run(step, hidden_states, residual)
         outputs: tuple[torch.Tensor, torch.Tensor] = self._host_forward(
-            positions, hidden_states, forward_batch, residual
+            positions, hidden_states, forward_batch, residual, **more
         )
         return outputs
 
@@ -185,7 +205,9 @@ class _FusedLayer:
         ):
             return None
         qkv, output, gate_up, down = products
-        input_norm, post_norm = (Norm(weight=norm.weight, epsilon=norm.variance_epsilon) for norm in self._norms)
+        input_norm, post_norm, *head_norms = (
+            Norm(weight=norm.weight, epsilon=norm.variance_epsilon) for norm in self._norms
+        )
         return DecoderLayer(
             kernels,
             qkv=qkv,
@@ -193,6 +215,7 @@ class _FusedLayer:
             gate_up=gate_up,
             down=down,
             input_norm=input_norm,
+            head_norms=(head_norms[0], head_norms[1]) if head_norms else None,
             post_norm=post_norm,
             rotary=Rotary(
                 cos_sin_cache=cosines, rotary_dim=self._rotary.rotary_dim, is_neox=self._rotary.is_neox_style
