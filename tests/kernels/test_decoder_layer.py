@@ -145,7 +145,7 @@ def _fused(kernels: CpuKernels, parts: _Parts) -> DecoderLayer:
 def test_a_layer(
     kernels: CpuKernels, dtype: torch.dtype, is_rich: bool, is_neox: bool, window: int, is_first: bool
 ) -> None:
-    """Hidden states, residual and KV, twice, with a residual and without. A rich layer has biases, and norms of heads."""
+    """Hidden states, residual and KV, twice, with a residual and without. A rich one has biases, and norms of heads."""
     buffers, outputs = Buffers(), []
     positions, slots = torch.tensor([2, 16, 39, 4, 5, 6, 7, 8]), torch.arange(0, 64, 8)
     for is_fused in (False, True):
