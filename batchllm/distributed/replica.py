@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from batchllm.host.messages import CloseJob, Submit, Withdraw
 from batchllm.offline.runtime import Runtime
 
 _STOP_TIMEOUT_S = 40.0
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+"""What tells a terminal to change its color."""
 
 
 class Replica:
@@ -187,7 +190,9 @@ class Replica:
 
 
 def words_of(error: Exception) -> str:
-    """What Ray says of an actor, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = getattr(error, "error_msg", None) or " ".join(lines)
-    return " ".join(str(reason).split())[:400] or type(error).__name__
+    """What Ray says of an actor, in one line: of a traceback, what happened and what came of it."""
+    text = _COLOR.sub("", str(getattr(error, "error_msg", None) or error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "traceback" in text.lower() and len(lines) > 1:
+        lines = [f"{lines[0].partition(', ')[0]}:", lines[-1]]
+    return " ".join(" ".join(lines).split())[:400] or type(error).__name__
