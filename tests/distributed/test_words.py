@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batchllm.distributed.replica import words_of
 
-_CREATION = """The actor died because of an error raised in its creation task, \x1b[36mray::EngineActor()\x1b[39m (pid=1)
+_CREATION = """The actor died because of an error raised in its creation task, \x1b[36mray::Engine()\x1b[39m
   At least one of the input arguments for this task could not be computed:
 ray.exceptions.RaySystemError: System error: No module named 'mine'
 traceback: Traceback (most recent call last):
