@@ -82,22 +82,32 @@ class Buffers:
 
     def take(self, *sizes: int) -> list[int]:
         """Addresses of pieces of so many bytes; what was taken before is overwritten."""
-        aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        if len(self.memory) < sum(aligned) + _ALIGNMENT:
-            self.memory = torch.empty(sum(aligned) + _ALIGNMENT, dtype=torch.uint8)
-        address = -(-self.memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        return [address + sum(aligned[:i]) for i in range(len(aligned))]
+        whole = [aligned(size) for size in sizes]
+        if len(self.memory) < sum(whole) + _ALIGNMENT:
+            self.memory = torch.empty(sum(whole) + _ALIGNMENT, dtype=torch.uint8)
+        address = aligned(self.memory.data_ptr())
+        return [address + sum(whole[:i]) for i in range(len(whole))]
+
+
+def aligned(size: int) -> int:
+    """So many bytes, in whole lines of the cache."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class DecoderStep:
     """What a step says to each of its layers. Keeps what it points to alive.
 
     Args:
-        layer: Any of the layers: all have one shape.
+        layer: Any of the layers that have one shape.
         attention: Attention's step.
         positions: [num_rows] int64.
         slots: Where in the pool the KV of each row goes, [num_rows] int64.
         buffers: Memory for the layers.
+
+    Attributes:
+        attention: As given, like `positions`.
+        num_rows: Rows of the step.
+        row_bytes: The layers' (`DecoderLayer`).
 
     Raises:
         ValueError: The arrays do not belong together.
@@ -116,9 +126,11 @@ class DecoderStep:
             if array.shape != (num_rows,) or array.dtype != torch.int64 or not array.is_contiguous():
                 raise ValueError(f"{name} must be int64 [{num_rows}], not {array.dtype} {tuple(array.shape)}")
         self.attention, self.positions, self._slots = attention, positions, slots
-        normed, qkv, attended, activated = buffers.take(*(num_rows * width for width in layer.row_bytes))
+        self.num_rows, self.row_bytes = num_rows, layer.row_bytes
+        of_normed, of_qkv, of_attended, of_activated = (num_rows * width for width in layer.row_bytes)
+        # Queries, keys and values are not needed any more when the MLP is computed, nor is attention's output.
+        normed, qkv = buffers.take(of_normed, max(aligned(of_qkv) + of_attended, of_activated))
         self._memory = buffers.memory
-        self.num_rows = num_rows
         self.struct = bindings.DecoderStep(
             attention=ctypes.pointer(attention.struct),
             positions=positions.data_ptr(),
@@ -126,8 +138,8 @@ class DecoderStep:
             num_rows=num_rows,
             normed=normed,
             qkv=qkv,
-            attended=attended,
-            activated=activated,
+            attended=qkv + aligned(of_qkv),
+            activated=qkv,
         )
 
 

@@ -32,7 +32,7 @@ struct BatchllmDecoderStep {
     const int64_t* positions;
     const int64_t* slots;  // where in the pool each row's KV goes
     int64_t num_rows;
-    // Buffers of `num_rows` rows.
+    // Buffers of `num_rows` rows; `activated` may be where the two before it are.
     void* normed;
     void* qkv;
     void* attended;

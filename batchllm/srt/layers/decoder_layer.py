@@ -117,7 +117,7 @@ def _norms(layer: Any) -> tuple[Any, ...]:
 
 
 class _Steps:
-    """The step at hand, which all layers with the same attention share."""
+    """The step at hand, which all layers with the same attention and of the same shape share."""
 
     def __init__(self) -> None:
         self._buffers = Buffers()
@@ -128,7 +128,12 @@ class _Steps:
     ) -> DecoderStep | None:
         """None where its arrays are not such as the kernels read."""
         step, planned = self._step, attention.step
-        if step is not None and step.attention is planned and step.positions is positions:
+        if (
+            step is not None
+            and step.attention is planned
+            and step.positions is positions
+            and step.row_bytes == layer.row_bytes
+        ):
             return step
         shape = None if planned is None else (planned.num_query_tokens,)
         if planned is None or any(array.shape != shape or array.dtype != torch.int64 for array in (positions, slots)):
