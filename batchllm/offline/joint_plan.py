@@ -107,6 +107,7 @@ class JointPlan:
             group_order=group_order,
             share_lens=joined_share_lens(parts),
         )
+        _give_memory_back()
         self.plan = best
         self.optimal_at = best.computed_lens()
         self.units: Partition | None = None

@@ -97,22 +97,23 @@ def _ordered_siblings(
     if order == "lexicographic":
         _sort_siblings(start, siblings, np.concatenate([tree.first, np.arange(len(tree.order))]).astype(np.float64))
     elif order != "input":
-        own_decode = np.append(np.zeros(len(tree.depth), decode_lens.dtype), decode_lens[tree.order])
-        _sort(start, siblings, owner, own_tokens, own_decode, order)
+        own_decode = np.append(np.zeros(len(tree.depth), np.int64), decode_lens[tree.order])
+        tokens = _subtree_sums(owner, own_tokens.astype(np.int64))
+        del own_tokens
+        _sort(start, siblings, tokens, _subtree_sums(owner, own_decode), order)
     return start, siblings
 
 
-def _sort(
-    start: Int64Array,
-    siblings: Int64Array,
-    owner: Int32Array,
-    own_tokens: Int32Array,
-    own_decode: npt.NDArray[np.integer],
-    order: GroupOrder,
-) -> None:
-    """Put each node's siblings in order."""
-    tokens = _subtree_sums(owner, own_tokens.astype(np.int64))
-    decode = _subtree_sums(owner, own_decode.astype(np.int64))
+def _sort(start: Int64Array, siblings: Int64Array, tokens: Int64Array, decode: Int64Array, order: GroupOrder) -> None:
+    """Put each node's siblings in order.
+
+    Args:
+        start: Where each node's siblings start.
+        siblings: The siblings.
+        tokens: Prompt tokens of each element and all below it.
+        decode: Tokens that these will generate.
+        order: Not one of those that look at neither.
+    """
     # Ended prompts are never compared; they only must not divide by zero.
     rank = tokens.astype(np.float64)
     if order != "paper":
