@@ -37,7 +37,6 @@ class RowSpool:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise self._refused(error) from error
-        self._number = self._file.fileno()
         self._offsets = array("q", [0])
         self._buffer = bytearray()
         self._num_flushed = 0
@@ -67,7 +66,7 @@ class RowSpool:
     def read(self, row: int) -> RowHead:
         """The head of a row that has been flushed."""
         start = self._offsets[row]
-        data = os.pread(self._number, self._offsets[row + 1] - start, start)
+        data = os.pread(self._file.fileno(), self._offsets[row + 1] - start, start)
         return _DECODER.decode(data)
 
     def close(self) -> None:
