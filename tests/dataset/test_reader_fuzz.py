@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchllm.dataset import BadRow, ColumnMap, Row, jsonl, read_rows, render_error
@@ -154,12 +154,16 @@ def test_good_rows_around_mutated_ones_survive(
 
 @settings(max_examples=sized(60, 200), deadline=None)
 @given(sampling_like)
+@example({"label_token_ids": [0]})
 def test_sampling_that_is_read_is_within_its_ranges(mapping: dict[str, Any]) -> None:
+    """Only a row that is scored or embedded may generate nothing."""
     line = json.dumps({"prompt": "x", "sampling_params": mapping}).encode()
     (row,) = check_reading(line)
     if isinstance(row, Row):
         sampling = row.request.sampling
-        assert sampling.max_new_tokens >= max(1, sampling.min_new_tokens)
+        is_scored = bool(sampling.label_token_ids) or sampling.prompt_logprobs is not None
+        least = 0 if is_scored or sampling.embed else 1
+        assert sampling.max_new_tokens >= max(least, sampling.min_new_tokens)
         assert 0 < sampling.top_p <= 1
         assert 1 <= sampling.n <= 128
         assert "" not in sampling.stop
