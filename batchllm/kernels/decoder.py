@@ -217,10 +217,6 @@ class DecoderLayer:
             ),
             input_norm=input_norm.weight.data_ptr(),
             post_norm=post_norm.weight.data_ptr(),
-            query_norm=None if head_norms is None else head_norms[0].weight.data_ptr(),
-            key_norm=None if head_norms is None else head_norms[1].weight.data_ptr(),
-            query_epsilon=0.0 if head_norms is None else head_norms[0].epsilon,
-            key_epsilon=0.0 if head_norms is None else head_norms[1].epsilon,
             input_epsilon=input_norm.epsilon,
             post_epsilon=post_norm.epsilon,
             cos_sin_cache=rotary.cos_sin_cache.data_ptr(),
@@ -229,6 +225,10 @@ class DecoderLayer:
             is_neox=rotary.is_neox,
             element_bytes=element_bytes,
         )
+        if head_norms is not None:  # else they are null
+            query_norm, key_norm = head_norms
+            self._struct.query_norm, self._struct.query_epsilon = query_norm.weight.data_ptr(), query_norm.epsilon
+            self._struct.key_norm, self._struct.key_epsilon = key_norm.weight.data_ptr(), key_norm.epsilon
 
     def takes(self, x: torch.Tensor, num_rows: int) -> bool:
         """Whether these are a step's hidden states as the layer reads them."""

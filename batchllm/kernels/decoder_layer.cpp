@@ -42,8 +42,6 @@ struct BatchllmDecoderStep {
 
 namespace {
 
-constexpr int64_t kMinParallelElements = 1 << 17;  // below, waking threads takes longer than the work
-
 struct Float32 {
     static constexpr auto linear = batchllm_linear_float32;
     static constexpr auto attention = batchllm_attention_float32;
@@ -71,7 +69,7 @@ void multiply(BatchllmLinear layer, const void* rows, void* out, int64_t num_row
 // In place, heads of `head_dim` that stand side by side in rows of `stride` bytes.
 template <typename Kernels>
 void norm_heads(char* rows, int64_t stride, const void* weight, float epsilon, int64_t num_rows, int num_heads, int head_dim) {
-#pragma omp parallel for if (num_rows * num_heads * head_dim >= kMinParallelElements)
+#pragma omp parallel for if (num_rows * num_heads * head_dim >= batchllm::kMinParallelElements)
     for (int64_t row = 0; row < num_rows; ++row)
         Kernels::rms_norm(rows + row * stride, nullptr, weight, rows + row * stride, num_heads, head_dim, epsilon);
 }

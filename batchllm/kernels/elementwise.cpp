@@ -10,8 +10,6 @@
 namespace batchllm {
 namespace {
 
-constexpr int64_t kMinParallelElements = 1 << 17;  // below, waking threads takes longer than the work
-
 template <typename Scalar>
 void rms_norm_row(const Scalar* x, Scalar* residual, const Scalar* weight, Scalar* out, int64_t size, float epsilon) {
     const int64_t whole = size / kLanes * kLanes;

@@ -5,6 +5,10 @@
 
 #include "attention_step.h"
 
+namespace batchllm {
+constexpr int64_t kMinParallelElements = 1 << 17;  // below, waking threads takes longer than the work
+}
+
 extern "C" {
 
 // One product. Strides are those of a row, in elements.

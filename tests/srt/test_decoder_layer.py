@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,21 @@ def test_weights_that_are_loaded_are_computed_with() -> None:
     after = [host.steps(3, 6), fused.steps(3, 6)]
     for expected, actual in (before, after):
         assert all(map(torch.equal, expected, actual))
+
+
+def test_packed_weights_are_gone_when_weights_are_restored() -> None:
+    """They are in memory once, also while others are loaded."""
+    model = _Model(KINDS[0], torch.float32)
+    fuse_layers(model.layers, model.backend)
+    model.steps(0, 3)
+    packed = [
+        weakref.ref(module.__dict__[cpu_linear._PACKED].data)
+        for module in model.layers.modules()
+        if cpu_linear._PACKED in vars(module)
+    ]
+    assert len(packed) == 8
+    cpu_linear.restore_weights(model.layers)
+    assert [weight() for weight in packed] == [None] * 8
 
 
 def test_hooks_of_a_user_are_called(calls: list[str]) -> None:

@@ -40,7 +40,8 @@ _GATED_MLPS = ("LlamaMLP", "Qwen2MLP")
 """Of SGLang's modules, those that were read: the activation takes what ``gate_up_proj`` gives, and nobody else does."""
 _PACKED = "_batchllm_packed"
 _TRIAL_SHAPE = (64, 512, 1024)
-_version = 0
+FUSED = "_batchllm_fused"
+"""Attribute of modules: what holds packed weights of their parts, and goes before these do."""
 
 
 def install() -> None:
@@ -111,19 +112,13 @@ def mark_layers(model: torch.nn.Module) -> None:
 
 def restore_weights(model: torch.nn.Module) -> None:
     """Make the weights of a model tensors with numbers again, to be read and written. The next step packs them."""
-    global _version
-    _version += 1
     for module in model.modules():
+        module.__dict__.pop(FUSED, None)
         packed: PackedWeight | None = module.__dict__.pop(_PACKED, None)
         if packed is not None:
             weight = torch.empty(packed.shape, dtype=packed.data.dtype)
             _KERNELS[weight.dtype].unpack(packed, weight)
             _replace_weight(module, weight)
-
-
-def weights_version() -> int:
-    """Another number each time that weights may have changed."""
-    return _version
 
 
 def kernels_for(dtype: torch.dtype) -> CpuKernels | None:

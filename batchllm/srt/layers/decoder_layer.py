@@ -26,7 +26,7 @@ from batchllm.attention.cpu_shared import CompiledSharedAttention
 from batchllm.kernels.decoder import Buffers, DecoderLayer, DecoderStep, Heads, Norm, Rotary
 from batchllm.srt.compat import digest
 from batchllm.srt.layers.attention_backend import SharedCpuAttnBackend
-from batchllm.srt.layers.cpu_linear import is_gated, kernels_for, packed_weight, weights_version
+from batchllm.srt.layers.cpu_linear import FUSED, is_gated, kernels_for, packed_weight
 from batchllm.srt.layers.cpu_ops import is_plain_norm
 
 logger = logging.getLogger(__name__)
@@ -147,14 +147,12 @@ class _FusedLayer:
 
     def __init__(self, layer: Any, backend: SharedCpuAttnBackend, steps: _Steps) -> None:
         self._host_forward = layer.forward
-        self._backend, self._steps = backend, steps
+        self._layer, self._backend, self._steps = layer, backend, steps
         self._layer_id: int = layer.self_attn.attn.layer_id
         attention, mlp = layer.self_attn, layer.mlp
         self._products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         self._norms = _norms(layer)
         self._rotary = attention.rotary_emb
-        self._made_of: tuple[Any, ...] = ()
-        self._fused: DecoderLayer | None = None
 
     def forward(
         self,
@@ -178,23 +176,22 @@ class _FusedLayer:
 
     def _fused_layer(self, attention: CompiledSharedAttention) -> DecoderLayer | None:
         """The layer for the kernels; made again where its weights, its KV or its cosines are others than before."""
-        pool, layer_id, made_of = self._backend.token_to_kv_pool, self._layer_id, self._made_of
+        pool, layer_id = self._backend.token_to_kv_pool, self._layer_id
         # The pool waits here until KV is there that comes from somewhere else.
         keys, values, cosines = (
             pool.get_key_buffer(layer_id),
             pool.get_value_buffer(layer_id),
             self._rotary.cos_sin_cache,
         )
-        if not (
-            made_of
-            and made_of[0] == weights_version()
-            and made_of[1] is keys
-            and made_of[2] is values
-            and made_of[3] is cosines
-        ):
-            self._fused = self._make(attention, keys, values, cosines)
-            self._made_of = () if self._fused is None else (weights_version(), keys, values, cosines)
-        return self._fused
+        found = self._layer.__dict__.get(FUSED)
+        if found is not None:
+            fused, *made_of = found
+            if made_of[0] is keys and made_of[1] is values and made_of[2] is cosines:
+                return fused
+        fused = self._make(attention, keys, values, cosines)
+        if fused is not None:
+            self._layer.__dict__[FUSED] = (fused, keys, values, cosines)
+        return fused
 
     def _make(
         self, attention: CompiledSharedAttention, keys: torch.Tensor, values: torch.Tensor, cosines: torch.Tensor
