@@ -46,6 +46,23 @@ def test_a_tensor_of_zeros_gives_its_memory_back_and_stays_one() -> None:
     assert zeros.sum() == 3
 
 
+def test_the_look_at_a_tensor_takes_no_memory_that_is_kept() -> None:
+    """It is looked at where what has been freed stays with the process."""
+    code = f"""
+import psutil, torch
+from batchllm.srt.platforms.cpu_memory import give_back_zeros, keep_freed_memory
+
+keep_freed_memory()
+zeros = torch.zeros(1 << 14, {_NUM_BYTES} >> 16, dtype=torch.int32)
+give_back_zeros(zeros[:1])  # what the first call needs anyway
+before = psutil.Process().memory_info().rss
+give_back_zeros(zeros)
+print(before - psutil.Process().memory_info().rss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0.9 * _NUM_BYTES, done.stdout
+
+
 def test_a_tensor_that_has_numbers_keeps_them() -> None:
     tensor = torch.zeros(1 << 20, dtype=torch.int32)
     tensor[1 << 19] = 1

@@ -41,7 +41,8 @@ def give_back_zeros(tensor: torch.Tensor) -> None:
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or bool(tensor.any()):
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or madvise is None or size <= 0:
         return
-    if madvise is not None and size > 0:
+    lowest, highest = tensor.aminmax()  # `any` would make a byte for each number, and they would be kept
+    if not lowest and not highest:
         madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
