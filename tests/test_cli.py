@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -117,7 +119,9 @@ def test_every_row_gets_its_line_and_the_bad_ones_their_reason(tmp_path: Path) -
 
 @pytest.mark.engine
 def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(engines: None, tmp_path: Path) -> None:
-    """SIGKILL of the scheduler: another engine takes over. SIGTERM: what runs is finished; the same command goes on."""
+    """SIGKILL of the scheduler: another engine takes over. SIGTERM to all processes of the job, as `timeout` sends it:
+    what runs is finished; the same command goes on.
+    """
     ids = [[100 + i % 11, 7, 8, 9, 1000 + i] for i in range(_NUM_ROWS)]
     sampling = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
     rows = [{"id": str(i), "input_ids": row, "sampling_params": sampling} for i, row in enumerate(ids)]
@@ -130,7 +134,7 @@ def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(engin
         )
         scheduler.kill()
         _wait_for(progress, driver, lambda told: told["num_engine_restarts"] == 1 and told["num_done"] > 150)
-        driver.terminate()
+        os.killpg(driver.pid, signal.SIGTERM)
         stderr = driver.communicate(timeout=120)[1]
         assert driver.returncode == 3, stderr
         assert "Traceback" not in "".join(line for line in stderr.splitlines() if line.startswith("batchllm"))
@@ -149,7 +153,7 @@ def test_a_job_survives_its_scheduler_and_a_stop_and_answers_each_row_once(engin
 def _start(*arguments: str | Path) -> subprocess.Popen[str]:
     environment = of_user()
     command = [sys.executable, "-m", "batchllm", *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
 def _wait_for(progress: Path, driver: subprocess.Popen[str], is_reached: Callable[[dict[str, Any]], bool]) -> None:

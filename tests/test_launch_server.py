@@ -434,6 +434,7 @@ def test_a_server_killed_in_a_batch_goes_on_with_it(server: Server) -> None:
 
 def test_sigterm_ends_batches_at_once_and_lets_live_requests_finish(server: Server) -> None:
     """In the middle of a batch, beside a stream; no process, no file in the temporary directory or in shared memory.
+    The signal goes to all processes of the server, as `timeout` and systemd send it.
 
     That the batch goes on with the next start is in tests/server/test_restart.py.
     """
@@ -443,7 +444,8 @@ def test_sigterm_ends_batches_at_once_and_lets_live_requests_finish(server: Serv
     pid = server.process.pid
     stream = long_stream(server, max_tokens=400)
     pieces = [next(stream)]
-    server.process.send_signal(signal.SIGTERM)
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        process.send_signal(signal.SIGTERM)
     num_answered = []
     for piece in stream:
         pieces.append(piece)

@@ -39,7 +39,7 @@ HOLDERS: dict[str, list[Cell]] = {
     JOB + "test_an_engine_that_dies_is_replaced_and_no_row_is_lost": [
         Cell(process, fault, phase)
         for process in ("scheduler", "detokenizer")
-        for fault in ("SIGKILL", "SIGTERM", "no memory")
+        for fault in ("SIGKILL", "no memory")
         for phase in ("idle", "prefill", "decode")
     ],
     JOB + "test_a_disk_that_is_full_before_anything_is_asked_stops_the_job": [Cell("driver", "full disk", "idle")],
@@ -91,12 +91,12 @@ HOLDERS: dict[str, list[Cell]] = {
     REAL + "test_an_engine_survives_faults_around_it": [
         Cell(process, fault, "decode")
         for process in ("scheduler", "detokenizer")
-        for fault in ("full disk", "removed folder", "clock set")
+        for fault in ("SIGTERM", "full disk", "removed folder", "clock set")
     ],
     REAL + "test_a_process_of_the_engine_that_ends_is_replaced": [
         Cell(process, fault, phase)
         for process in ("scheduler", "detokenizer")
-        for fault in ("SIGKILL", "SIGTERM", "no memory")
+        for fault in ("SIGKILL", "no memory")
         for phase in ("prefill", "decode")
     ],
     "tests/host/test_engine_processes.py::test_a_process_that_is_killed_fails_what_runs_and_what_comes": [
@@ -106,12 +106,18 @@ HOLDERS: dict[str, list[Cell]] = {
 """Tests, and the cells that they hold."""
 
 _NOTHING_ASKED = "every answer is in the journal, and nothing is asked of the engine any more"
+_NOT_HEARD = "does not hear it, whatever it does: it reaches all processes of a job, and the driver decides"
 _NO_WRITES = "writes nothing but its log, and waits or computes"
 ABSENT: dict[Cell, str] = {
     **{
         Cell(process, fault, "finalising"): _NOTHING_ASKED
         for process in ("scheduler", "detokenizer")
         for fault in FAULTS
+    },
+    **{
+        Cell(process, "SIGTERM", phase): _NOT_HEARD
+        for process in ("scheduler", "detokenizer")
+        for phase in ("idle", "prefill", "finalising")
     },
     **{
         Cell(process, fault, phase): _NO_WRITES

@@ -135,9 +135,11 @@ def _in_turn(cells: list[Cell]) -> list[Cell]:
 
 @pytest.mark.parametrize(("process", "fault"), [(c.process, c.fault) for c in HOLDERS[_TROUBLES]])
 def test_an_engine_survives_faults_around_it(job: RealJob, process: str, fault: str) -> None:
-    """A log that cannot grow, a temporary folder that goes, a clock that is set: the same processes go on."""
+    """SIGTERM, a log that cannot grow, a temporary folder that goes, a clock that is set: the same processes go on."""
     found = job.wait_for_phase("decode")
-    if fault == "full disk":
+    if fault == "SIGTERM":
+        found[process].send_signal(signal.SIGTERM)
+    elif fault == "full disk":
         found[process].rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
     elif fault == "removed folder":
         for folder in job.temporary.glob("batchllm-*"):

@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 def begin(name: str) -> None:
-    """End with the parent, however it ends, leave Ctrl-C to it, and print where `batchllm.host.logs` says.
+    """End with the parent, however it ends, leave Ctrl-C and SIGTERM to it, and print where `batchllm.host.logs` says.
 
     Upstream asks the kernel to be told of the parent's death, but says nothing of a parent that died before, while this
     process was importing: nobody would ever end it.
@@ -61,11 +61,12 @@ def _set_death_signal(number: int) -> None:
 def reset_signals() -> None:
     """Take back what the process that this one was forked from does on signals.
 
-    Ctrl-C in a terminal, and the terminal's end, reach every process of the job; the driver decides what still runs.
+    Ctrl-C in a terminal, the terminal's end, and the SIGTERM of ``timeout``, systemd or Slurm reach all processes of a
+    job; the driver decides what still runs.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
+    for number in (signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
 
 

@@ -27,7 +27,8 @@ def main(fd: int, driver_pid: int) -> None:
         fd: A socket to the driver. A byte and a file descriptor, of a connection to the driver, ask for an engine.
         driver_pid: The process that started this one.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):  # they reach all of a terminal's job; the driver decides
+    # They reach all processes of a job; the driver decides.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _end_with(driver_pid)
     host_imports.prepare_environment()
