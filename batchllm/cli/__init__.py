@@ -24,6 +24,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from batchllm.cli import interrupts
+from batchllm.host import standard_streams
 
 if TYPE_CHECKING:
     import argparse
@@ -43,6 +44,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line; None for the process's own.
     """
+    standard_streams.reserve()
     signals = interrupts.Interrupts()
     try:
         signals.note()

@@ -22,13 +22,15 @@ from multiprocessing import spawn, util
 from multiprocessing.connection import Connection
 
 from batchllm.errors import EngineError
-from batchllm.host import logs, own_folder
+from batchllm.host import logs, own_folder, standard_streams
 from batchllm.host.logs import EngineLogs
 
 FORK = b"f"
 _NOT_READ = ("COLUMNS", "LINES", "OLDPWD", "PYTEST_CURRENT_TEST", "PWD", "SHLVL", "_")
 """Environment variables that nothing reads at import."""
 _STOP_TIMEOUT_S = 10
+_STDERR = 2
+"""Standard error's file descriptor, whatever Python has put in its place."""
 
 _OWN_PREFIX = "BATCHLLM_"
 """Begins the names of environment variables that are read when an engine starts, not before."""
@@ -54,6 +56,7 @@ class Template:
         self.is_verbose = is_verbose
         self.num_users = 0
         self.owner_pid = os.getpid()
+        standard_streams.reserve()
         self._folder = own_folder.make()
         self.logs = None if is_verbose else EngineLogs(self._folder)
         self._socket, theirs = socket.socketpair()
@@ -61,10 +64,10 @@ class Template:
         environment = {"CUDA_TILE_TEMP_DIR": str(self._folder), **os.environ}
         with theirs, contextlib.ExitStack() as stack:
             fds = [theirs.fileno()]
-            output: int = _stderr_fd()
+            output = _STDERR
             if self.logs is not None:
                 log = stack.enter_context(self.logs.path(logs.TEMPLATE).open("ab"))
-                errors_fd = os.dup(_stderr_fd())
+                errors_fd = os.dup(_STDERR)
                 stack.callback(os.close, errors_fd)
                 fds.append(errors_fd)
                 environment[logs.FOLDER_VARIABLE] = str(self.logs.folder)
@@ -180,12 +183,3 @@ def _python() -> list[str]:
 def _program(fd: int) -> str:
     main = f"from batchllm.srt.entrypoints.template import main; main({fd}, {os.getpid()})"
     return f"import sys; sys.path[:] = {sys.path!r}; {main}"
-
-
-def _stderr_fd() -> int:
-    """Standard error's, whatever Python has put in its place; that of nothing where it is closed."""
-    try:
-        os.fstat(2)
-    except OSError:
-        return os.open(os.devnull, os.O_WRONLY)
-    return 2
