@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 _OF_THE_TESTS = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")
+WITHOUT_STREAMS = ("sh", "-c", 'exec "$0" "$@" <&- >&-')
+"""In front of a command: nobody gives it anything to read, or listens to it; standard error stays."""
 
 
 def of_user() -> dict[str, str]:

@@ -22,7 +22,7 @@ from openai import OpenAI
 
 from batchllm.distributed.actor import free_port
 from tests import forked
-from tests.environment import of_user
+from tests.environment import WITHOUT_STREAMS, of_user
 from tests.plain_http import read_certificates_once
 
 read_certificates_once()
@@ -73,9 +73,9 @@ class Server:
                     needs_sglang=True,
                 )
             else:
+                # As a daemon may be started: nothing to read, nobody who listens.
                 self.process = subprocess.Popen(
-                    [sys.executable, "-W", "ignore", "-m", "batchllm.launch_server", *flags],
-                    stdout=log,
+                    [*WITHOUT_STREAMS, sys.executable, "-W", "ignore", "-m", "batchllm.launch_server", *flags],
                     stderr=log,
                     env=environment,
                 )

@@ -17,20 +17,18 @@ import psutil
 import pytest
 
 from tests import forked
-from tests.environment import of_user
+from tests.environment import WITHOUT_STREAMS, of_user
 from tests.run_here import run_here
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 _NUM_ROWS = 500
-_WITHOUT_STREAMS = ("sh", "-c", 'exec "$0" "$@" <&- >&-')
-"""A command that nobody gives anything to read, or listens to."""
 CHAT = {"method": "POST", "url": "/v1/chat/completions"}
 
 
 def _batchllm(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     environment = of_user()
     return subprocess.run(
-        [*_WITHOUT_STREAMS, sys.executable, "-m", "batchllm", *map(str, arguments)],
+        [*WITHOUT_STREAMS, sys.executable, "-m", "batchllm", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,

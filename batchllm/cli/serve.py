@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from batchllm.cli.collector import collect_rarely
@@ -24,6 +26,8 @@ PROGRAM = "python -m batchllm.launch_server"
 def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Serve until a signal ends it; returns the exit status."""
     pass_on_hangup()  # uvicorn, which takes the other signals, leaves it to the system
+    if sys.stdout is None:  # closed by whoever started us; uvicorn asks whether it is a terminal
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
     if wants_replicas(server_flags):
         from batchllm.cli.serve_replicas import serve_replicas
 
