@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def common_len(a: Int32Array, a_start: int, b: Int32Array, b_start: int, limit: int) -> np.int64:
     """How many leading tokens of ``a[a_start:][:limit]`` and ``b[b_start:][:limit]`` agree.
 

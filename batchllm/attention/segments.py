@@ -7,12 +7,12 @@ Invariant: a step costs time linear in its sequences and in the prefixes above t
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.tokens import Int32Array
 
 
-@njit(cache=True)
+@njit()
 def deepest_cached(
     parent: Int32Array, end: Int32Array, leaf: Int32Array, kv_len: Int32Array, qo_len: Int32Array, node: Int32Array
 ) -> int:
@@ -28,7 +28,7 @@ def deepest_cached(
     return -1
 
 
-@njit(cache=True)
+@njit()
 def _number_nodes(
     node: Int32Array, parent: Int32Array, end: Int32Array, number: Int32Array
 ) -> tuple[Int32Array, Int32Array, Int32Array]:
@@ -64,7 +64,7 @@ def _number_nodes(
     return tree_node, above[:num_nodes], ends
 
 
-@njit(cache=True)
+@njit()
 def _choose_segments(
     above: Int32Array, end: Int32Array, num_readers: Int32Array, min_segment_len: int, max_nested: int
 ) -> tuple[Int32Array, Int32Array]:
@@ -94,7 +94,7 @@ def _choose_segments(
         min_len *= 2
 
 
-@njit(cache=True)
+@njit()
 def plan_segments(
     table_rows: Int32Array,
     qo_len: Int32Array,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.planner.group_cut import exact_cut, greedy_cut
 from batchllm.planner.plan import BatchPlan
 from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
@@ -227,7 +227,7 @@ def _saved_per_prefix(plan: BatchPlan, counted: BoolArray, num_consumers: Int32A
     return saved - plan.page_size * np.bincount(whole, minlength=plan.num_prefixes)
 
 
-@njit(cache=True)
+@njit()
 def _levels(parent: Int32Array) -> Int64Array:
     levels = np.ones(len(parent), np.int64)
     for p in range(len(parent)):
@@ -236,7 +236,7 @@ def _levels(parent: Int32Array) -> Int64Array:
     return levels
 
 
-@njit(cache=True)
+@njit()
 def _count_repeats(tokens: Int32Array, offsets: Int64Array, order: Int64Array) -> int:
     """Positions whose prompt equals the one before."""
     count = 0

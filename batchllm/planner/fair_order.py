@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.planner.plan import BatchPlan
 from batchllm.planner.reorder import reordered
@@ -108,7 +108,7 @@ def _num_owners(plan: BatchPlan, owners: Integers, costs: Integers, quantum: int
     return len(service)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _take_turns(owner: Int64Array, cost: Int64Array, quantum: int, service: Int64Array) -> Int64Array:
     """Place in the fair order -> position. ``service`` is counted on."""
     n, num_owners = len(owner), len(service)
@@ -150,7 +150,7 @@ def _take_turns(owner: Int64Array, cost: Int64Array, quantum: int, service: Int6
     return turn
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _first_in_order(
     num_left: Int64Array,
     service: Int64Array,
@@ -184,7 +184,7 @@ def _first_in_order(
     return best
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _find(left: Int64Array, k: int) -> int:
     """First index from ``k`` on that is not taken; shortens the way there."""
     while left[k] != k:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.planner.plan import BatchPlan
 from batchllm.tokens import Int32Array, Int64Array
 
@@ -86,7 +86,7 @@ def _cut_of(plan: BatchPlan, group: Int32Array, cost: Int64Array) -> GroupCut:
     return GroupCut(prefixes=chosen.astype(np.int32), request_group=request_group, saved_tokens=int(saved))
 
 
-@njit(cache=True)
+@njit()
 def _deepest_chosen(parent: Int32Array, end_len: Int32Array, limits: Int64Array) -> Int32Array:
     """Deepest chosen prefix at or above each: chosen if the one above it ends below its limit."""
     group = np.empty(len(parent), np.int32)
@@ -97,7 +97,7 @@ def _deepest_chosen(parent: Int32Array, end_len: Int32Array, limits: Int64Array)
     return group
 
 
-@njit(cache=True)
+@njit()
 def _merge_heaps(keys: Int64Array, left: Int64Array, right: Int64Array, a: int, b: int) -> int:
     """Meld two skew heaps, smallest key at the top, -1 for none; returns the top."""
     if a < 0 or b < 0:
@@ -117,7 +117,7 @@ def _merge_heaps(keys: Int64Array, left: Int64Array, right: Int64Array, a: int, 
         a = below
 
 
-@njit(cache=True)
+@njit()
 def _choice_limits(parent: Int32Array, end_len: Int32Array, num_direct: Int64Array, cost: Int64Array) -> Int64Array:
     """For each prefix, how many tokens must be had from above before choosing it stops paying.
 
@@ -165,7 +165,7 @@ def _choice_limits(parent: Int32Array, end_len: Int32Array, num_direct: Int64Arr
     return limits
 
 
-@njit(cache=True)
+@njit()
 def _trim(
     key: Int64Array,
     left: Int64Array,
@@ -186,7 +186,7 @@ def _trim(
     return high
 
 
-@njit(cache=True)
+@njit()
 def _flatten(
     key: Int64Array,
     left: Int64Array,
@@ -218,7 +218,7 @@ def _flatten(
     return low, limit, value + line[1] * (limit - here) - chosen
 
 
-@njit(cache=True)
+@njit()
 def _promote(parent: Int32Array, start_len: Int32Array, end_len: Int32Array, num_direct: Int64Array) -> Int32Array:
     """Where the paper's promotions leave each prefix: the group of its direct prompts, or -1."""
     m = len(parent)
@@ -261,7 +261,7 @@ def _promote(parent: Int32Array, start_len: Int32Array, end_len: Int32Array, num
     return group
 
 
-@njit(cache=True)
+@njit()
 def _move_branch(
     under: Int32Array,
     head: Int64Array,

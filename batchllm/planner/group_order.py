@@ -17,8 +17,8 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.planner.plan import deepest_prefix
 from batchllm.planner.prefix_tree import PrefixTree
@@ -146,7 +146,7 @@ def _siblings(owner: Int32Array, is_free: npt.NDArray[np.bool_], tree: PrefixTre
     return start, _siblings_by_row(owner, is_free, start, position_of_row)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _siblings_by_row(
     owner: Int32Array, is_free: npt.NDArray[np.bool_], start: Int64Array, position_of_row: Int64Array
 ) -> Int64Array:
@@ -170,7 +170,7 @@ def _siblings_by_row(
     return siblings
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _subtree_sums(owner: Int32Array, values: Int64Array) -> Int64Array:
     """Sum of ``values`` over each element and all below it, in their place. Parents come before children."""
     for element in range(len(values) - 1, -1, -1):
@@ -179,7 +179,7 @@ def _subtree_sums(owner: Int32Array, values: Int64Array) -> Int64Array:
     return values
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _sort_siblings(start: Int64Array, siblings: Int64Array, rank: Float64Array) -> None:
     """Sort each node's siblings by rank, smallest first; of equals, those in front stay in front."""
     for u in range(len(start) - 1):
@@ -194,7 +194,7 @@ def _sort_siblings(start: Int64Array, siblings: Int64Array, rank: Float64Array) 
             siblings[lo:hi] = members[np.argsort(rank[members], kind="mergesort")]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _balance_siblings(start: Int64Array, siblings: Int64Array, tokens: Int64Array, decode: Int64Array) -> None:
     """Take each node's siblings, sorted by ratio, from the end that keeps the mix nearest the overall one."""
     for u in range(len(start) - 1):
@@ -232,7 +232,7 @@ def _rearranged(tree: PrefixTree, owner: Int32Array, start: Int64Array, siblings
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _lay_out(
     depth: Int32Array,
     first: Int64Array,

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.errors import PlanError
 from batchllm.planner.prefix_tree import enclosing_interval
 from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
@@ -326,7 +326,7 @@ def _check_namespaces(plan: BatchPlan, namespaces: Int64Array) -> None:
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def deepest_prefix(parent: Int32Array, first: Int64Array, num_consumers: Int64Array, num_requests: int) -> Int32Array:
     """Deepest prefix over each position, or -1; prefixes are nested and in preorder.
 
@@ -351,7 +351,7 @@ def deepest_prefix(parent: Int32Array, first: Int64Array, num_consumers: Int64Ar
     return deepest
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _read_prefix(request_prefix: Int32Array, parent: Int32Array, first: Int64Array) -> Int32Array:
     read = request_prefix.copy()
     for i in range(len(read)):
@@ -361,7 +361,7 @@ def _read_prefix(request_prefix: Int32Array, parent: Int32Array, first: Int64Arr
     return read
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _first_mismatch(tokens: Int32Array, offsets: Int64Array, order: Int64Array, shared_lens: Int32Array) -> int:
     """First position that lacks ``shared_lens`` tokens of the one before it, or -1."""
     for i in range(1, len(order)):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.planner.group_order import GroupOrder, order_groups
 from batchllm.planner.plan import BatchPlan, deepest_prefix
@@ -127,7 +127,7 @@ def _whole_pages(tree: PrefixTree, prompt_lens: Int32Array, share_lens: Int32Arr
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _floor_nodes(
     parent: Int32Array,
     depth: Int32Array,
@@ -292,7 +292,7 @@ def _gather(tokens: Int32Array, starts: Int64Array, lens: npt.NDArray[np.integer
     return gathered
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def copy_runs(
     source: Int32Array, starts: Int64Array, ends: Int64Array, target: Int32Array, target_starts: Int64Array
 ) -> None:

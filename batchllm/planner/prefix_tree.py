@@ -21,8 +21,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
 
@@ -155,7 +155,7 @@ def _read_only(array: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
     return view
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _slice_cuts(bucket_end: Int64Array, share: int) -> Int64Array:
     """Bucket boundaries, from 0 to the end, that cut the positions in slices of about a share."""
     cuts = [np.int64(0)]
@@ -167,7 +167,7 @@ def _slice_cuts(bucket_end: Int64Array, share: int) -> Int64Array:
     return np.array(cuts)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _refine_buckets(s: _Sorting, lo: int, hi: int, leave: int) -> None:
     """Sort every bucket of positions ``lo .. hi - 1`` that has more than ``leave`` prompts."""
     stack = np.empty(128, dtype=np.int64)
@@ -186,7 +186,7 @@ def _refine_buckets(s: _Sorting, lo: int, hi: int, leave: int) -> None:
             start = end
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _skip_common(s: _Sorting, start: int, end: int) -> tuple[np.int64, bool]:
     """Advance over tokens the whole bucket shares; leave in ``keys`` the two tokens after them.
 
@@ -209,7 +209,7 @@ def _skip_common(s: _Sorting, start: int, end: int) -> tuple[np.int64, bool]:
             window *= 4
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _gather_keys(s: _Sorting, start: int, end: int, depth: int) -> bool:
     """Next two tokens of each prompt as one integer, 0 where it ended; True if any differ."""
     differ = False
@@ -226,7 +226,7 @@ def _gather_keys(s: _Sorting, start: int, end: int, depth: int) -> bool:
     return differ
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _agreed_len(s: _Sorting, start: int, end: int, depth: int, window: int) -> int:
     """How many of the next ``window`` tokens all prompts of the bucket have in common."""
     leader = s.offsets[s.order[start]] + depth
@@ -240,7 +240,7 @@ def _agreed_len(s: _Sorting, start: int, end: int, depth: int, window: int) -> i
     return agreed
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _split_bucket(s: _Sorting, start: int, end: int, depth: int) -> None:
     """Make every run of equal keys a bucket; two keys that differ say where their prompts part."""
     shift, low = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -256,7 +256,7 @@ def _split_bucket(s: _Sorting, start: int, end: int, depth: int) -> None:
         run = i
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _sort_duplicates(s: _Sorting, start: int, end: int, stack: Int64Array) -> None:
     """Put a bucket of identical prompts in input order."""
     length = s.offsets[s.order[start] + 1] - s.offsets[s.order[start]]
@@ -270,7 +270,7 @@ def _sort_duplicates(s: _Sorting, start: int, end: int, stack: Int64Array) -> No
         _sort_pairs(s.keys, s.order, start, end, stack)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _sort_pairs(keys: UInt64Array, order: Int64Array, start: int, end: int, stack: Int64Array) -> None:
     """Sort ``keys[start:end]`` and carry ``order`` along: three-way quicksort, explicit stack."""
     stack[0], stack[1] = start, end
@@ -306,7 +306,7 @@ def _sort_pairs(keys: UInt64Array, order: Int64Array, start: int, end: int, stac
             keys[j], order[j] = key, row
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _partition(keys: UInt64Array, order: Int64Array, lo: int, hi: int, pivot: int) -> tuple[int, int]:
     """Arrange ``[lo:hi]`` as below, equal to, above the pivot; returns the two boundaries."""
     less, i, greater = lo, lo, hi
@@ -326,7 +326,7 @@ def _partition(keys: UInt64Array, order: Int64Array, lo: int, hi: int, pivot: in
     return less, greater
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _lcp_intervals(lcp: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array]:
     """Depth, first position and size of every interval of the LCP array, in DFS preorder.
 
@@ -350,7 +350,7 @@ def _lcp_intervals(lcp: Int32Array) -> tuple[Int32Array, Int64Array, Int64Array]
     return depth[:count][::-1].copy(), first[:count][::-1].copy(), size[:count][::-1].copy()
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def enclosing_interval(first: Int64Array, size: Int64Array) -> Int32Array:
     """Smallest earlier interval that holds each interval, or -1; intervals are in preorder.
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.planner.plan import BatchPlan, deepest_prefix
 from batchllm.tokens import Int32Array, Int64Array
 
@@ -55,7 +55,7 @@ def reordered(plan: BatchPlan, turn: Int64Array, is_cut: BoolArray | None = None
     return replace(ordered, num_lost_tokens=num_computed - plan.optimal_prefill_tokens)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _num_openings(request_prefix: Int32Array, parent: Int32Array, is_cut: BoolArray) -> int:
     """How often a position has a prefix that the one before it has not, or from which a cut parts it."""
     count, before = 0, np.int32(-1)
@@ -74,7 +74,7 @@ def _num_openings(request_prefix: Int32Array, parent: Int32Array, is_cut: BoolAr
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _runs_of_prefixes(
     request_prefix: Int32Array, parent: Int32Array, is_cut: BoolArray, num_openings: int
 ) -> tuple[Int32Array, Int32Array, Int64Array, Int64Array]:
@@ -109,7 +109,7 @@ def _runs_of_prefixes(
     return prefix_of, above, first, num
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _as_prefixes(
     prefix_of: Int32Array, above: Int32Array, first: Int64Array, num: Int64Array, end_len: Int32Array
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int64Array, Int64Array]:

@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.planner.prefix_tree import _read_only, build_prefix_tree
 from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
@@ -250,7 +250,7 @@ def _cut_ranges(
     return new_lost
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _renumber(
     tokens: Int32Array,
     offsets: Int64Array,
@@ -283,7 +283,7 @@ def _renumber(
         row_range[row] += low
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _is_behind(
     tokens: Int32Array, start: int, end: int, row: int, namespace: int, cuts: _Cuts, cut: int, common: int
 ) -> tuple[bool, int]:
