@@ -65,6 +65,43 @@ def page_floor(num_tokens: int, page_size: int) -> int:
     return num_tokens - num_tokens % page_size
 
 
+def starts_of(lens: Sequence[int] | npt.NDArray[np.integer]) -> Int64Array:
+    """Where runs of these lengths start, one behind the other, and at the end the total: int64[len(lens) + 1]."""
+    starts = np.zeros(len(lens) + 1, np.int64)
+    np.cumsum(lens, out=starts[1:])
+    return starts
+
+
+@njit(cache=True, nogil=True)
+def copy_runs(
+    source: Int32Array, starts: Int64Array, ends: Int64Array, target: Int32Array, target_starts: Int64Array
+) -> None:
+    """Copy ``source[starts[i] : ends[i]]`` to ``target[target_starts[i] :]``, for every i."""
+    for i in range(len(starts)):
+        # Unsigned, as in `common_len`: five times as fast.
+        start, end, to = np.uint64(starts[i]), np.uint64(ends[i]), np.uint64(target_starts[i])
+        for k in range(end - start):
+            target[to + k] = source[start + k]
+
+
+def gather_runs(tokens: Int32Array, starts: Int64Array, lens: npt.NDArray[np.integer]) -> Int32Array:
+    """``tokens[starts[i] : starts[i] + lens[i]]`` of every i, one behind the other."""
+    offsets = starts_of(lens)
+    gathered = np.empty(offsets[-1], np.int32)
+    copy_runs(tokens, starts, starts + lens, gathered, offsets[:-1])
+    return gathered
+
+
+def check_integers(name: str, array: npt.NDArray[Any], num: int) -> None:
+    """Check that an array holds ``num`` integers, one a row.
+
+    Raises:
+        WorkloadError: It does not.
+    """
+    if array.shape != (num,) or not np.issubdtype(array.dtype, np.integer):
+        raise WorkloadError(f"{name} must be {num} integers, not {array.dtype} of shape {array.shape}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenTable:
     """All prompts of a job, tokenized: the layout of an Arrow list array.
@@ -113,8 +150,7 @@ class TokenTable:
         Raises:
             WorkloadError: A token id is negative or does not fit; the message names its row.
         """
-        offsets = np.zeros(len(prompts) + 1, dtype=np.int64)
-        np.cumsum([len(prompt) for prompt in prompts], out=offsets[1:])
+        offsets = starts_of([len(prompt) for prompt in prompts])
         arrays = [p for p in prompts if isinstance(p, np.ndarray) and p.dtype == np.int32]
         if prompts and len(arrays) == len(prompts):
             return cls(tokens=np.concatenate(arrays), offsets=offsets)
@@ -161,9 +197,10 @@ class TokenTable:
             self.offsets.astype("<i8", copy=False),
             self.tokens.astype("<i4", copy=False),
         ):
-            digest.update(_raw_bytes(array))
+            digest.update(raw_bytes(array))
         return digest.hexdigest()
 
 
-def _raw_bytes(array: npt.NDArray[Any]) -> memoryview:
+def raw_bytes(array: npt.NDArray[Any]) -> memoryview:
+    """The memory of a contiguous array, not a copy."""
     return array.data.cast("B") if array.size else memoryview(b"")

@@ -29,9 +29,9 @@ from batchllm.planner import (
     plan_batch,
 )
 from batchllm.planner.fair_order import fair_order
-from batchllm.planner.planner import PlannedRun, RunCutter, copy_runs
+from batchllm.planner.planner import PlannedRun, RunCutter
 from batchllm.request import NO_TARGET, SamplingParams
-from batchllm.tokens import Int32Array, Int64Array, TokenTable
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, copy_runs, starts_of
 
 _QUANTUM_POOLS = 2
 """KV pools' worth of tokens that one job may be served ahead of another."""
@@ -249,8 +249,7 @@ def _joined_table(parts: Sequence[Part]) -> TokenTable:
     if len(parts) == 1 and parts[0].left is None:
         return parts[0].table
     lengths = np.concatenate([part.table.lengths[_chosen(part)] for part in parts])
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = starts_of(lengths)
     tokens = np.empty(offsets[-1], np.int32)
     first = 0
     for part in parts:

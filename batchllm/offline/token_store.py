@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.errors import WorkloadError
-from batchllm.planner.planner import copy_runs
 from batchllm.planner.shards import TokenBlock
-from batchllm.tokens import Int32Array, Int64Array, TokenTable
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, copy_runs, raw_bytes, starts_of
 
 _TOKEN_BYTES = 4
 _BLOCK_LEN = 1 << 20
@@ -163,7 +162,7 @@ class TokenStore:
             return TokenTable(tokens=self._read(0, self.num_tokens), offsets=offsets)
         in_order = np.argsort(rows, kind="stable")
         starts, ends = offsets[rows[in_order]], offsets[rows[in_order] + 1]
-        chosen_offsets = _starts_of(offsets[rows + 1] - offsets[rows])
+        chosen_offsets = starts_of(offsets[rows + 1] - offsets[rows])
         targets = chosen_offsets[in_order]
         tokens = np.empty(chosen_offsets[-1], np.int32)
         for first, last in _windows(starts, ends):
@@ -193,7 +192,7 @@ class TokenStore:
             self._file.close()
 
     def _offsets(self) -> Int64Array:
-        return _starts_of(self.lengths)
+        return starts_of(self.lengths)
 
     def _view_memory(self) -> Int32Array:
         return np.frombuffer(self._memory, np.int32)[: self._taken_len]
@@ -256,7 +255,7 @@ class TokenStore:
             if self._file is None:
                 # For the life of the store, whose `close` closes it.
                 self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
-            view = _bytes_of(np.ascontiguousarray(tokens))
+            view = raw_bytes(np.ascontiguousarray(tokens))
             while view:
                 view = view[self._file.write(view) or 0 :]
         except OSError as error:
@@ -271,7 +270,7 @@ class TokenStore:
             return tokens
         self._write_buffer()
         tokens = np.empty(end - start, np.int32)
-        view, at = _bytes_of(tokens), int(start) * _TOKEN_BYTES
+        view, at = raw_bytes(tokens), int(start) * _TOKEN_BYTES
         try:
             while view:
                 num_read = os.preadv(self._file.fileno(), [view], at)
@@ -288,17 +287,6 @@ class TokenStore:
             f"{self._folder}: {error.strerror}; the tokens of the job do not fit in memory and are kept there: "
             f"make room, or name another folder, and run it again"
         )
-
-
-def _bytes_of(tokens: Int32Array) -> memoryview:
-    return tokens.data.cast("B") if len(tokens) else memoryview(b"")
-
-
-def _starts_of(lens: npt.NDArray[np.integer]) -> Int64Array:
-    """Where runs of these lengths start, one after another, and the total: int64[len(lens) + 1]."""
-    starts = np.zeros(len(lens) + 1, np.int64)
-    np.cumsum(lens, out=starts[1:])
-    return starts
 
 
 def _windows(starts: Int64Array, ends: Int64Array) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.planner.plan import BatchPlan
 from batchllm.planner.reorder import reordered
-from batchllm.tokens import Int64Array
+from batchllm.tokens import Int64Array, check_integers
 
 Integers = npt.NDArray[np.integer]
 
@@ -89,9 +89,8 @@ def fair_order(
 def _num_owners(plan: BatchPlan, owners: Integers, costs: Integers, quantum: int, service: Integers | None) -> int:
     """Number of owners."""
     n = plan.num_requests
-    for name, array in (("owners", owners), ("costs", costs)):
-        if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
-            raise WorkloadError(f"{name} must be {n} integers, not {array.dtype} of shape {array.shape}")
+    check_integers("owners", owners, n)
+    check_integers("costs", costs, n)
     for name, array, lowest in (("owner", owners, 0), ("cost", costs, 1)):
         if n and array.min() < lowest:
             row = int(array.argmin())

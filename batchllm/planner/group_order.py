@@ -22,7 +22,7 @@ from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.planner.plan import deepest_prefix
 from batchllm.planner.prefix_tree import PrefixTree
-from batchllm.tokens import Int32Array, Int64Array
+from batchllm.tokens import Int32Array, Int64Array, check_integers
 
 GroupOrder = Literal["lexicographic", "input", "ratio", "paper", "balanced"]
 """How siblings are ordered; ties go to the smallest input row.
@@ -126,10 +126,7 @@ def _sort(start: Int64Array, siblings: Int64Array, tokens: Int64Array, decode: I
 
 
 def _check_decode_lens(decode_lens: Integers, num_prompts: int) -> None:
-    if decode_lens.shape != (num_prompts,) or not np.issubdtype(decode_lens.dtype, np.integer):
-        raise WorkloadError(
-            f"decode_lens must be {num_prompts} integers, not {decode_lens.dtype} of shape {decode_lens.shape}"
-        )
+    check_integers("decode_lens", decode_lens, num_prompts)
     too_small = np.flatnonzero(decode_lens < 1)
     if len(too_small):
         row = too_small[0]

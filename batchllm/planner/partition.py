@@ -24,7 +24,7 @@ import numpy.typing as npt
 from batchllm.errors import WorkloadError
 from batchllm.planner.plan import BatchPlan
 from batchllm.planner.reorder import reordered
-from batchllm.tokens import Int64Array
+from batchllm.tokens import Int64Array, starts_of
 
 _PIECES_PER_SHARE = 2
 """A unit is at most one engine's share of the work that is left, divided by this (Hummel et al., *Factoring*, 1992)."""
@@ -128,8 +128,7 @@ def partition(
     first, unit_work, num_cut_groups = _cut_large_groups(plan, first, work, num_engines)
     turn_of_units = np.arange(len(first)) if keeps_order else np.argsort(-unit_work, kind="stable")
     sizes = np.diff(np.append(first, plan.num_requests))[turn_of_units]
-    bounds = np.zeros(len(first) + 1, np.int64)
-    np.cumsum(sizes, out=bounds[1:])
+    bounds = starts_of(sizes)
     turn = np.repeat(first[turn_of_units] - bounds[:-1], sizes) + np.arange(plan.num_requests)
     is_cut = np.zeros(plan.num_requests, np.bool_)
     is_cut[bounds[:-1]] = True

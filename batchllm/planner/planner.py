@@ -16,7 +16,7 @@ from batchllm.errors import WorkloadError
 from batchllm.planner.group_order import GroupOrder, order_groups
 from batchllm.planner.plan import BatchPlan, deepest_prefix
 from batchllm.planner.prefix_tree import PrefixTree, build_prefix_tree
-from batchllm.tokens import Int32Array, Int64Array, TokenTable
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, check_integers, gather_runs, starts_of
 
 
 def plan_batch(
@@ -63,7 +63,8 @@ def plan_batch(
     if share_lens is not None:
         _check_share_lens(share_lens, prompt_lens)
         sharing_lens = share_lens.astype(np.int32, copy=False)
-        shared = _beginnings(table, sharing_lens)
+        beginnings = gather_runs(table.tokens, table.offsets[:-1], sharing_lens)
+        shared = TokenTable(tokens=beginnings, offsets=starts_of(sharing_lens))
     tree = order_groups(build_prefix_tree(shared, namespaces), sharing_lens, decode_lens, group_order, partitions)
     limits = None if share_lens is None else sharing_lens[tree.order]
     plan = _whole_pages(tree, prompt_lens[tree.order], limits, page_size)
@@ -71,21 +72,8 @@ def plan_batch(
     return plan
 
 
-def _beginnings(table: TokenTable, lengths: Int32Array) -> TokenTable:
-    """The first ``lengths[i]`` tokens of each row i, a copy."""
-    offsets = np.zeros(len(table) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    tokens = np.empty(offsets[-1], np.int32)
-    starts = table.offsets[:-1]
-    copy_runs(table.tokens, starts, starts + lengths, tokens, offsets[:-1])
-    return TokenTable(tokens=tokens, offsets=offsets)
-
-
 def _check_share_lens(share_lens: npt.NDArray[np.integer], prompt_lens: Int32Array) -> None:
-    if share_lens.shape != prompt_lens.shape or not np.issubdtype(share_lens.dtype, np.integer):
-        raise WorkloadError(
-            f"share_lens must be {len(prompt_lens)} integers, not {share_lens.dtype} of shape {share_lens.shape}"
-        )
+    check_integers("share_lens", share_lens, len(prompt_lens))
     wrong = np.flatnonzero((share_lens < 1) | (share_lens > prompt_lens))
     if len(wrong):
         row = wrong[0]
@@ -267,7 +255,7 @@ class RunCutter:
             prefix_num_consumers=plan.num_consumers[prefixes],
             prefix_longest_consumer_len=self.longest_consumer_len[prefixes],
             prefix_end_position=plan.first[prefixes] + plan.num_consumers[prefixes],
-            prefix_tokens=_gather(
+            prefix_tokens=gather_runs(
                 tokens,
                 leader_offset + plan.start_len[prefixes],
                 plan.end_len[prefixes] - plan.start_len[prefixes],
@@ -279,29 +267,8 @@ class RunCutter:
             request_share_len=plan.shareable_lens[first:last],
             request_row=rows,
             private_len=private_len,
-            private_tokens=_gather(tokens, offsets[rows] + shared_len, private_len),
+            private_tokens=gather_runs(tokens, offsets[rows] + shared_len, private_len),
         )
-
-
-def _gather(tokens: Int32Array, starts: Int64Array, lens: npt.NDArray[np.integer]) -> Int32Array:
-    """``tokens[starts[i] : starts[i] + lens[i]]`` of every i, one after the other."""
-    offsets = np.zeros(len(lens) + 1, np.int64)
-    np.cumsum(lens, out=offsets[1:])
-    gathered = np.empty(offsets[-1], np.int32)
-    copy_runs(tokens, starts, starts + lens, gathered, offsets[:-1])
-    return gathered
-
-
-@njit(nogil=True)
-def copy_runs(
-    source: Int32Array, starts: Int64Array, ends: Int64Array, target: Int32Array, target_starts: Int64Array
-) -> None:
-    """Copy ``source[starts[i] : ends[i]]`` to ``target[target_starts[i] :]``, for every i."""
-    for i in range(len(starts)):
-        # Unsigned, as in `batchllm.tokens.common_len`: five times as fast.
-        start, end, to = np.uint64(starts[i]), np.uint64(ends[i]), np.uint64(target_starts[i])
-        for k in range(end - start):
-            target[to + k] = source[start + k]
 
 
 def max_over_ranges(values: Int64Array, first: Int64Array, num: Int64Array) -> Int64Array:

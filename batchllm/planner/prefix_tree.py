@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
-from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, check_integers, common_len
 
 UInt64Array = npt.NDArray[np.uint64]
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -109,8 +109,7 @@ def _sort_prompts(table: TokenTable, namespaces: Int64Array | None) -> tuple[Int
     order = np.arange(n, dtype=np.int64)
     starts = np.zeros(min(n, 1), dtype=np.int64)
     if namespaces is not None:
-        if namespaces.shape != (n,) or not np.issubdtype(namespaces.dtype, np.integer):
-            raise WorkloadError(f"namespaces must be {n} integers, not {namespaces.dtype} of shape {namespaces.shape}")
+        check_integers("namespaces", namespaces, n)
         order = np.argsort(namespaces, kind="stable").astype(np.int64, copy=False)
         ranked = namespaces[order]
         starts = np.flatnonzero(np.append(np.ones(min(n, 1), bool), ranked[1:] != ranked[:-1]))

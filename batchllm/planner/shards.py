@@ -22,7 +22,7 @@ import numpy.typing as npt
 from batchllm.compiled import njit
 from batchllm.errors import WorkloadError
 from batchllm.planner.prefix_tree import _read_only, build_prefix_tree
-from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, check_integers, common_len
 
 _SAMPLES_PER_SHARD = 64
 _WIDE_SHARE = 8
@@ -164,8 +164,8 @@ def _check(
         if number < 1:
             raise WorkloadError(f"{name} must be at least 1, not {number}")
     for name, array in (("namespaces", namespaces), ("num_samples", num_samples)):
-        if array is not None and (array.shape != lengths.shape or not np.issubdtype(array.dtype, np.integer)):
-            raise WorkloadError(f"{name} must be {len(lengths)} integers, not {array.dtype} of shape {array.shape}")
+        if array is not None:
+            check_integers(name, array, len(lengths))
     if num_samples is not None and (num_samples < 1).any():
         raise WorkloadError(f"row {np.flatnonzero(num_samples < 1)[0]} is to run less than once")
     if (lengths == 0).any():

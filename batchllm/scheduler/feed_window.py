@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from batchllm.tokens import Int64Array
+from batchllm.tokens import Int64Array, starts_of
 
 # KV pools' worth of requests on their way. One is what runs; the other is what may start when it ends.
 WINDOW_POOLS = 2
@@ -44,8 +44,7 @@ class FeedWindow:
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         self._kv_cost = kv_cost
-        self._cumulative_cost = np.zeros(len(kv_cost) + 1, np.int64)
-        np.cumsum(kv_cost, out=self._cumulative_cost[1:])
+        self._cumulative_cost = starts_of(kv_cost)
         self._window_cost = WINDOW_POOLS * kv_capacity_tokens
         self._max_run_requests, self._max_in_flight = max_run_requests, max_in_flight
         self._next_position = 0

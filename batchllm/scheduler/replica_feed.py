@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.scheduler.feed_window import MAX_IN_FLIGHT, REFILL_SHARE, WINDOW_POOLS
-from batchllm.tokens import Int64Array
+from batchllm.tokens import Int64Array, starts_of
 
 
 @dataclass(slots=True)
@@ -71,8 +71,8 @@ class ReplicaFeed:
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         self._kv_cost, self._work, self._bounds = kv_cost, work, bounds
-        self._cost_before = _summed(kv_cost, np.int64)
-        self._work_before = _summed(work, np.float64)
+        self._cost_before = starts_of(kv_cost)
+        self._work_before = np.append(0.0, np.cumsum(work))
         self._kv_limits = kv_limits
         self._max_run_requests, self._max_in_flight = max_run_requests, max_in_flight
         self._hands: dict[int, _Hand] = {}
@@ -182,9 +182,3 @@ class ReplicaFeed:
         end = int(self._bounds[self._next_unit])
         hand.rest = (first, end)
         hand.work += float(self._work_before[end] - self._work_before[first])
-
-
-def _summed(values: npt.NDArray[np.generic], dtype: type[np.generic]) -> npt.NDArray[np.generic]:
-    before = np.zeros(len(values) + 1, dtype)
-    np.cumsum(values, out=before[1:])
-    return before

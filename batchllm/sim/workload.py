@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchllm.errors import WorkloadError
-from batchllm.planner.planner import copy_runs
-from batchllm.tokens import Int32Array, Int64Array, TokenTable
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, check_integers, gather_runs, starts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,9 +42,7 @@ class SimWorkload:
     def __post_init__(self) -> None:
         n = len(self.table)
         for name in ("output_len", "max_new_len", "known_len", "task"):
-            array = getattr(self, name)
-            if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
-                raise WorkloadError(f"{name} must be {n} integers, not {array.dtype} of shape {array.shape}")
+            check_integers(name, getattr(self, name), n)
         wrong = (self.output_len < 1) | (self.output_len > self.max_new_len) | (self.known_len < 0)
         if wrong.any():
             row = int(wrong.argmax())
@@ -63,13 +60,11 @@ class SimWorkload:
 
     def of_rows(self, rows: Int64Array) -> SimWorkload:
         """Some of the rows, in the order given; prompts are copied."""
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(self.table.lengths[rows], out=offsets[1:])
-        tokens = np.empty(offsets[-1], np.int32)
-        copy_runs(self.table.tokens, self.table.offsets[rows], self.table.offsets[rows + 1], tokens, offsets[:-1])
+        lens = self.table.lengths[rows]
+        tokens = gather_runs(self.table.tokens, self.table.offsets[rows], lens)
         return SimWorkload(
             name=self.name,
-            table=TokenTable(tokens=tokens, offsets=offsets),
+            table=TokenTable(tokens=tokens, offsets=starts_of(lens)),
             output_len=self.output_len[rows],
             max_new_len=self.max_new_len[rows],
             known_len=self.known_len[rows],
@@ -238,8 +233,7 @@ def snippet(*, num_requests: int, delay: float, output: OutputDraw, seed: int = 
     document = document[np.argsort(arrival, kind="stable")]
     lens = rng.integers(document_len // 2, document_len + document_len // 2 + 1, num_documents)[document]
     private_len = rng.integers(_PRIVATE_LEN // 2, _PRIVATE_LEN + _PRIVATE_LEN // 2 + 1, num_requests)
-    offsets = np.zeros(num_requests + 1, np.int64)
-    np.cumsum(_INSTRUCTION_LEN + lens + private_len, out=offsets[1:])
+    offsets = starts_of(_INSTRUCTION_LEN + lens + private_len)
     tokens = np.zeros(int(offsets[-1]), np.int32)
     tokens[offsets[:-1] + _INSTRUCTION_LEN] = 1 + document
     tokens[offsets[:-1] + _INSTRUCTION_LEN + lens] = 1 + np.arange(num_requests)
