@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass, fields
 
+from batchllm.trace.table import aligned
 from batchllm.trace.whole_file import write_whole
 
 
@@ -127,9 +128,7 @@ class RunReport:
             ("prompt tokens/s", f"{self.prompt_tokens_per_s:,.1f}", ""),
             ("output tokens/s", f"{self.output_tokens_per_s:,.1f}", ""),
         ]
-        name_width = max(len(name) for name, _, _ in rows)
-        value_width = max(len(value) for _, value, _ in rows)
-        return "\n".join(f"{name:<{name_width}}  {value:>{value_width}}  {note}".rstrip() for name, value, note in rows)
+        return aligned(rows)
 
     def _outcome(self) -> str:
         before = f", {self.num_done_before:,} of them in earlier runs" if self.num_done_before else ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from batchllm.scheduler.output_length import PredictionError
 from batchllm.trace import StepTrace
+from batchllm.trace.table import aligned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -134,9 +135,7 @@ class SimResult:
                     f"bias; off by {self.prediction_error:.1%} a request",
                 )
             )
-        name_width = max(len(name) for name, _, _ in rows)
-        value_width = max(len(value) for _, value, _ in rows)
-        return "\n".join(f"{name:<{name_width}}  {value:>{value_width}}  {note}".rstrip() for name, value, note in rows)
+        return aligned(rows)
 
     def _occupancy(self) -> str:
         return f"of {self.trace.kv_limit_tokens:,}; {self.trace.saturated_occupancy:.1%} while work waited"

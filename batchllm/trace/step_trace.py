@@ -18,6 +18,7 @@ import numpy.typing as npt
 from batchllm.errors import ConfigError
 from batchllm.trace import chrome_trace
 from batchllm.trace.steps import MAX_COUNT, STEP_KINDS, StepArray, checked_steps, step_kinds, used_tokens
+from batchllm.trace.table import aligned
 from batchllm.trace.whole_file import write_whole
 
 _RAMP_END = 0.9
@@ -203,11 +204,7 @@ class StepTrace:
 
     def render(self) -> str:
         """The label, and `table` aligned for a terminal, without a final newline."""
-        rows = self.table()
-        name_width = max(len(name) for name, _, _ in rows)
-        value_width = max(len(value) for _, value, _ in rows)
-        lines = (f"{name:<{name_width}}  {value:>{value_width}}  {note}".rstrip() for name, value, note in rows)
-        return "\n".join((self.label, *lines))
+        return f"{self.label}\n{aligned(self.table())}"
 
     def _occupancy_in(self, part: slice) -> float:
         seconds = self.steps["duration_s"][part]
