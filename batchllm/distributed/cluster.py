@@ -26,6 +26,7 @@ import psutil
 
 from batchllm.errors import ConfigError, EngineError
 from batchllm.host import own_folder
+from batchllm.host.environment import environment
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Cluster:
         self._is_client = address is not None and address.startswith("ray://")
         self._folder: str | None = None
         check_reachable(address)
-        with _environment(_VARIABLES if self.is_own else {}):
+        with environment(_VARIABLES if self.is_own else {}):
             self.ray = _imported()
             if self.ray.is_initialized():
                 raise ConfigError(
@@ -288,18 +289,3 @@ def _kept_signals() -> Iterator[None]:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Variables that Ray's processes inherit and this process reads while it imports Ray; as they were at the end."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

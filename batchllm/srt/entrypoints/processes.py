@@ -20,6 +20,7 @@ import sglang.srt.entrypoints.engine as upstream
 from sglang.srt.managers.io_struct import ShutdownReq
 
 from batchllm.host import own_folder
+from batchllm.host.environment import environment
 from batchllm.srt.platforms.fork_safety import launch_state, process_state
 
 _LOADS_PREFIX = "sglang_loads_batchllm-"
@@ -61,8 +62,9 @@ class EngineProcesses:
         before_us = {child.pid for child in psutil.Process().children()}
         # A kernel library makes a temporary directory in every process at import and leaves it there.
         quiet = os.environ.get("PYTHONWARNINGS", "ignore::UserWarning")
+        variables = {"CUDA_TILE_TEMP_DIR": self._socket_dir, "PYTHONWARNINGS": quiet}
         try:
-            with _environment(CUDA_TILE_TEMP_DIR=self._socket_dir, PYTHONWARNINGS=quiet), _start_method(server_args):
+            with environment(variables), _start_method(server_args):
                 yield
         finally:
             tempfile.tempdir = before
@@ -159,18 +161,3 @@ def _is_alive(process: psutil.Process) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the processes started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

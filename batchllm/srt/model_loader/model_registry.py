@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from batchllm.host.environment import environment
+
 _DISABLED = "SGLANG_DISABLED_MODEL_ARCHS"
 _EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 _PACKAGE = "sglang.srt.models"
@@ -21,14 +23,9 @@ _ENTRY = re.compile(r"^EntryClass\s*(?::[^=]+)?=\s*(\[[^\]]*\]|\w+)", re.MULTILI
 
 
 class LazyModels(dict[str, Any]):
-    """Classes by architecture, as in upstream's registry; each is imported when it is read.
-
-    Args:
-        modules: The module of each architecture.
+    """Classes by architecture, as in upstream's registry. It is made with the module of each; a class is imported when
+    it is read.
     """
-
-    def __init__(self, modules: dict[str, str]) -> None:
-        super().__init__(modules)
 
     def __getitem__(self, architecture: str) -> Any:
         found = super().__getitem__(architecture)
@@ -45,15 +42,8 @@ def make_lazy() -> None:
     if os.environ.get(_EXTERNAL):
         return
     modules = find_architectures(os.environ.get(_DISABLED, ""))
-    before = os.environ.get(_DISABLED)
-    os.environ[_DISABLED] = ",".join(sorted({name.rpartition(".")[2] for name in _module_names()}))
-    try:
+    with environment({_DISABLED: ",".join(sorted({name.rpartition(".")[2] for name in _module_names()}))}):
         registry = importlib.import_module(f"{_PACKAGE}.registry")
-    finally:
-        if before is None:
-            del os.environ[_DISABLED]
-        else:
-            os.environ[_DISABLED] = before
     registry.ModelRegistry.models = LazyModels(modules)
 
 
