@@ -200,7 +200,7 @@ class FileRoutes:
 
     def _get(self, file_id: str) -> FileObject:
         """Say what is known of a file."""
-        return _object(self._need(file_id))
+        return _object(self.need(file_id))
 
     def _delete(self, file_id: str) -> FileDeleted:
         """Delete a file."""
@@ -214,14 +214,19 @@ class FileRoutes:
 
     def content(self, file_id: str) -> StreamingResponse:
         """Give a file's bytes."""
-        record = self._need(file_id)
+        record = self.need(file_id)
         try:
             stream = self._files.path(record.id).open("rb", buffering=0)
         except FileNotFoundError:  # deleted in this moment
             raise unknown_file(file_id, "file_id") from None
         return _OpenFileResponse(stream, record.num_bytes)
 
-    def _need(self, file_id: str) -> FileRecord:
+    def need(self, file_id: str) -> FileRecord:
+        """The record of a file.
+
+        Raises:
+            ApiError: There is no such file.
+        """
         record = self._files.get(file_id)
         if record is None:
             raise unknown_file(file_id, "file_id")

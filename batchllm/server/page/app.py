@@ -136,7 +136,7 @@ class BatchPage:
     async def _refused(self, request: Request, error: ApiError) -> Response:
         """The overview with what was wrong; alone where nobody is signed in, or the overview does not work either."""
         if error.status_code in (400, 404, 409, 413, 415, 507) and self._is_signed_in(request):
-            return await self._show_overview(request, told=error.message, status_code=error.status_code)
+            return await self._overview(request, told=error.message, status_code=error.status_code)
         return self._page(request, "message", error.status_code, told=error.message)
 
     def _is_signed_in(self, request: Request) -> bool:
@@ -157,10 +157,7 @@ class BatchPage:
 
     # What is shown
 
-    async def _overview(self, request: Request) -> Response:
-        return await self._show_overview(request)
-
-    async def _show_overview(self, request: Request, told: str = "", status_code: int = 200) -> Response:
+    async def _overview(self, request: Request, told: str = "", status_code: int = 200) -> Response:
         def render() -> Response:
             is_told = bool(told)  # then the request's own parameters may be what is wrong
             after, chosen = (None, None) if is_told else map(request.query_params.get, ("after", "file"))
@@ -175,7 +172,7 @@ class BatchPage:
         return await run_in_threadpool(render)
 
     async def _download(self, request: Request) -> Response:
-        record = await run_in_threadpool(self._content.file, request.path_params["file_id"])
+        record = await run_in_threadpool(self._files.need, request.path_params["file_id"])
         response = await run_in_threadpool(self._files.content, record.id)
         name = quote(record.filename.encode(errors="replace"), safe="")
         response.headers["content-disposition"] = f"attachment; filename=\"{record.id}.jsonl\"; filename*=UTF-8''{name}"

@@ -19,10 +19,10 @@ import jinja2
 
 from batchllm.dataset.openai_rows import KIND_OF_URL
 from batchllm.offline.stats import JobStats
-from batchllm.server.api_errors import ApiError, unknown_cursor, unknown_file
+from batchllm.server.api_errors import ApiError, unknown_cursor
 from batchllm.server.batch_activity import BatchActivity
 from batchllm.server.batch_store import BatchRecord, BatchStore
-from batchllm.server.file_store import FileRecord, FileStore, UnknownCursorError
+from batchllm.server.file_store import FileStore, UnknownCursorError
 from batchllm.server.objects import INPUT_PURPOSE
 from batchllm.server.page import view
 from batchllm.server.page.charts import draw_charts, recent_steps
@@ -183,17 +183,6 @@ class PageContent:
                 return stream.read(_HEAD_LEN)
         except FileNotFoundError:  # deleted in this moment
             return None
-
-    def file(self, file_id: str) -> FileRecord:
-        """The record of a file.
-
-        Raises:
-            ApiError: There is no such file.
-        """
-        record = self._files.get(file_id)
-        if record is None:
-            raise unknown_file(file_id, "file_id")
-        return record
 
 
 def _hash(text: str) -> str:
