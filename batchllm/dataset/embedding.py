@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import base64
 import struct
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batchllm.dataset import field_checks as checks
-from batchllm.dataset.openai_body import IGNORED, asks_nothing
-from batchllm.dataset.prompts import check_prompts, empty_prompt
+from batchllm.dataset.openai_body import check_names
+from batchllm.dataset.prompts import check_prompts, empty_prompt, prompt_fields
+from batchllm.dataset.ranking import usage_of_prompts
 from batchllm.dataset.records import Row, RowHead
 from batchllm.dataset.scoring import only_embeds
 from batchllm.errors import RowError
@@ -34,7 +34,7 @@ def parse_embedding(body: Mapping[str, Any], *, given_id: str | int, index: int,
     Raises:
         RowError: Anything in it is wrong; of several inputs it says which.
     """
-    _check_names(body)
+    check_names(body, _FIELDS, _REFUSED)
     model = None if body.get("model") is None else checks.text("model", body["model"])
     named = "" if model is None else model.partition(":")[2].strip()
     adapter = named or (None if body.get("lora_path") is None else checks.adapter_name("lora_path", body["lora_path"]))
@@ -46,32 +46,16 @@ def parse_embedding(body: Mapping[str, Any], *, given_id: str | int, index: int,
             param="encoding_format",
         )
     dimensions = None if body.get("dimensions") is None else DIMENSIONS("dimensions", body["dimensions"])
-    prompt = check_prompts("input", _input(body.get("input")))
     request = Request(
         row_id=str(given_id),
         index=index,
         sampling=only_embeds(dimensions, adapter),
-        prompt=prompt if isinstance(prompt, str) else None,
-        input_ids=prompt if isinstance(prompt, array) else None,
-        prompts=prompt if isinstance(prompt, list) else None,
+        **prompt_fields(check_prompts("input", _input(body.get("input")))),
         prompts_name="input",
         model=model,
     )
     answer = {"encoding_format": encoding}
     return Row(request=request, kind="embeddings", given_id=given_id, line=line, model=model, answer=answer)
-
-
-def _check_names(body: Mapping[str, Any]) -> None:
-    for name, value in body.items():
-        if name in _FIELDS or name in IGNORED or (name in _REFUSED and asks_nothing(name, value)):
-            continue
-        if name in _REFUSED:
-            raise RowError(f"{name}: {_REFUSED[name]}", code="unsupported_parameter", param=name)
-        raise RowError(
-            f"unknown body field {checks.show(name)}{checks.closest(name, _FIELDS)}",
-            code="unknown_parameter",
-            param=name,
-        )
 
 
 def _input(value: Any) -> Any:
@@ -101,7 +85,6 @@ def embeddings_body(head: RowHead, samples: Sequence[Completion], model: str) ->
         model: Name of the model that runs.
     """
     is_packed = (head.answer or {})["encoding_format"] == "base64"
-    num_tokens = sum(sample.prompt_tokens for sample in samples)
     vectors = [list(sample.embedding or ()) for sample in samples]
     return {
         "data": [
@@ -110,13 +93,7 @@ def embeddings_body(head: RowHead, samples: Sequence[Completion], model: str) ->
         ],
         "model": model,
         "object": "list",
-        "usage": {
-            "prompt_tokens": num_tokens,
-            "total_tokens": num_tokens,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-            "reasoning_tokens": 0,
-        },
+        "usage": usage_of_prompts(samples),
     }
 
 

@@ -247,7 +247,32 @@ def _refuse(name: str, value: object, kind: RowKind) -> None:
         raise RowError(f"{name}: only chats have it; leave it out", code="unsupported_parameter", param=name)
     known = {*_FIELDS[kind], *(_CHAT_FIELDS if kind == "chat" else ("echo",)), PROMPT_FIELD[kind], "model", "logprobs"}
     known |= {"response_format", *_NAMESPACE}
-    raise RowError(
+    raise unknown_name(name, known)
+
+
+def check_names(body: Mapping[str, Any], known: Collection[str], refused: Mapping[str, str]) -> None:
+    """Checks that every name of a body is known, or says nothing about the answer.
+
+    Args:
+        body: The body.
+        known: Names that are read.
+        refused: Why each of some other names is not taken, where it asks for something.
+
+    Raises:
+        RowError: One is refused, or not known.
+    """
+    for name, value in body.items():
+        if name in known or name in IGNORED:
+            continue
+        if name not in refused:
+            raise unknown_name(name, known)
+        if not asks_nothing(name, value):
+            raise RowError(f"{name}: {refused[name]}", code="unsupported_parameter", param=name)
+
+
+def unknown_name(name: str, known: Collection[str]) -> RowError:
+    """The error of a body with a name that nobody knows."""
+    return RowError(
         f"unknown body field {checks.show(name)}{checks.closest(name, known)}", code="unknown_parameter", param=name
     )
 

@@ -9,14 +9,13 @@ n 1), but for these: ``max_tokens`` is 16 for completions, as OpenAI documents, 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchllm.dataset import field_checks as checks
 from batchllm.dataset.embedding import parse_embedding
 from batchllm.dataset.openai_body import PROMPT_FIELD, BodySettings, settings_part
-from batchllm.dataset.prompts import check_messages, check_prompts
+from batchllm.dataset.prompts import check_messages, check_prompts, prompt_fields
 from batchllm.dataset.ranking import parse_ranking
 from batchllm.dataset.records import Row, RowKind
 from batchllm.dataset.response_rows import as_chat
@@ -72,15 +71,15 @@ def parse_openai(record: dict[str, Any], *, given_id: str | int, index: int, lin
     if body.get(name) is None:
         raise RowError(f"the body has no {name}", code="missing_prompt", param=name)
     sampling = settings.sampling if adapter is None else with_adapter(settings.sampling, adapter)
-    prompt = check_prompts("prompt", body[name]) if of_body == "completions" else None
+    if of_body == "completions":
+        prompt = prompt_fields(check_prompts("prompt", body[name]))
+    else:
+        prompt = {"messages": check_messages(body[name])}
     request = Request(
         row_id=str(given_id),
         index=index,
         sampling=sampling,
-        prompt=prompt if isinstance(prompt, str) else None,
-        input_ids=prompt if isinstance(prompt, array) else None,
-        prompts=prompt if isinstance(prompt, list) else None,
-        messages=check_messages(body[name]) if of_body == "chat" else None,
+        **prompt,
         chat=settings.chat,
         model=model,
         namespace=settings.namespace,

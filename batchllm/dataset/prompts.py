@@ -34,9 +34,7 @@ def check_text(name: str, value: object) -> str:
 
 
 def check_prompts(name: str, value: object) -> str | array[int] | list[str | array[int]]:
-    """Checks text, token ids, or a list of either, of which a body of OpenAI's answers each; a list of one is that
-    one.
-    """
+    """Checks text, token ids, or a list of either, of which a body of OpenAI's answers each."""
     if not isinstance(value, list):
         return check_text(name, value)
     if not value:
@@ -44,10 +42,17 @@ def check_prompts(name: str, value: object) -> str | array[int] | list[str | arr
     if not isinstance(value[0], (str, list)):
         return token_ids(name, value)
     is_ids = isinstance(value[0], list)
-    prompts = [
+    return [
         token_ids(f"{name}[{i}]", item) if is_ids else check_text(f"{name}[{i}]", item) for i, item in enumerate(value)
     ]
-    return prompts[0] if len(prompts) == 1 else prompts
+
+
+def prompt_fields(prompts: str | array[int] | list[str | array[int]]) -> dict[str, Any]:
+    """The field of a request that holds what `check_prompts` gives; of a list of one that one."""
+    if isinstance(prompts, list) and len(prompts) > 1:
+        return {"prompts": prompts}
+    (only,) = prompts if isinstance(prompts, list) else [prompts]
+    return {"prompt" if isinstance(only, str) else "input_ids": only}
 
 
 def check_messages(value: object) -> list[dict[str, Any]]:

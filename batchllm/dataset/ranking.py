@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batchllm.dataset import field_checks as checks
-from batchllm.dataset.openai_body import IGNORED, asks_nothing
+from batchllm.dataset.openai_body import check_names
+from batchllm.dataset.prompts import prompt_fields
 from batchllm.dataset.records import Row, RowHead, RowKind
 from batchllm.dataset.scoring import only_labels
 from batchllm.errors import RowError
@@ -45,7 +46,7 @@ def parse_ranking(body: dict[str, Any], kind: RowKind, *, given_id: str | int, i
     Raises:
         RowError: Anything in it is wrong; of an item or a document it says which.
     """
-    _check_names(body, kind)
+    check_names(body, _FIELDS[kind], _REFUSED)
     model = None if body.get("model") is None else checks.text("model", body["model"])
     if model is not None and ":" in model:
         raise RowError(
@@ -58,19 +59,6 @@ def parse_ranking(body: dict[str, Any], kind: RowKind, *, given_id: str | int, i
     return Row(request=request, kind=kind, given_id=given_id, line=line, model=model, answer=answer)
 
 
-def _check_names(body: Mapping[str, Any], kind: RowKind) -> None:
-    for name, value in body.items():
-        if name in _FIELDS[kind] or name in IGNORED or (name in _REFUSED and asks_nothing(name, value)):
-            continue
-        if name in _REFUSED:
-            raise RowError(f"{name}: {_REFUSED[name]}", code="unsupported_parameter", param=name)
-        raise RowError(
-            f"unknown body field {checks.show(name)}{checks.closest(name, _FIELDS[kind])}",
-            code="unknown_parameter",
-            param=name,
-        )
-
-
 def _score(body: Mapping[str, Any], common: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
     labels = body.get("label_token_ids")
     if not labels:
@@ -80,12 +68,9 @@ def _score(body: Mapping[str, Any], common: dict[str, Any]) -> tuple[Request, di
             param="label_token_ids",
         )
     prompts = _prompts(body.get("query"), body.get("items"), item_first=_flag(body, "item_first", default=False))
-    fields: dict[str, Any] = {"prompts": prompts}
-    if len(prompts) == 1:
-        fields = {"prompt" if isinstance(prompts[0], str) else "input_ids": prompts[0]}
     sampling = only_labels(tuple(checks.token_ids("label_token_ids", labels)))
     answer = {"apply_softmax": _flag(body, "apply_softmax", default=False)}
-    return Request(**common, **fields, sampling=sampling, prompts_name="items"), answer
+    return Request(**common, **prompt_fields(prompts), sampling=sampling, prompts_name="items"), answer
 
 
 def _prompts(query: Any, items: Any, *, item_first: bool) -> list[Any]:
@@ -144,6 +129,13 @@ def _flag(body: Mapping[str, Any], name: str, *, default: bool) -> bool:
     return default if body.get(name) is None else checks.boolean(name, body[name])
 
 
+def usage_of_prompts(samples: Sequence[Completion]) -> dict[str, int | None]:
+    """What SGLang's routes say of the tokens of prompts behind which nothing is generated."""
+    num_tokens = sum(sample.prompt_tokens for sample in samples)
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0}
+    return usage | {"prompt_tokens_details": None, "reasoning_tokens": 0}
+
+
 def ranking_body(head: RowHead, samples: Sequence[Completion]) -> dict[str, Any] | list[dict[str, Any]]:
     """The body of the answer to such a row, as SGLang's route of the kind has it.
 
@@ -153,13 +145,11 @@ def ranking_body(head: RowHead, samples: Sequence[Completion]) -> dict[str, Any]
     options = head.answer or {}
     logprobs = [sample.label_logprobs or () for sample in samples]
     if head.kind == "score":
-        num_tokens = sum(sample.prompt_tokens for sample in samples)
-        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0}
         return {
             "scores": [_softmax(values) if options["apply_softmax"] else _probabilities(values) for values in logprobs],
             "pooled_hidden_states": None,
             "model": head.model or DEFAULT_MODEL,
-            "usage": usage | {"prompt_tokens_details": None, "reasoning_tokens": 0},
+            "usage": usage_of_prompts(samples),
             "object": "scoring",
         }
     ranked = []

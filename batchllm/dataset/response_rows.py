@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchllm.dataset import field_checks as checks
-from batchllm.dataset.openai_body import IGNORED, asks_nothing
+from batchllm.dataset.openai_body import IGNORED, asks_nothing, unknown_name
 from batchllm.dataset.records import RowHead
 from batchllm.errors import RowError
 from batchllm.request import Completion
@@ -65,9 +65,7 @@ def as_chat(body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_refused(name: str, value: object) -> None:
     if name not in _REFUSED:
-        raise RowError(
-            f"unknown body field {checks.show(name)}{checks.closest(name, _OWN)}", code="unknown_parameter", param=name
-        )
+        raise unknown_name(name, _OWN)
     if not asks_nothing(name, value) and value not in _NO_CHANGE.get(name, ()):
         raise RowError(
             f"{name}: of /v1/responses only text is answered in batches; leave it out, or ask the live route",

@@ -7,6 +7,7 @@ out of bounds, and those are refused here.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,18 @@ UNENFORCED_FORMATS = frozenset(
 
 UNSAFE = frozenset({*map(chr, range(32)), '"', "\\"})
 """Characters that JSON writes with an escape, which the grammar of a pattern does not."""
-_WORD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+_ESCAPES = {
+    "d": string.digits,
+    "w": f"{string.ascii_letters}{string.digits}_",
+    "s": "\t\n\v\f\r ",
+    "n": "\n",
+    "t": "\t",
+    "r": "\r",
+    "f": "\f",
+    "v": "\v",
+    "0": "\0",
+}
+"""ASCII characters that an escaped letter of a pattern may be."""
 _ASCII = frozenset(map(chr, range(128)))
 
 
@@ -240,18 +252,10 @@ def _characters(part: str) -> frozenset[str] | None:
         return frozenset(part)
     if part[1] in "xu" and len(part) > 2:
         return frozenset(chr(int(part[2:], 16)))
-    known = {"d": frozenset("0123456789"), "w": _WORD, "s": frozenset("\t\n\v\f\r "), "n": frozenset("\n")}
-    known |= {
-        "t": frozenset("\t"),
-        "r": frozenset("\r"),
-        "f": frozenset("\f"),
-        "v": frozenset("\v"),
-        "0": frozenset("\0"),
-    }
-    if part[1] in known:
-        return known[part[1]]
+    if part[1] in _ESCAPES:
+        return frozenset(_ESCAPES[part[1]])
     if part[1] in "DWS":
-        return _ASCII - known[part[1].lower()]
+        return _ASCII.difference(_ESCAPES[part[1].lower()])
     return None if part[1].isalnum() else frozenset(part[1])
 
 
