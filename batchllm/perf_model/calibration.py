@@ -318,33 +318,16 @@ def _rivals(j: int, unknowns: Float64Array, default: Float64Array) -> Iterator[f
 
 
 def _bounded_least_squares(design: Float64Array, near: Float64Array, is_free: BoolArray) -> Float64Array:
-    """Least ``|design @ x - 1|`` with ``x >= _LEAST``, and ``x == near`` where not free; of equals, one near ``near``.
+    """Least ``|design @ x - 1|`` with ``x >= _LEAST``, and ``x == near`` where not free; of equals, one near it."""
+    from scipy.optimize import lsq_linear  # half a second to import
 
-    Exact: with five unknowns, all choices of those on their bound can be tried.
-    """
     scale = np.linalg.norm(design, axis=0)
     scale[scale == 0] = 1.0
-    scaled = design / scale
-    # Without this, columns that say the same would leave the minimum open.
-    gram = scaled.T @ scaled + 1e-12 * np.eye(len(near))
-    gradient = scaled.T @ (1 - design @ near)
-    least_move = (_LEAST - near) * scale
     free = np.flatnonzero(is_free)
-    best, best_loss = np.zeros(len(near)), np.inf
-    for choice in product((False, True), repeat=len(free)):
-        move = np.zeros(len(near))
-        bound = free[np.array(choice, np.bool_)]
-        inner = free[~np.array(choice, np.bool_)]
-        move[bound] = least_move[bound]
-        if len(inner):
-            move[inner] = np.linalg.solve(
-                gram[np.ix_(inner, inner)], gradient[inner] - gram[np.ix_(inner, bound)] @ move[bound]
-            )
-        if (move[inner] < least_move[inner]).any():
-            continue
-        loss = float(move @ gram @ move / 2 - gradient @ move)
-        if loss < best_loss:
-            best, best_loss = move, loss
-        if not len(bound):
-            break  # None is on its bound: nothing can be better.
-    return np.asarray(np.maximum(near + best / scale, np.where(is_free, _LEAST, near)))
+    # Without these rows, columns that say the same would leave the minimum open.
+    rows = np.vstack([(design / scale)[:, free], 1e-6 * np.eye(len(free))])
+    aims = np.append(1 - design @ near, np.zeros(len(free)))
+    moves = lsq_linear(rows, aims, (((_LEAST - near) * scale)[free], np.inf), method="bvls").x
+    found = near.copy()
+    found[free] = np.maximum(near[free] + moves / scale[free], _LEAST[free])
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -69,19 +69,9 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         owner = f"model {self.name!r}"
-        check_positive(
-            owner,
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            weight_bytes_per_param=self.weight_bytes_per_param,
-            head_bytes_per_param=self.head_bytes_per_param,
-            kv_bytes_per_value=self.kv_bytes_per_value,
-        )
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        del sizes["name"], sizes["is_tied"]
+        check_positive(owner, **sizes)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{owner}: num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
 
