@@ -28,7 +28,7 @@ from batchllm.distributed.replica import Replica
 from batchllm.distributed.tokenizer import SpreadTokenizer
 from batchllm.errors import BatchLLMError, ConfigError, EngineDiedError, EngineError
 from batchllm.host.messages import CloseJob, GivePlanned, OpenJob, Submit, Withdraw
-from batchllm.offline.event_loop import LoopThread, run_on
+from batchllm.offline.event_loop import LoopThread, iterate_on, run_on
 from batchllm.offline.recovery import MAX_FRUITLESS_DEATHS, RestartLimit
 from batchllm.offline.runtime import FinishedRequests, LostEngine, RunRequests, Runtime, RuntimeInfo
 from batchllm.scheduler.counters import JobCounters
@@ -62,6 +62,7 @@ class ReplicatedRuntime:
 
     Attributes:
         loop: The event loop on which jobs are fed and received.
+        death: Why there will never be an engine again; None while there may be.
 
     Raises:
         ConfigError: A node has something else, or an engine takes no such argument.
@@ -88,7 +89,7 @@ class ReplicatedRuntime:
         self._engines: dict[int, int] = {}  # number -> KV limit of those that are up
         self._num_places_left = num_engines
         self._jobs: dict[int, _OpenJob] = {}
-        self._death: EngineError | None = None
+        self.death: EngineError | None = None
         self._enough: Future[Started] = Future()
         self._is_up = True
         self._kv_limit = 0
@@ -105,24 +106,16 @@ class ReplicatedRuntime:
         except BaseException:
             self.end()
             raise
-        self._info = replace(
+        self.info: RuntimeInfo = replace(
             started.info, kv_limit_tokens=self._kv_limit, num_engines=num_engines, engines=self._engines
         )
-        self._tokenizer = SpreadTokenizer(self.loop, self._live) if started.has_tokenizer else None
-
-    @property
-    def info(self) -> RuntimeInfo:
-        return self._info
-
-    @property
-    def tokenizer(self) -> SpreadTokenizer | None:
-        return self._tokenizer
+        self.tokenizer = SpreadTokenizer(self.loop, self._live) if started.has_tokenizer else None
 
     # Jobs, on the loop
 
     def open_job(self) -> int:
-        if self._death is not None:
-            raise self._death
+        if self.death is not None:
+            raise self.death
         job_id = next(self._job_numbers)
         self._jobs[job_id] = _OpenJob()
         return job_id
@@ -159,7 +152,7 @@ class ReplicatedRuntime:
                 replica.send(CloseJob(job_id, is_complete))
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        return self._loop_thread.iterate(stream)
+        return iterate_on(self.loop, stream)
 
     def give_planned(self, share: float) -> None:
         self.loop.call_soon_threadsafe(self._give_planned, share)
@@ -175,11 +168,6 @@ class ReplicatedRuntime:
         """Where live requests are answered, by the number of the engine."""
         urls = {number: replica.live_url for number, replica in list(self._replicas.items())}
         return {number: url for number, url in urls.items() if url is not None and number in self._engines}
-
-    @property
-    def death(self) -> EngineError | None:
-        """Why there will never be an engine again; None while there may be."""
-        return self._death
 
     def shutdown(self) -> None:
         """A job that has the engines for itself ends."""
@@ -291,9 +279,9 @@ class ReplicatedRuntime:
             return
         if self._num_places_left == 0:
             kind = EngineDiedError if isinstance(error, ClusterLostError) else EngineError
-            self._death = kind(f"no engine is left: {error}")
+            self.death = kind(f"no engine is left: {error}")
             for job in self._jobs.values():
-                job.outputs.put_nowait(self._death)
+                job.outputs.put_nowait(self.death)
 
     def _join(self, replica: Replica, started: Started) -> None:
         """An engine is up. Jobs are told by an empty message that there is somebody to feed.

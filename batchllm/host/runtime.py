@@ -9,22 +9,21 @@ import asyncio
 import contextlib
 import itertools
 import os
-import tempfile
 import threading
-from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import psutil
 
-from batchllm.errors import EngineDiedError, EngineError, RowError
+from batchllm.errors import EngineDiedError, EngineError
 from batchllm.host import messages, own_folder, template
+from batchllm.host.tokenizer import RemoteTokenizer
 from batchllm.offline.compile_ahead import compile_ahead
 from batchllm.offline.event_loop import LoopThread, iterate_on
-from batchllm.offline.runtime import Answer, Chat, FinishedRequests, RunRequests, RuntimeInfo
-from batchllm.request import ChatPrompt, Completion, Ranking, RankingPrompts
+from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 
 SCHEDULER_PROCESS = "batchllm.srt.managers.scheduler_process:run_scheduler_process"
 """Target of the scheduler's process."""
@@ -90,10 +89,10 @@ class HostedRuntime:
             self._release()
             raise
         self.model_path = ready.model_path
-        self._info = ready.info
+        self.info: RuntimeInfo = ready.info
         self.host_pid = ready.pid
         self._host = psutil.Process(ready.pid)
-        self._tokenizer = HostedTokenizer(self) if ready.has_tokenizer else None
+        self.tokenizer = RemoteTokenizer(partial(self.call, "tokenizer")) if ready.has_tokenizer else None
         self._numbers = itertools.count()
         self._send_lock = threading.Lock()
         self._outputs: dict[int, asyncio.Queue[FinishedRequests | EngineDiedError]] = {}
@@ -121,14 +120,6 @@ class HostedRuntime:
                 f"the engine is process {self._owner_pid}'s, and this one, {os.getpid()}, is a fork of that; make an "
                 "engine here, or ask there"
             )
-
-    @property
-    def info(self) -> RuntimeInfo:
-        return self._info
-
-    @property
-    def tokenizer(self) -> HostedTokenizer | None:
-        return self._tokenizer
 
     # Jobs, on the loop
 
@@ -256,7 +247,7 @@ class HostedRuntime:
             self._compiler.join()
         template.release(self._template)
         # Whoever has ended the engine's process, it may not have come to remove its own.
-        own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
+        own_folder.remove_dead()
 
     # The wire
 
@@ -337,45 +328,3 @@ class HostedRuntime:
     def _deliver(queues: dict[int, asyncio.Queue[Any]], number: int, item: Any) -> None:
         if number in queues:  # else nobody waits for it any more
             queues[number].put_nowait(item)
-
-
-class HostedTokenizer:
-    """The tokenizer of an engine, in the engine's process: a `batchllm.srt.managers.chat_tokenizer.ChatTokenizer`."""
-
-    def __init__(self, runtime: HostedRuntime) -> None:
-        self._runtime = runtime
-        self._texts: dict[int, bytes | str] = {}
-
-    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
-        """Token ids of each text; special tokens are added as the model wants them."""
-        if not texts:
-            return []
-        ids: list[array[int]] = self._runtime.call(
-            "tokenizer", "encode", list(texts), add_special_tokens=add_special_tokens
-        )
-        return ids
-
-    def encode_chats(self, chats: Sequence[Chat]) -> list[ChatPrompt | RowError]:
-        """Each chat as a prompt, or why there is none."""
-        prompts: list[ChatPrompt | RowError] = self._runtime.call("tokenizer", "encode_chats", list(chats))
-        return prompts
-
-    def encode_rankings(self, rankings: Sequence[Ranking]) -> list[RankingPrompts | RowError]:
-        found: list[RankingPrompts | RowError] = self._runtime.call("tokenizer", "encode_rankings", list(rankings))
-        return found
-
-    def parse_answers(self, answers: Sequence[Answer]) -> list[Completion]:
-        """Answers to chats, as messages with reasoning and tool calls."""
-        parsed: list[Completion] = self._runtime.call("tokenizer", "parse_answers", list(answers))
-        return parsed
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        text: str = self._runtime.call("tokenizer", "decode", list(ids))
-        return text
-
-    def decode_token(self, token_id: int) -> bytes | str:
-        """Text of one token by itself."""
-        if token_id not in self._texts:
-            self._texts[token_id] = self._runtime.call("tokenizer", "decode_token", token_id)
-        return self._texts[token_id]

@@ -24,10 +24,6 @@ class LoopThread:
         self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
-    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        """See `iterate_on`."""
-        return iterate_on(self.loop, stream)
-
     def close(self) -> None:
         """Cancel what still runs, and end the thread. Doing it twice does nothing."""
         if self.loop.is_closed():

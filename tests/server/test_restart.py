@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from batchllm.errors import EngineDiedError
-from batchllm.offline.event_loop import LoopThread
+from batchllm.offline.event_loop import LoopThread, iterate_on
 from batchllm.offline.fake_runtime import FakeJob
 from batchllm.offline.jobs import Jobs
 from batchllm.server import BatchOptions
@@ -179,7 +179,7 @@ class _MortalRuntime(SharedRuntime):
         await InstantRuntime.before_answers(self, job)
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-        return self.loop_thread.iterate(stream)
+        return iterate_on(self.loop_thread.loop, stream)
 
 
 def test_rows_that_kill_the_engine_are_found_and_all_others_are_answered(
