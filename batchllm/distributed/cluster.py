@@ -15,7 +15,6 @@ import secrets
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -112,8 +111,8 @@ class Cluster:
         """Start a Ray, and another one where that fails: of two that start at once one may take the other's ports."""
         options |= {"num_cpus": num_cores(), "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         for is_last in (False, True):
-            own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
-            self._folder = str(own_folder.make(own_folder.place_of_sockets(_SOCKET_LEN)))
+            own_folder.remove_dead()
+            self._folder = str(own_folder.make_for_sockets(_SOCKET_LEN))
             try:
                 self.ray.init(**options, _temp_dir=self._folder)
                 return

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -40,15 +39,18 @@ def make(parent: str | None = None) -> Path:
     return folder
 
 
-def place_of_sockets(longest: int) -> str:
-    """Where a folder of sockets is made: among temporary files, if their whole names are short enough there.
+def make_for_sockets(longest: int) -> Path:
+    """Make a folder of sockets: among temporary files, if their whole names are short enough there.
 
     Args:
         longest: Bytes of the longest name of a socket, from the folder on.
+
+    Raises:
+        OSError: It cannot be made.
     """
     place = tempfile.gettempdir()
     is_short = len(os.fsencode(place)) + len(_LONGEST_NAME) + longest <= _MAX_SOCKET_LEN
-    return place if is_short else SHORT_PARENT
+    return make(place if is_short else SHORT_PARENT)
 
 
 def mark(folder: Path) -> None:
@@ -60,9 +62,9 @@ def mark(folder: Path) -> None:
     (folder / MARK).write_text(_sight())
 
 
-def remove_dead(parents: Iterable[str]) -> None:
+def remove_dead() -> None:
     """Remove the folders of processes that have ended without removing them."""
-    for parent in set(parents):
+    for parent in {tempfile.gettempdir(), SHORT_PARENT}:
         for folder in Path(parent).glob("batchllm-*-*"):
             named = _NAME.fullmatch(folder.name)
             if named is None or psutil.pid_exists(int(named[1])):

@@ -56,7 +56,7 @@ class EngineProcesses:
         """
         if self._socket_dir is None:
             _remove_files_of_the_dead()
-            self._socket_dir = str(own_folder.make(own_folder.place_of_sockets(_SOCKET_LEN)))
+            self._socket_dir = str(own_folder.make_for_sockets(_SOCKET_LEN))
         self._kill_children()
         before, tempfile.tempdir = tempfile.tempdir, self._socket_dir
         before_us = {child.pid for child in psutil.Process().children()}
@@ -138,7 +138,7 @@ class _Spawning(SpawnContext):
 
 def _remove_files_of_the_dead() -> None:
     """What is left of engines whose process was killed before it could remove its own."""
-    own_folder.remove_dead([tempfile.gettempdir(), own_folder.SHORT_PARENT])
+    own_folder.remove_dead()
     for path in _SHARED_MEMORY.glob(f"{_LOADS_PREFIX}*-*"):
         pid = path.name.removeprefix(_LOADS_PREFIX).partition("-")[0]
         if not pid.isdecimal() or psutil.pid_exists(int(pid)):
