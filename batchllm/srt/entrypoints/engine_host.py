@@ -12,7 +12,6 @@ import pickle
 import pkgutil
 import threading
 import traceback
-from collections.abc import Coroutine
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -161,24 +160,21 @@ class EngineHost:
             case messages.GivePlanned(share):
                 self._runtime.give_planned(share)
             case messages.Call():
-                self._tasks[message.number] = self._spawn(self._call(message))
+                self._tasks[message.number] = asyncio.create_task(self._call(message))
             case messages.Generate():
-                self._tasks[message.number] = self._spawn(self._generate(message))
+                self._tasks[message.number] = asyncio.create_task(self._generate(message))
             case messages.Cancel(number):
                 if number in self._tasks:
                     self._tasks[number].cancel()
             case messages.Shutdown():
                 self._is_over.set()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return asyncio.get_running_loop().create_task(work)
-
     def _open_job(self, job_id: int) -> None:
         try:
             own_id = self._runtime.open_job()
         except EngineDiedError:
             return  # `_tell_death` has told
-        self._jobs[job_id] = own_id, self._spawn(self._forward(job_id, own_id))
+        self._jobs[job_id] = own_id, asyncio.create_task(self._forward(job_id, own_id))
 
     async def _forward(self, job_id: int, own_id: int) -> None:
         try:

@@ -85,8 +85,7 @@ class ServerRuntime(ManagedRuntime):
     @property
     def latency(self) -> LiveLatency:
         """What live requests wait."""
-        latency: LiveLatency = self._manager.live_latency
-        return latency
+        return self.manager.live_latency
 
     async def receive(self, job_id: int) -> FinishedRequests:
         finished = await super().receive(job_id)
@@ -99,7 +98,7 @@ class ServerRuntime(ManagedRuntime):
 
     def give_planned(self, share: float) -> None:
         """Let planned requests have this part of what they and live ones compete for, at least. From any thread."""
-        self.loop.call_soon_threadsafe(self._manager.send, PlannedShareReqInput(share=share))
+        self.loop.call_soon_threadsafe(self.manager.send, PlannedShareReqInput(share=share))
 
     def shutdown(self) -> None:
         """A job ends, the server does not."""

@@ -128,8 +128,7 @@ def kernels_for(dtype: torch.dtype) -> CpuKernels | None:
 
 def packed_weight(layer: Any) -> PackedWeight | None:
     """The layer's weight, where it is packed."""
-    packed: PackedWeight | None = layer.__dict__.get(_PACKED)
-    return packed
+    return layer.__dict__.get(_PACKED)
 
 
 def is_gated(layer: Any) -> bool:

@@ -192,8 +192,7 @@ class SharedGpuAttnBackend(SharesPrefixes, TritonAttnBackend):
     def _rows_or_fetch(self, rows: Int32Array | None, forward_batch: Any, num_sequences: int) -> Int32Array:
         if rows is not None and len(rows) == num_sequences:
             return rows
-        fetched: Int32Array = forward_batch.req_pool_indices[:num_sequences].cpu().numpy().astype(np.int32)
-        return fetched
+        return forward_batch.req_pool_indices[:num_sequences].cpu().numpy().astype(np.int32)
 
     def _plan(self, rows: Int32Array, qo_len: Int32Array, kv_len: Int32Array) -> AttentionLayout:
         layout = self._planner.plan(rows, qo_len, kv_len)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from batchllm.scheduler.counters import JobCounters
@@ -56,12 +55,9 @@ class PlannedJobs:
         del self._jobs[job_id]
         return True
 
-    def unfinished(self, job_id: int | None = None) -> list[PlannedReq]:
-        """Requests not yet answered, of one job or of all."""
-        jobs: Iterator[_Job] | list[_Job] = iter(self._jobs.values())
-        if job_id is not None:
-            jobs = [self._jobs[job_id]] if job_id in self._jobs else []
-        return [req for job in jobs for req in job.unfinished.values()]
+    def unfinished(self, job_id: int) -> list[PlannedReq]:
+        """Requests of this job that are not yet answered; none for a job that is not known."""
+        return list(self._jobs[job_id].unfinished.values()) if job_id in self._jobs else []
 
     def any_unfinished(self) -> bool:
         """Whether any request has not been answered."""

@@ -102,8 +102,7 @@ class PlannedReq(Req):
     def _check_str_based_finish(self, new_accepted_len: int = 1) -> bool:
         """Stop strings that were complete within the first ``min_new_len`` tokens do not count."""
         if not self.min_new_len or not self.sampling_params.stop_strs:
-            matched: bool = super()._check_str_based_finish(new_accepted_len)
-            return matched
+            return super()._check_str_based_finish(new_accepted_len)
         if len(self.output_ids) <= self.min_new_len:
             return False
         tail = self.output_ids[-self._stop_match_tail_len(new_accepted_len) :]

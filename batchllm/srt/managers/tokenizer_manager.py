@@ -63,7 +63,8 @@ class BatchTokenizerManager(TokenizerManager):
 
     def init_running_status(self) -> None:
         super().init_running_status()
-        self._death: EngineDiedError | None = None
+        self.death: EngineDiedError | None = None
+        """What has been said when a process of the engine ended; None while all are up."""
         self.live_latency = LiveLatency()
         self.known_scores = KnownScores()
         self.num_planned_answers = 0
@@ -92,8 +93,8 @@ class BatchTokenizerManager(TokenizerManager):
             EngineDiedError: A runtime process has ended; none will come.
         """
         self.auto_create_handle_loop()
-        if self._death is not None:
-            raise self._death
+        if self.death is not None:
+            raise self.death
         self._planned_outputs[job_id] = asyncio.Queue()
         self._job_adapters[job_id] = set()
 
@@ -174,11 +175,6 @@ class BatchTokenizerManager(TokenizerManager):
         """To the scheduler; returns when the message has left."""
         await self._async_dispatch_to_scheduler(message)
 
-    @property
-    def death(self) -> EngineDiedError | None:
-        """What has been said when a process of the engine ended; None while all are up."""
-        return self._death
-
     def auto_create_handle_loop(self) -> None:
         """Start to receive, once. SIGTERM stays whose it was: upstream would kill this whole process."""
         is_main = threading.current_thread() is threading.main_thread()
@@ -191,7 +187,7 @@ class BatchTokenizerManager(TokenizerManager):
 
     def fail_jobs(self, error: EngineDiedError) -> None:
         """Wake every job, those to come too, with ``error``."""
-        self._death = error
+        self.death = error
         for queue in self._planned_outputs.values():
             queue.put_nowait(error)
         if self.on_death is not None:
@@ -247,7 +243,7 @@ class BatchTokenizerManager(TokenizerManager):
 
     def revive(self) -> None:
         """Processes of the engine have been started again."""
-        self._death = None
+        self.death = None
         for communicator in self._communicators:
             communicator.forget()
 
@@ -306,13 +302,17 @@ class ManagedRuntime:
         template_manager: SGLang's, with the chat template.
         server_args: SGLang's arguments that it was started with.
         init_info: What the scheduler said when it had started.
+
+    Attributes:
+        manager: As given.
+        tokenizer: Texts and chats to tokens, and back; None where the engine runs on token ids only.
     """
 
     def __init__(
         self, manager: BatchTokenizerManager, template_manager: Any, server_args: Any, init_info: dict[str, Any]
     ) -> None:
-        self._manager = manager
-        self._tokenizer = None if manager.tokenizer is None else ChatTokenizer(manager, template_manager)
+        self.manager = manager
+        self.tokenizer = None if manager.tokenizer is None else ChatTokenizer(manager, template_manager)
         self._job_ids = count()
         self._info = RuntimeInfo(
             model_name=server_args.served_model_name,
@@ -329,7 +329,7 @@ class ManagedRuntime:
             has_tokenizer=not server_args.skip_tokenizer_init,
             max_step_tokens=server_args.chunked_prefill_size if (server_args.chunked_prefill_size or 0) > 0 else None,
             max_running=init_info["batchllm"]["max_running"],
-            chat_sampling={} if self._tokenizer is None else self._tokenizer.chat_sampling,
+            chat_sampling={} if self.tokenizer is None else self.tokenizer.chat_sampling,
             parses_answers=bool(server_args.reasoning_parser or server_args.tool_call_parser),
             embeds=not manager.model_config.is_generation,
             max_dimensions=manager.model_config.hidden_size if manager.model_config.is_matryoshka else None,
@@ -337,29 +337,20 @@ class ManagedRuntime:
         )
 
     @property
-    def manager(self) -> BatchTokenizerManager:
-        """The tokenizer manager."""
-        return self._manager
-
-    @property
     def info(self) -> RuntimeInfo:
         """The engine's numbers, with the adapters that are loaded by now."""
-        return replace(self._info, adapters=tuple(self._manager.adapter_ids))
-
-    @property
-    def tokenizer(self) -> ChatTokenizer | None:
-        return self._tokenizer
+        return replace(self._info, adapters=tuple(self.manager.adapter_ids))
 
     def open_job(self) -> int:
         job_id = next(self._job_ids)
-        self._manager.open_job(job_id)
+        self.manager.open_job(job_id)
         return job_id
 
     def submit(self, job_id: int, requests: RunRequests) -> None:
         num_logprobs = [p.top_logprobs if p.logprobs else -1 for p in requests.sampling]
         index = np.asarray(requests.sampling_index, np.int32)
         adapters = [params.lora_path for params in requests.sampling]
-        self._manager.send(
+        self.manager.send(
             PlannedRunReqInput(
                 job_id=job_id,
                 run=requests.run,
@@ -369,7 +360,7 @@ class ManagedRuntime:
                 num_logprobs=np.asarray(num_logprobs, np.int32)[index],
                 require_reasoning=[params.require_reasoning for params in requests.sampling],
                 lora_paths=adapters,
-                lora_ids=self._manager.adapters_of_job(job_id, adapters),
+                lora_ids=self.manager.adapters_of_job(job_id, adapters),
                 extra_keys=requests.namespaces and [name or None for name in requests.namespaces],
                 num_prompt_logprobs=[-1 if p.prompt_logprobs is None else p.prompt_logprobs for p in requests.sampling],
                 targets=requests.targets,
@@ -379,7 +370,7 @@ class ManagedRuntime:
         )
 
     async def receive(self, job_id: int) -> FinishedRequests:
-        output = await self._manager.receive_outputs(job_id)
+        output = await self.manager.receive_outputs(job_id)
         return FinishedRequests(
             positions=output.positions,
             completions=completions_of(output),
@@ -388,10 +379,10 @@ class ManagedRuntime:
         )
 
     def withdraw(self, job_id: int) -> None:
-        self._manager.send(PlannedAbortReqInput(job_id=job_id, spares_running=True))
+        self.manager.send(PlannedAbortReqInput(job_id=job_id, spares_running=True))
 
     def close_job(self, job_id: int, *, is_complete: bool) -> None:
-        self._manager.close_job(job_id)
+        self.manager.close_job(job_id)
         if not is_complete:
-            self._manager.send(PlannedAbortReqInput(job_id=job_id))
-        self._manager.send(PlannedCloseReqInput(job_id=job_id))
+            self.manager.send(PlannedAbortReqInput(job_id=job_id))
+        self.manager.send(PlannedCloseReqInput(job_id=job_id))
