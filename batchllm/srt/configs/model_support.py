@@ -167,7 +167,7 @@ FAULTS: tuple[Fault, ...] = (
         MISREAD_WINDOWS,
     ),
     Fault(
-        traits.window_of_adapter,
+        traits.of_adapter(traits.window_not_ours),
         "SGLang has no such model, and its adapter for transformers' code misreads the window",
         _SHORTER,
         "models/transformers.py::TransformersBase._create_attention_instances",
@@ -186,7 +186,7 @@ FAULTS: tuple[Fault, ...] = (
         "layers/attention/torch_native_backend.py; layers/logits_processor.py::LogitsProcessor._get_logits",
     ),
     Fault(
-        traits.lacks_hidden_act,
+        traits.lacks("hidden_act", "hidden_act"),
         "SGLang reads it, and ends without it",
         '--json-model-override-args \'{{"hidden_act": "gelu_pytorch_tanh"}}\' gives it',
         "models/gemma2.py::Gemma2DecoderLayer.__init__",
@@ -199,7 +199,7 @@ FAULTS: tuple[Fault, ...] = (
         "layers/attention/torch_native_backend.py has no use_irope",
     ),
     Fault(
-        traits.score_cap_of_adapter,
+        traits.of_adapter(traits.score_cap),
         "SGLang has no such model, and its adapter for transformers' code ignores the cap of attention scores",
         ELSEWHERE,
         "models/transformers.py::TransformersBase._create_attention_instances",
@@ -278,7 +278,7 @@ FAULTS: tuple[Fault, ...] = (
         "models/transformers.py::TransformersBase.load_weights",
     ),
     Fault(
-        traits.lacks_rope,
+        traits.lacks("rope_parameters", "rope_scaling"),
         "SGLang's own class for this configuration reads rope_theta and rope_scaling only, and ends without",
         "write them into config.json as the model's publisher does",
         "models/olmo2.py::Olmo2Attention.__init__; configs/olmo3.py",

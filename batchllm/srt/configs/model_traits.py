@@ -85,6 +85,21 @@ def is_not(key: str, *fine: Any) -> Callable[[Model], str | None]:
     return find
 
 
+def lacks(key: str, written: str) -> Callable[[Model], str | None]:
+    """At fault without the value, which ``config.json`` calls ``written``."""
+    return lambda model: f"no {written} in its config.json" if model.get(key) in (None, "") else None
+
+
+def on_cpu(find: Callable[[Model], str | None]) -> Callable[[Model], str | None]:
+    """At fault on CPUs only."""
+    return lambda model: find(model) if model.is_on_cpu else None
+
+
+def of_adapter(find: Callable[[Model], str | None]) -> Callable[[Model], str | None]:
+    """At fault only where SGLang has no code of its own for the model."""
+    return lambda model: None if model.is_native else find(model)
+
+
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -110,11 +125,6 @@ def drop_backend(model: Model) -> str:
     return "drop --attention-backend, or " if is_declined else ""
 
 
-def window_of_adapter(model: Model) -> str | None:
-    """The same, in a model that SGLang has no code of its own for."""
-    return None if model.is_native else window_not_ours(model)
-
-
 def rope_scaling(model: Model) -> str | None:
     """A rotary embedding that is scaled."""
     rope_type = model.rope.get("rope_type", "default")
@@ -132,11 +142,6 @@ def score_cap(model: Model) -> str | None:
     """A cap of attention scores."""
     cap = model.get("attn_logit_softcapping")
     return f"attn_logit_softcapping {cap}" if cap else None
-
-
-def score_cap_of_adapter(model: Model) -> str | None:
-    """A cap of attention scores, in a model that SGLang has no code of its own for."""
-    return None if model.is_native else score_cap(model)
 
 
 def needs_our_operators(model: Model) -> str | None:
@@ -167,11 +172,6 @@ def output_bias(model: Model) -> str | None:
 def other_output_name(model: Model) -> str | None:
     """Output embeddings under a name of their own, in a model that SGLang has no code of its own for."""
     return "output embeddings called embed_out" if model.architecture == "GPTNeoXForCausalLM" else None
-
-
-def lacks_rope(model: Model) -> str | None:
-    """Nothing about the rotary embedding where SGLang's own class of a configuration looks."""
-    return "no rope_scaling in its config.json" if model.get("rope_parameters") is None else None
 
 
 _EMBEDDERS = frozenset(
@@ -210,11 +210,6 @@ def unpinnable_cache(model: Model) -> str | None:
     return None if mambaish_config(model.config) is None else "state-space or linear-attention layers"
 
 
-def on_cpu(find: Callable[[Model], str | None]) -> Callable[[Model], str | None]:
-    """At fault on CPUs only."""
-    return lambda model: find(model) if model.is_on_cpu else None
-
-
 def latent_attention(model: Model) -> str | None:
     """Keys and values that are kept compressed, on a CPU, but for models that were read and compared there."""
     if not model.is_on_cpu or model.config.attention_arch != AttentionArch.MLA:
@@ -247,11 +242,6 @@ def alibi(model: Model) -> str | None:
         hidden_size = model.get("hidden_size")
         return f"hidden_size {hidden_size}, which has ALiBi" if hidden_size != 4096 else None
     return "alibi true" if not model.is_native and model.get("alibi") else None
-
-
-def lacks_hidden_act(model: Model) -> str | None:
-    """A name of the activation that is not there."""
-    return None if model.get("hidden_act") else "no hidden_act in its config.json"
 
 
 def layer_types_of_gemma2(model: Model) -> str | None:
