@@ -39,7 +39,7 @@ class Recorder:
 
     Args:
         journal: Keeps the results.
-        outputs: The user's files.
+        outputs: The user's files; None where nothing is written as rows finish.
         progress: Told of rows that are safe.
         max_failures: More failed rows than this, those of earlier runs included, stop the job; None: never.
         job_seed: Goes into the ids of responses: the same row of another job has others.
@@ -51,11 +51,17 @@ class Recorder:
     """
 
     def __init__(
-        self, journal: Journal, outputs: Outputs, progress: Progress, max_failures: int | None, *, job_seed: int = 0
+        self,
+        journal: Journal,
+        outputs: Outputs | None,
+        progress: Progress,
+        max_failures: int | None,
+        *,
+        job_seed: int = 0,
     ) -> None:
         self._job_seed = job_seed
         self._journal = journal
-        self._outputs = outputs
+        self._outputs = outputs if outputs is not None and outputs.is_live else None
         self._progress = progress
         self._max_failures = max_failures
         self._created = int(time.time())
@@ -127,7 +133,7 @@ class Recorder:
             JournalError: The disk refuses; what was safe stays safe.
         """
         self._journal.commit()
-        if self._unsafe_lines:
+        if self._outputs is not None and self._unsafe_lines:
             self._outputs.append(self._unsafe_lines)
             self._unsafe_lines = []
         self._progress.update(num_rows=self._num_unsafe, num_failed=self._num_unsafe_failed)
@@ -136,7 +142,7 @@ class Recorder:
     def _keep(self, line: bytes, *, is_failed: bool) -> bytes:
         self._num_unsafe += 1
         self._num_unsafe_failed += is_failed
-        if self._outputs.is_live:
+        if self._outputs is not None:
             self._unsafe_lines.append((line, is_failed))
         return line
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +34,6 @@ from batchllm.host import own_folder
 from batchllm.host.runtime import HostedRuntime
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.journal import Journal
-from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
 from batchllm.offline.recorder import Recorder
 from batchllm.offline.report import RunReport
@@ -80,7 +78,7 @@ class BatchStage:
         random_seed: int = 0,
         **server_args: Any,
     ) -> None:
-        own_folder.remove_dead([tempfile.gettempdir()])  # that of an actor which was killed
+        own_folder.remove_dead()  # that of an actor which was killed
         self._reader = TableReader(columns, sampling)
         self._num_retries, self._random_seed = num_retries, random_seed
         path = default_model_path() if model_path is None else model_path
@@ -125,9 +123,7 @@ class BatchStage:
                 Journal.create(folder, fingerprint=fingerprint, command={}) as journal,
                 Progress(show=False) as progress,
             ):
-                # Nothing is written as rows finish.
-                outputs = Outputs(str(folder / "answers"), errors_path=None, order="input", journal=journal)
-                recorder = Recorder(journal, outputs, progress, None, job_seed=self._random_seed)
+                recorder = Recorder(journal, None, progress, None, job_seed=self._random_seed)
                 runner = Runner(
                     self._take_engine,
                     journal=journal,

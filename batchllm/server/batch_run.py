@@ -25,7 +25,6 @@ from batchllm.errors import BatchLLMError, ConfigError, EngineError, JournalErro
 from batchllm.offline.fingerprint import Fingerprint
 from batchllm.offline.job import JobMaker
 from batchllm.offline.journal import Journal
-from batchllm.offline.outputs import Outputs
 from batchllm.offline.recorder import Recorder
 from batchllm.offline.runner import Runner, RunOptions
 from batchllm.offline.runtime import Runtime
@@ -219,9 +218,7 @@ class BatchRun:
         placement = None if context.make_placement is None else context.make_placement()
         with ExitStack() as stack:
             stack.callback(progress.show)
-            # Nothing is written as rows finish.
-            outputs = Outputs(str(folder / "answers"), errors_path=None, order="input", journal=journal)
-            recorder = Recorder(journal, outputs, progress, None, job_seed=_seed_of(batch.id))
+            recorder = Recorder(journal, None, progress, None, job_seed=_seed_of(batch.id))
             context.activity.begin(batch.id, recorder, is_first=journal.num_rows == 0)
             stack.callback(context.activity.end, batch.id)
             runner = Runner(
@@ -385,8 +382,8 @@ def _seed_of(batch_id: str) -> int:
     return int(batch_id.rpartition("_")[2], 16)
 
 
-def _error(code: str, message: str, line: int | None = None) -> dict[str, Any]:
-    return {"code": code, "line": line, "message": message, "param": None}
+def _error(code: str, message: str) -> dict[str, Any]:
+    return {"code": code, "line": None, "message": message, "param": None}
 
 
 def _shown(verdict: Verdict) -> list[dict[str, Any]]:
