@@ -15,13 +15,9 @@ import signal
 import sys
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from batchllm.offline.stop import answered_signals
+
 WORDS = "batchllm: interrupted\n"
-
-
-def heeded() -> list[signal.Signals]:
-    """Those of them that are answered: whoever ignores SIGHUP for us (nohup) wants us to outlive the terminal."""
-    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Interrupts:
@@ -32,19 +28,19 @@ class Interrupts:
 
     def note(self) -> None:
         """From now on the first one is remembered, and the next one raises KeyboardInterrupt."""
-        for number in heeded():
+        for number in answered_signals():
             signal.signal(number, self._note)
 
     def act(self) -> None:
         """From now on each raises KeyboardInterrupt, and so does this, if one was noted."""
-        for number in heeded():
+        for number in answered_signals():
             signal.signal(number, interrupt)
         if self._num_noted:
             raise KeyboardInterrupt
 
     def ignore(self) -> None:
         """From now on none does anything: what is to be done has been done, or has been stopped."""
-        for number in heeded():
+        for number in answered_signals():
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -60,7 +56,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def pass_on_hangup() -> None:
     """Have the end of the terminal be a SIGTERM, for whoever answers that and does not know the other."""
-    if signal.SIGHUP in heeded():
+    if signal.SIGHUP in answered_signals():
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 

@@ -15,10 +15,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PATIENCE_S = 5.0
 """After an exception, what it ends has so long to clean up: who presses Ctrl-C often would else interrupt just that."""
+
+
+def answered_signals() -> list[signal.Signals]:
+    """Those of them that are answered: whoever ignores SIGHUP for us (nohup) wants us to outlive the terminal."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopSignal:
@@ -74,9 +79,7 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def __enter__(self) -> StopSignal:
-        # Whoever ignores SIGHUP for us (nohup) wants us to outlive the terminal.
-        heeded = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._handle) for number in heeded}
+        self._before = {number: signal.signal(number, self._handle) for number in answered_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from batchllm.cli import interrupts
-from batchllm.cli.interrupts import SIGNALS, Interrupts
+from batchllm.cli.interrupts import Interrupts
+from batchllm.offline.stop import SIGNALS
 
 _WHILE_IMPORTING = """
 import builtins, os
