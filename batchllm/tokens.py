@@ -65,6 +65,11 @@ def page_floor(num_tokens: int, page_size: int) -> int:
     return num_tokens - num_tokens % page_size
 
 
+def page_ceil(num_tokens: int, page_size: int) -> int:
+    """The slots of the whole pages that ``num_tokens`` tokens occupy."""
+    return -(-num_tokens // page_size) * page_size
+
+
 def starts_of(lens: Sequence[int] | npt.NDArray[np.integer]) -> Int64Array:
     """Where runs of these lengths start, one behind the other, and at the end the total: int64[len(lens) + 1]."""
     starts = np.zeros(len(lens) + 1, np.int64)

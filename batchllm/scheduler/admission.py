@@ -9,15 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.prefix_cache import PinLedger
-from batchllm.tokens import Int64Array, page_floor
+from batchllm.tokens import Int64Array, page_ceil, page_floor
 
 _SAFETY = 1.0
 """Standard deviations of what runs that admission leaves free where output lengths are guesses."""
-
-
-def page_ceil(num_tokens: int, page_size: int) -> int:
-    """Slots that ``num_tokens`` occupy."""
-    return -(-num_tokens // page_size) * page_size
 
 
 def reusable_len(resident_len: int, share_len: int, page_size: int) -> int:

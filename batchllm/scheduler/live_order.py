@@ -22,6 +22,10 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Generic, TypeVar, cast
 
+import numpy as np
+
+from batchllm.tokens import page_floor
+
 Request = TypeVar("Request", bound=Hashable)
 
 MIN_SHARED_LEN = 32
@@ -336,7 +340,7 @@ class LiveOrder(Generic[Request]):
             if child is None:
                 return
             end_len = _common_len(child.source, tokens, node.end_len, min(child.end_len, len(tokens)))
-            if end_len // self._page_size * self._page_size > num_cached:
+            if page_floor(end_len, self._page_size) > num_cached:
                 walk.done.add(id(child))
                 walk.path = walk.path[: walk.path.index(child)] if child in walk.path else walk.path
                 return
@@ -345,21 +349,10 @@ class LiveOrder(Generic[Request]):
             node = child
 
     def _is_more(self, shared_len: int, num_cached: int) -> bool:
-        return shared_len // self._page_size * self._page_size >= num_cached + MIN_SHARED_LEN
+        return page_floor(shared_len, self._page_size) >= num_cached + MIN_SHARED_LEN
 
 
 def _common_len(a: array[int], b: array[int], start: int, stop: int) -> int:
-    """The first position in ``[start, stop)`` at which they differ, or ``stop``; they agree before."""
-    step = 64
-    while start < stop:
-        end = min(start + step, stop)
-        if a[start:end] != b[start:end]:
-            while end - start > 1:
-                middle = (start + end) // 2
-                if a[start:middle] == b[start:middle]:
-                    start = middle
-                else:
-                    end = middle
-            return start
-        start, step = end, 2 * step
-    return stop
+    """The first position in ``[start, stop)`` at which they differ, or ``stop``."""
+    differs = np.frombuffer(a, np.int64)[start:stop] != np.frombuffer(b, np.int64)[start:stop]
+    return start + int(differs.argmax()) if differs.any() else stop

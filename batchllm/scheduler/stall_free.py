@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm.scheduler.step_time import StepLoad, StepTimeModel
+from batchllm.tokens import page_floor
 
 PLANNED_SHARE = 1 / 8
 """Part of each step that live prompts leave to planned work, while there is some and no batch is late."""
@@ -121,7 +122,7 @@ class StallFree:
         num_tokens = self.model.prefill_that_fits(work.live, work.live_cached_len, limit)
         if not work.live.num_decode_rows:
             num_tokens = max(num_tokens, work.page_size)
-        return _page_floor(num_tokens, work.page_size)
+        return page_floor(num_tokens, work.page_size)
 
     def planned_tokens(self, work: Work, num_live_tokens: int) -> int:
         """Prompt tokens of planned requests that the coming step may carry.
@@ -143,7 +144,7 @@ class StallFree:
         num_tokens = self.model.prefill_that_fits(load, work.planned_cached_len, limit)
         if not num_rows and (self.is_overdue or not work.has_live):
             num_tokens = max(num_tokens, work.page_size)
-        return _page_floor(num_tokens, work.page_size)
+        return page_floor(num_tokens, work.page_size)
 
     def planned_rows(self, work: Work, num_live_tokens: int, num_planned_tokens: int) -> int:
         """How many of ``planned_kv_lens``, from the first on, may decode in the coming step, or in the one after it
@@ -180,7 +181,3 @@ class StallFree:
         self._num_steps_without_planned = (
             self._num_steps_without_planned + 1 if has_planned and not carries_planned else 0
         )
-
-
-def _page_floor(num_tokens: int, page_size: int) -> int:
-    return num_tokens // page_size * page_size

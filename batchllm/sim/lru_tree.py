@@ -9,7 +9,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 from batchllm.planner import BatchPlan
-from batchllm.tokens import page_floor
+from batchllm.tokens import page_ceil, page_floor
 
 
 class LruTree:
@@ -131,7 +131,7 @@ class LruTree:
                 continue  # used again since
             evicted = self._have[node]
             if not self._evicts_whole_nodes:
-                evicted = min(evicted, -(-(num_slots - self.num_free) // self.page_size) * self.page_size)
+                evicted = min(evicted, page_ceil(num_slots - self.num_free, self.page_size))
             self._have[node] -= evicted
             self.num_evictable -= evicted
             self.num_free += evicted

@@ -17,7 +17,7 @@ from batchllm.scheduler.running_kv import PromptInPieces, project
 from batchllm.scheduler.token_batching import prefill_budget
 from batchllm.sim.kv_pool import Columns, Outcome, StepCount, StepRecorder
 from batchllm.sim.window import PlannedRequest, PlanWindow
-from batchllm.tokens import Int64Array
+from batchllm.tokens import Int64Array, page_floor
 
 
 class PlannedScheduler:
@@ -165,7 +165,7 @@ class PlannedScheduler:
         if self._in_pieces is None:
             return 0
         rest = self._in_pieces.prefill_len - int(self._columns.kv_len[self._in_pieces.position])
-        return rest if rest <= budget else budget // self._page_size * self._page_size
+        return rest if rest <= budget else page_floor(budget, self._page_size)
 
     def _view(self, num_step_tokens: int) -> SchedulerView:
         positions, in_pieces = self._decoding, None

@@ -20,7 +20,7 @@ from batchllm.errors import ConfigError
 from batchllm.sim.kv_pool import Columns, Outcome, StepCount, StepRecorder
 from batchllm.sim.lru_tree import LruTree
 from batchllm.sim.workload import SimWorkload
-from batchllm.tokens import Int64Array
+from batchllm.tokens import Int64Array, page_ceil, page_floor
 
 _MAX_RUNNING = 256
 _WATERMARK = 0.01
@@ -102,7 +102,7 @@ class VllmScheduler:
         while self._waiting and len(self._decoding) + len(self._prefilling) + len(ended) < self._max_running:
             row = self._waiting[0]
             prefill_len = self._columns.prefill_len(row)
-            num_slots = -(-prefill_len // tree.page_size) * tree.page_size
+            num_slots = page_ceil(prefill_len, tree.page_size)
             if tree.num_available - num_slots < self._watermark or budget < min(prefill_len, tree.page_size):
                 return
             self._waiting.popleft()
@@ -124,7 +124,7 @@ class VllmScheduler:
         passed, cached_len, prefill_len = self._progress[row]
         num_tokens = prefill_len - passed
         if num_tokens > budget:
-            num_tokens = max(budget, 0) // self._tree.page_size * self._tree.page_size
+            num_tokens = page_floor(max(budget, 0), self._tree.page_size)
         if num_tokens == 0:
             return 0
         after = passed + num_tokens
@@ -159,6 +159,6 @@ class VllmScheduler:
         """Its whole blocks stay cached until they are evicted; the last one, if not full, is free."""
         leaf = self._tree.leaf(row)
         shared_len = sum(self._tree.have(node) for node in self._tree.path(row))
-        whole = int(self._columns.kv_len[row]) // self._tree.page_size * self._tree.page_size - shared_len
+        whole = page_floor(int(self._columns.kv_len[row]), self._tree.page_size) - shared_len
         self._tree.shrink(leaf, self._tree.have(leaf) - max(whole, 0))
         self._tree.unlock(row)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from batchllm.prefix_cache import PinLedger
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
-from batchllm.scheduler.admission import KvProjection, OpenPrefixes, RunningKv, page_ceil, reusable_len
+from batchllm.scheduler.admission import KvProjection, OpenPrefixes, RunningKv, reusable_len
+from batchllm.tokens import page_ceil
 from tests.sizes import sized
 
 

@@ -17,13 +17,13 @@ from batchllm.planner.planner import PlannedRun, RunCutter
 from batchllm.prefix_cache import PinLedger, PrefixState
 from batchllm.prefix_cache.pin_ledger import NO_PREFIX
 from batchllm.scheduler import Admission, Decision, PlannedPolicy, SchedulerView
-from batchllm.scheduler.admission import RunningKv, footprint, page_ceil
+from batchllm.scheduler.admission import RunningKv, footprint
 from batchllm.scheduler.feed_window import FeedWindow
 from batchllm.scheduler.output_length import OutputEstimate, OutputLengths
 from batchllm.scheduler.running_kv import PromptInPieces, project
 from batchllm.scheduler.token_batching import prefill_budget
 from batchllm.scheduler.window import RequestWindow
-from batchllm.tokens import TokenTable
+from batchllm.tokens import TokenTable, page_ceil
 from tests.sizes import sized
 
 # Exact decisions

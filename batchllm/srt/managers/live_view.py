@@ -7,10 +7,10 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from batchllm.scheduler import SchedulerView
-from batchllm.scheduler.admission import page_ceil
 from batchllm.scheduler.running_kv import PromptInPieces, project
 from batchllm.scheduler.token_batching import prefill_budget
 from batchllm.srt.managers.schedule_batch import PlannedReq
+from batchllm.tokens import page_ceil
 
 
 def _chunk_tokens(scheduler: Any) -> int:
