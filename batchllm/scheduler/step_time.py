@@ -61,15 +61,6 @@ class StepLoad:
             self.prefill_pairs + pairs,
         )
 
-    def with_rows(self, num_rows: int, kv_tokens: int) -> StepLoad:
-        """The same with so many more rows that decode and attend to ``kv_tokens`` together."""
-        return StepLoad(
-            self.num_decode_rows + num_rows,
-            self.decode_kv_tokens + kv_tokens,
-            self.num_prefill_tokens,
-            self.prefill_pairs,
-        )
-
 
 class StepTimeModel:
     """Predicts the seconds of steps; learns from each step that has run.
@@ -82,15 +73,11 @@ class StepTimeModel:
         # Steps with and without prefill are forgotten apart: thousands of decode steps say nothing of a prefill.
         self._gram = np.zeros((2, _NUM_FEATURES, _NUM_FEATURES))
         self._sums = np.zeros((2, _NUM_FEATURES))
-        self._coefficients = np.zeros(_NUM_FEATURES)
+        self.coefficients = np.zeros(_NUM_FEATURES)
+        """Seconds of: a step, a decoding row, a token that such a row attends to, a prefill, a prompt token, a pair."""
         self._most_prefill_tokens = 0
         self._num_observed = 0
         self.margin = _FIRST_MARGIN
-
-    @property
-    def coefficients(self) -> Float64:
-        """Seconds of: a step, a decoding row, a token that such a row attends to, a prefill, a prompt token, a pair."""
-        return self._coefficients
 
     def observe(self, load: StepLoad, seconds: float, *, is_bounded: bool = True) -> None:
         """A step of this size has taken so long. Errors are weighed relative to it.
@@ -122,17 +109,17 @@ class StepTimeModel:
         """Least squares with coefficients of at least 0, by coordinate descent on the normal equations."""
         # Lists: numpy takes longer to be called than six products take.
         gram, sums = self._gram.sum(axis=0).tolist(), self._sums.sum(axis=0).tolist()
-        values = self._coefficients.tolist()
+        values = self.coefficients.tolist()
         used = [i for i in range(_NUM_FEATURES) if gram[i][i] > 0.0]
         for _ in range(_SWEEPS):
             for i in used:
                 error = sums[i] - sum(map(mul, gram[i], values))
                 values[i] = max(0.0, values[i] + error / gram[i][i])
-        self._coefficients = np.array(values)
+        self.coefficients = np.array(values)
 
     def predict(self, load: StepLoad) -> float:
         """Seconds of such a step, without the margin."""
-        return float(_features(load) @ self._coefficients)
+        return float(_features(load) @ self.coefficients)
 
     def upper(self, load: StepLoad) -> float:
         """Seconds that 99 % of such steps stay within."""
@@ -149,7 +136,7 @@ class StepTimeModel:
         Returns:
             At least 0; no more than twice as many as a step has carried so far, of which nothing is known.
         """
-        _, _, _, fixed, per_token, per_pair = self._coefficients
+        _, _, _, fixed, per_token, per_pair = self.coefficients
         left = limit_s / self.margin - self.predict(load) - (0.0 if load.num_prefill_tokens else fixed)
         if left <= 0.0:
             return 0
@@ -167,7 +154,7 @@ class StepTimeModel:
             kv_lens: Tokens that each row attends to, int64 ``[num_rows]``.
             limit_s: Seconds.
         """
-        _, per_row, per_kv_token, *_ = self._coefficients
+        _, per_row, per_kv_token, *_ = self.coefficients
         left = limit_s / self.margin - self.predict(load)
         seconds = per_row * np.arange(1, len(kv_lens) + 1) + per_kv_token * np.cumsum(kv_lens)
         return int(np.searchsorted(seconds, left, side="right"))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from batchllm.scheduler.stall_free import NO_LIVE_STRETCH, PATIENCE_STEPS, PLANNED_SHARE, StallFree, Work
 from batchllm.scheduler.step_time import StepLoad, StepTimeModel
+from tests.scheduler.test_step_time import with_rows
 from tests.sizes import sized
 
 _EXAMPLES = sized(40, 600)
@@ -72,7 +73,7 @@ class _Machine:
         planned_tokens = self.stall_free.planned_tokens(work, live_spent)
         planned_spent, new_planned = _prefill(self.planned_queue, planned_tokens)
         num_rows = self.stall_free.planned_rows(work, live_spent, planned_spent)
-        load = work.live.with_rows(num_rows, int(work.planned_kv_lens[:num_rows].sum()))
+        load = with_rows(work.live, num_rows, int(work.planned_kv_lens[:num_rows].sum()))
         if live_spent:
             load = load.with_prefill(live_spent, work.live_cached_len)
         if planned_spent:
@@ -176,7 +177,7 @@ def test_a_flood_of_live_prompts_leaves_the_share_of_the_time_to_the_plan(share:
         load = work.live.with_prefill(tokens, 0) if tokens else work.live
         more = num_rows + 1  # a row is not divided
         kv_tokens = int(work.planned_kv_lens[:more].sum())  # they grow by a token in each step that carries them
-        beside = machine.model.upper(load.with_rows(more, kv_tokens)) - machine.model.upper(load)
+        beside = machine.model.upper(with_rows(load, more, kv_tokens)) - machine.model.upper(load)
         shares.append(beside / machine.bound_s)
         machine.step()
     assert min(shares) > 0.8 * share  # live rows that were admitted grow by a token a step
