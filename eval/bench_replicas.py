@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import compare
+from simulated_replicas import DISTRIBUTIONS, start_replicas, zipf
 
 from batchllm.perf_model import CostModel, get_device, get_model
-from batchllm.sim.replicas import DISTRIBUTIONS, start_replicas
-from batchllm.sim.workload import OutputDraw, SimWorkload, zipf
+from batchllm.sim.workload import OutputDraw, SimWorkload
 
 _NAMES = {
     "units": "ours: units",

@@ -18,6 +18,7 @@ from batchllm.offline.runtime import FinishedRequests, LostEngine, RunRequests
 from batchllm.offline.stats import JobStats
 from batchllm.request import Completion
 from batchllm.scheduler.counters import JobCounters
+from batchllm.scheduler.feed_window import Feed
 from batchllm.tokens import Int64Array
 
 
@@ -48,19 +49,12 @@ class Delivery:
     death: str | None = None
 
 
-class Window(Protocol):
+class Window(Feed, Protocol):
     """Says what of a plan goes out next, and to which engine: `FeedWindow` and `ReplicaFeed`."""
 
     @property
     def engine(self) -> int:
         """The engine that what was taken last is for."""
-
-    @property
-    def is_done(self) -> bool: ...
-
-    def take_next(self) -> tuple[int, int] | None: ...
-
-    def finish(self, positions: Sequence[int]) -> None: ...
 
     def lose(self, engine: int) -> tuple[int, int]:
         """An engine is gone: positions ``[first, last)`` that nobody else can have."""
@@ -76,6 +70,7 @@ class RunningPlan:
 
     Attributes:
         job_id: As given.
+        num_in_flight: Requests that have been submitted and have not come back.
         is_settled: What was withdrawn is back.
     """
 
@@ -87,13 +82,8 @@ class RunningPlan:
         self._engine_at = np.full(len(plan.part_at), -1, np.int32)  # where each position is in flight, -1: it is not
         self._part_at, self._sample_at, self._optimal_at = plan.part_at, plan.sample_at, plan.optimal_at
         self._kept: Int64Array | None = None  # positions that the arrays are of, once they are not of all
-        self._num_in_flight = 0
+        self.num_in_flight = 0
         self._counted = JobCounters()
-
-    @property
-    def num_in_flight(self) -> int:
-        """Requests that have been submitted and have not come back."""
-        return self._num_in_flight
 
     @property
     def is_withdrawn(self) -> bool:
@@ -108,14 +98,14 @@ class RunningPlan:
     @property
     def is_done(self) -> bool:
         """Nothing more will come back, or go out."""
-        return self._num_in_flight == 0 and (self._window is None or self._window.is_done)
+        return self.num_in_flight == 0 and (self._window is None or self._window.is_done)
 
     def take_run(self) -> tuple[RunRequests, list[tuple[int, Int64Array]]] | None:
         """The next run to submit, and which samples of which parts are in it; None while the window is full."""
         if self._plan is None or self._window is None or (bounds := self._window.take_next()) is None:
             return None
         positions = slice(*bounds)
-        self._num_in_flight += bounds[1] - bounds[0]
+        self.num_in_flight += bounds[1] - bounds[0]
         engine = self._window.engine
         self._engine_at[positions] = engine
         samples = self._sample_at[positions]
@@ -134,7 +124,7 @@ class RunningPlan:
         """These have come back, or an engine is gone."""
         if finished.lost is not None:
             return self._lose(finished.lost)
-        self._num_in_flight -= len(finished.positions)
+        self.num_in_flight -= len(finished.positions)
         if self._window is not None:
             self._window.finish(finished.positions)
         places = np.array(finished.positions, np.int64)
@@ -168,7 +158,7 @@ class RunningPlan:
     def _lose(self, engine: LostEngine) -> list[Delivery]:
         lost = np.flatnonzero(self._engine_at == engine.number)
         self._engine_at[lost] = -1
-        self._num_in_flight -= len(lost)
+        self.num_in_flight -= len(lost)
         left_over = lost[:0]
         if self._window is not None:
             self._window.finish(lost.tolist())

@@ -10,6 +10,7 @@ Invariant: requests are submitted in plan order, each once, and the next is neve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -20,6 +21,20 @@ WINDOW_POOLS = 2
 MAX_IN_FLIGHT = 8192
 # More follows only when this share of the window is free, so that runs are long and messages few.
 REFILL_SHARE = 0.25
+
+
+class Feed(Protocol):
+    """Says which positions of a plan come next: all of them to one engine, or to each of several its own."""
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing of it runs, and nothing more will come."""
+
+    def take_next(self) -> tuple[int, int] | None:
+        """Positions ``[first, last)`` that come now; None where none do."""
+
+    def finish(self, positions: Sequence[int]) -> None:
+        """These have finished."""
 
 
 class FeedWindow:

@@ -64,13 +64,16 @@ class StepRecorder:
         cost_model: The clock.
         kv_capacity_tokens: Slots of the KV pool.
         kv_limit_tokens: Slots of it that the scheduler is to use.
+
+    Attributes:
+        elapsed_s: Seconds of all steps so far.
     """
 
     def __init__(self, cost_model: CostModel, kv_capacity_tokens: int, kv_limit_tokens: int) -> None:
         self.kv_capacity_tokens = kv_capacity_tokens
         self.kv_limit_tokens = kv_limit_tokens
         self._cost_model = cost_model
-        self._elapsed_s = 0.0
+        self.elapsed_s = 0.0
         self._steps: list[tuple[float | int, ...]] = []
 
     def record(
@@ -97,7 +100,7 @@ class StepRecorder:
         seconds = self._cost_model.step_s(work)
         self._steps.append(
             (
-                self._elapsed_s,
+                self.elapsed_s,
                 seconds,
                 0.0,
                 work.num_prefill_tokens,
@@ -117,12 +120,7 @@ class StepRecorder:
                 work.kv_read_tokens,
             )
         )
-        self._elapsed_s += seconds
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of all steps so far."""
-        return self._elapsed_s
+        self.elapsed_s += seconds
 
     def trace(self, label: str) -> StepTrace:
         """All steps so far."""

@@ -85,11 +85,10 @@ def simulate(
     _check_numbers(capacity, limit, chunk_tokens, max_running)
     recorder = StepRecorder(cost_model, capacity, limit)
     if scheduler == "batchllm":
-        expected = np.where(workload.known_len > 0, workload.known_len, workload.max_new_len)
         plan = plan_batch(
             workload.table,
             page_size=page_size,
-            decode_lens=expected,
+            decode_lens=workload.expected_len,
             group_order=group_order,
             share_lens=workload.share_lens,
         )

@@ -7,15 +7,14 @@ Invariant: the window is in plan order.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from operator import attrgetter
-from typing import Protocol
 
 import numpy as np
 
 from batchllm.planner import BatchPlan
 from batchllm.planner.planner import RunCutter
 from batchllm.prefix_cache import PinLedger
+from batchllm.scheduler.feed_window import Feed
 from batchllm.scheduler.output_length import EstimateColumns, OutputEstimate, OutputLengths, draws
 from batchllm.tokens import Int64Array
 
@@ -77,20 +76,6 @@ class PlannedRequest:
     def share_len(self) -> int:
         """Tokens at its start that it may share: all, or those before its scores."""
         return self.prefill_len if self._share_len is None else self._share_len
-
-
-class Feed(Protocol):
-    """Says which positions of a plan come next: all of them to one engine, or to each of several its own."""
-
-    @property
-    def is_done(self) -> bool:
-        """Nothing of it runs, and nothing more will come."""
-
-    def take_next(self) -> tuple[int, int] | None:
-        """Positions ``[first, last)`` that come now; None where none do."""
-
-    def finish(self, positions: Sequence[int]) -> None:
-        """These have finished."""
 
 
 class PlanWindow:

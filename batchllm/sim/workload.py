@@ -58,6 +58,11 @@ class SimWorkload:
         """Rows."""
         return len(self.table)
 
+    @property
+    def expected_len(self) -> Int64Array:
+        """Tokens that each row is expected to generate: its limit where its length is not known. By row."""
+        return np.where(self.known_len > 0, self.known_len, self.max_new_len)
+
     def of_rows(self, rows: Int64Array) -> SimWorkload:
         """Some of the rows, in the order given; prompts are copied."""
         lens = self.table.lengths[rows]
@@ -147,40 +152,6 @@ def shared(
     tokens[:, prefix_len] = 1 + rows % sharing
     name = f"shared: {prefix_len} + {private_len} tokens, sharing {sharing}"
     offsets = np.arange(num_requests + 1, dtype=np.int64) * (prefix_len + private_len)
-    return _with_outputs(name, TokenTable(tokens=tokens.reshape(-1), offsets=offsets), output, rng)
-
-
-def zipf(
-    *,
-    prefix_len: int,
-    private_len: int,
-    exponent: float,
-    largest_share: float,
-    num_requests: int,
-    output: OutputDraw,
-    seed: int = 0,
-) -> SimWorkload:
-    """Groups whose sizes are drawn from a Zipf distribution, a prefix each, in random order.
-
-    Args:
-        prefix_len: Tokens of each prefix.
-        private_len: Tokens of each row behind it.
-        exponent: Of the distribution, above 1: a group of n rows is n ** -exponent as likely as one of a single row.
-        largest_share: Part of all rows that a group has at most.
-        num_requests: Rows.
-        output: How long outputs are.
-        seed: Seed of everything random.
-    """
-    rng = np.random.default_rng(seed)
-    sizes = np.minimum(rng.zipf(exponent, num_requests), max(1, int(largest_share * num_requests)))
-    sizes = sizes[: int(np.searchsorted(sizes.cumsum(), num_requests)) + 1]
-    group = np.repeat(np.arange(len(sizes)), sizes)[:num_requests]
-    group = group[rng.permutation(num_requests)]
-    tokens = np.zeros((num_requests, prefix_len + private_len), np.int32)
-    tokens[:, 0] = group
-    tokens[:, prefix_len] = np.arange(num_requests)  # no token too much is shared
-    offsets = np.arange(num_requests + 1, dtype=np.int64) * (prefix_len + private_len)
-    name = f"zipf: {prefix_len} + {private_len} tokens, exponent {exponent:g}"
     return _with_outputs(name, TokenTable(tokens=tokens.reshape(-1), offsets=offsets), output, rng)
 
 

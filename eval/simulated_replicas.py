@@ -23,8 +23,8 @@ from batchllm.sim.kv_pool import Columns, StepRecorder
 from batchllm.sim.planned import PlannedScheduler
 from batchllm.sim.simulate import simulate
 from batchllm.sim.window import PlanWindow
-from batchllm.sim.workload import SimWorkload
-from batchllm.tokens import Int64Array
+from batchllm.sim.workload import OutputDraw, SimWorkload
+from batchllm.tokens import Int64Array, TokenTable
 
 Distribution = Literal["units", "rows", "groups", "cache-aware"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
@@ -40,6 +40,47 @@ DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 _STEPS_AT_ONCE = 2048
 _CACHE_THRESHOLD = 0.5
 _BALANCE_ABS, _BALANCE_REL = 32, 1.1
+
+
+def zipf(
+    *,
+    prefix_len: int,
+    private_len: int,
+    exponent: float,
+    largest_share: float,
+    num_requests: int,
+    output: OutputDraw,
+    seed: int = 0,
+) -> SimWorkload:
+    """Groups whose sizes are drawn from a Zipf distribution, a prefix each, in random order.
+
+    Args:
+        prefix_len: Tokens of each prefix.
+        private_len: Tokens of each row behind it.
+        exponent: Of the distribution, above 1: a group of n rows is n ** -exponent as likely as one of a single row.
+        largest_share: Part of all rows that a group has at most.
+        num_requests: Rows.
+        output: How long outputs are.
+        seed: Seed of everything random.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.minimum(rng.zipf(exponent, num_requests), max(1, int(largest_share * num_requests)))
+    sizes = sizes[: int(np.searchsorted(sizes.cumsum(), num_requests)) + 1]
+    group = np.repeat(np.arange(len(sizes)), sizes)[:num_requests]
+    group = group[rng.permutation(num_requests)]
+    tokens = np.zeros((num_requests, prefix_len + private_len), np.int32)
+    tokens[:, 0] = group
+    tokens[:, prefix_len] = np.arange(num_requests)  # no token too much is shared
+    offsets = np.arange(num_requests + 1, dtype=np.int64) * (prefix_len + private_len)
+    name = f"zipf: {prefix_len} + {private_len} tokens, exponent {exponent:g}"
+    output_len = output.draw(num_requests, rng)
+    return SimWorkload.from_lengths(
+        name,
+        TokenTable(tokens=tokens.reshape(-1), offsets=offsets),
+        output_len,
+        max_new_len=np.full(num_requests, output.limit, np.int64),
+        known_len=output_len if output.is_known else None,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +116,7 @@ class ReplicasResult:
 
 
 class _ReplicaWindow:
-    """What one engine sees of a feed for several: a `batchllm.sim.window.Feed`."""
+    """What one engine sees of a feed for several: a `batchllm.scheduler.feed_window.Feed`."""
 
     def __init__(self, feed: ReplicaFeed, replica: int) -> None:
         self._feed, self._replica = feed, replica
@@ -102,14 +143,6 @@ class ReplicasRun(Protocol):
 
     def result(self) -> ReplicasResult:
         """What it came to, at the end."""
-
-
-def simulate_replicas(workload: SimWorkload, num_replicas: int, **options: Any) -> ReplicasResult:
-    """Run a workload on several engines to its end. Arguments are those of `start_replicas`."""
-    run = start_replicas(workload, num_replicas, **options)
-    while run.advance():
-        pass
-    return run.result()
 
 
 def start_replicas(
@@ -144,7 +177,7 @@ def start_replicas(
     if num_replicas < 1:
         raise ConfigError(f"num_replicas must be at least 1, not {num_replicas}")
     plan = plan_batch(
-        workload.table, decode_lens=_expected_lens(workload), group_order="balanced", share_lens=workload.share_lens
+        workload.table, decode_lens=workload.expected_len, group_order="balanced", share_lens=workload.share_lens
     )
     capacity = cost_model.kv_capacity_tokens() if kv_capacity_tokens is None else kv_capacity_tokens
     engine: dict[str, Any] = {"chunk_tokens": chunk_tokens, "max_running": max_running}
@@ -153,10 +186,6 @@ def start_replicas(
     engine["kv_capacity_tokens"] = capacity
     owner = _ROUTERS[distribution](workload, plan, num_replicas)
     return _ApartRun(workload, plan.optimal_prefill_tokens, owner, num_replicas, distribution, cost_model, engine)
-
-
-def _expected_lens(workload: SimWorkload) -> Int64Array:
-    return np.where(workload.known_len > 0, workload.known_len, workload.max_new_len)
 
 
 class _UnitsRun:
@@ -171,7 +200,7 @@ class _UnitsRun:
         speeds: tuple[float, ...],
         engine: dict[str, Any],
     ) -> None:
-        parts = partition(plan, expected_work(plan, _expected_lens(workload)), len(speeds))
+        parts = partition(plan, expected_work(plan, workload.expected_len), len(speeds))
         cutter = RunCutter(parts.plan, workload.table, workload.max_new_len, workload.known_len, workload.task)
         feed = ReplicaFeed(cutter.kv_cost, parts.work, parts.bounds, dict.fromkeys(range(len(speeds)), capacity))
         self._speeds = speeds
@@ -266,8 +295,7 @@ def _by_group(workload: SimWorkload, plan: BatchPlan, num_replicas: int) -> Int6
     np.minimum.at(first_row, group, np.arange(len(group)))
     rank = np.empty(len(group), np.int64)
     rank[np.argsort(first_row, kind="stable")] = np.arange(len(group))
-    turn: Int64Array = rank[group] % num_replicas
-    return turn
+    return rank[group] % num_replicas
 
 
 def _group_of_rows(plan: BatchPlan) -> Int64Array:
