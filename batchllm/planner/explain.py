@@ -15,7 +15,7 @@ import numpy.typing as npt
 from batchllm.compiled import njit
 from batchllm.planner.group_cut import exact_cut, greedy_cut
 from batchllm.planner.plan import BatchPlan
-from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len
+from batchllm.tokens import Int32Array, Int64Array, TokenTable, common_len, page_ceil
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -152,7 +152,6 @@ def explain(plan: BatchPlan, table: TokenTable) -> PlanSummary:
     """
     path_len = int(plan.end_len.max(initial=0))
     prompt_len = int(plan.prompt_lens.max(initial=0))
-    whole_pages = -(-(path_len + prompt_len) // plan.page_size) * plan.page_size
     return PlanSummary(
         num_requests=plan.num_requests,
         page_size=plan.page_size,
@@ -169,7 +168,7 @@ def explain(plan: BatchPlan, table: TokenTable) -> PlanSummary:
         largest=largest_prefixes(plan),
         longest_path_len=path_len,
         longest_prompt_len=prompt_len,
-        kv_needed_tokens=whole_pages,
+        kv_needed_tokens=page_ceil(path_len + prompt_len, plan.page_size),
     )
 
 

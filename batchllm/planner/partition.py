@@ -93,8 +93,7 @@ def request_work(
     """
     decode = decode_lens.astype(np.float64)
     kv_reads = decode * (prompt_lens + decode / 2)
-    work: npt.NDArray[np.float64] = computed_lens + DECODE_WORK * decode + kv_reads / KV_PER_WORK
-    return work
+    return computed_lens + DECODE_WORK * decode + kv_reads / KV_PER_WORK
 
 
 def partition(

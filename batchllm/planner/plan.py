@@ -129,19 +129,9 @@ class BatchPlan:
         """Where each of some prefixes ends, and 0 for -1: int32, of the shape given."""
         return np.append(self.end_len, np.int32(0))[prefix]
 
-    def to_bytes(self) -> bytes:
-        """The plan as bytes: equal plans, and only they, give equal bytes on every machine."""
-        return b"".join(self._chunks())
-
     def fingerprint(self) -> str:
-        """32 hex digits that stand for `to_bytes`."""
-        digest = hashlib.blake2b(digest_size=16)
-        for chunk in self._chunks():
-            digest.update(chunk)
-        return digest.hexdigest()
-
-    def _chunks(self) -> Iterator[bytes]:
-        yield b"batchllm.BatchPlan/1"
+        """32 hex digits: those of equal plans, and of no others, are equal, on every machine."""
+        digest = hashlib.blake2b(b"batchllm.BatchPlan/1", digest_size=16)
         numbers = (
             self.num_requests,
             self.page_size,
@@ -149,9 +139,10 @@ class BatchPlan:
             self.num_prompt_tokens,
             self.optimal_prefill_tokens,
         )
-        yield np.array(numbers, dtype="<i8").tobytes()
+        digest.update(np.array(numbers, dtype="<i8").tobytes())
         for _, array in self._arrays():
-            yield array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        return digest.hexdigest()
 
     def validate(self, table: TokenTable | None = None, namespaces: Int64Array | None = None) -> None:
         """Check every invariant of the contract, and with the prompts at hand, every shared token.

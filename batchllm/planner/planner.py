@@ -277,5 +277,4 @@ def max_over_ranges(values: Int64Array, first: Int64Array, num: Int64Array) -> I
         return np.zeros(0, np.int64)
     # reduceat takes each index up to the next; the sentinel lets a range end at the last value.
     bounds = np.stack([first, first + num], axis=1).ravel()
-    longest: Int64Array = np.maximum.reduceat(np.append(values, 0), bounds)[::2]
-    return longest
+    return np.maximum.reduceat(np.append(values, 0), bounds)[::2]

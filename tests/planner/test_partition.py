@@ -198,7 +198,7 @@ def test_the_same_plan_gives_the_same_units() -> None:
     plan = plan_batch(TokenTable.from_lists(prompts))
     work = expected_work(plan, np.full(200, 9))
     one, other = partition(plan, work, 3), partition(plan, work, 3)
-    assert one.plan.to_bytes() == other.plan.to_bytes() and one.bounds.tolist() == other.bounds.tolist()
+    assert one.plan.fingerprint() == other.plan.fingerprint() and one.bounds.tolist() == other.bounds.tolist()
 
 
 def test_nothing_to_run_is_no_unit() -> None:

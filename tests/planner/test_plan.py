@@ -144,6 +144,5 @@ def test_a_plan_cannot_be_changed() -> None:
         {"optimal_prefill_tokens": 14},
     ],
 )
-def test_plans_that_differ_have_different_bytes_and_fingerprints(changes: dict[str, Any]) -> None:
-    assert _with(**changes).to_bytes() != _plan().to_bytes()
+def test_plans_that_differ_have_different_fingerprints(changes: dict[str, Any]) -> None:
     assert _with(**changes).fingerprint() != _plan().fingerprint()
