@@ -92,15 +92,12 @@ def _batch(
 class FlashInferSharedAttention:
     """`StepAttention` of FlashInfer's kernels."""
 
-    def __init__(
-        self, shape: LayerShape, device: torch.device | str, *, backend: str = "auto", max_levels: int = _MAX_LEVELS
-    ) -> None:
+    def __init__(self, shape: LayerShape, device: torch.device | str, *, max_levels: int = _MAX_LEVELS) -> None:
         """Make one FlashInfer wrapper per level, and one for the private parts; they share a workspace.
 
         Args:
             shape: The layers; float16 or bfloat16, without a window.
             device: A CUDA device.
-            backend: FlashInfer's: ``auto``, ``fa2`` or ``fa3``.
             max_levels: Levels of nesting that are read once for all readers.
 
         Raises:
@@ -111,8 +108,7 @@ class FlashInferSharedAttention:
         self._device, self._max_levels = torch.device(device), max_levels
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers = [
-            self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
-            for _ in range(1 + max_levels)
+            self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD") for _ in range(1 + max_levels)
         ]
         self._planned: list[tuple[Any, torch.Tensor]] = []
         self._num_tokens = 0

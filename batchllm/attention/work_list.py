@@ -112,8 +112,7 @@ def build_work_list(
 
 
 def _rows_per_block(pieces: Pieces, shape: TileShape) -> Int64Array:
-    rows: Int64Array = np.where(pieces.num_rows > shape.rows_narrow, shape.rows_wide, shape.rows_narrow)
-    return rows
+    return np.where(pieces.num_rows > shape.rows_narrow, shape.rows_wide, shape.rows_narrow)
 
 
 def _split_len(pieces: Pieces, shape: TileShape, num_kv_heads: int) -> Int64Array:

@@ -11,21 +11,20 @@ from prometheus_client.parser import text_string_to_metric_families
 _LABEL = "replica"
 
 
-def merged(pages: Mapping[int, str], own: CollectorRegistry = REGISTRY) -> bytes:
+def merged(pages: Mapping[int, str]) -> bytes:
     """One page of the metrics of this process and of what engines have told.
 
     Args:
         pages: What each engine has told, by its number.
-        own: The metrics of this process.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Merged(pages, own))
+    registry.register(_Merged(pages))
     return bytes(generate_latest(registry))
 
 
 class _Merged:
-    def __init__(self, pages: Mapping[int, str], own: CollectorRegistry) -> None:
-        self._pages, self._own = pages, own
+    def __init__(self, pages: Mapping[int, str]) -> None:
+        self._pages = pages
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -38,4 +37,4 @@ class _Merged:
                 for sample in family.samples:
                     metric.add_sample(sample.name, {**sample.labels, _LABEL: str(engine)}, sample.value)
         yield from found.values()
-        yield from (metric for metric in self._own.collect() if metric.name not in found)
+        yield from (metric for metric in REGISTRY.collect() if metric.name not in found)

@@ -129,20 +129,17 @@ class JobRows:
     @property
     def max_new_len(self) -> npt.NDArray[np.int32]:
         """Most tokens that each row may generate. Shape ``[num_rows]``."""
-        values: npt.NDArray[np.int32] = self._max_new_len.values
-        return values
+        return self._max_new_len.values
 
     @property
     def known_len(self) -> npt.NDArray[np.int32]:
         """Tokens that each row will generate, 0 where that is not known. Shape ``[num_rows]``."""
-        values: npt.NDArray[np.int32] = self._known_len.values
-        return values
+        return self._known_len.values
 
     @property
     def num_prompts(self) -> npt.NDArray[np.int32]:
         """Prompts that each row gives. Shape ``[num_rows]``."""
-        values: npt.NDArray[np.int32] = self._num_prompts.values
-        return values
+        return self._num_prompts.values
 
     @property
     def first_prompt(self) -> Int64Array:
@@ -154,8 +151,7 @@ class JobRows:
         """Which row of the store each of these samples of these rows answers."""
         per_prompt = self.num_samples(rows) // self.num_prompts[rows]
         same = self._num_prompts.same
-        prompts: Int64Array = (self.first_prompt[rows] if same is None else rows * same) + samples // per_prompt
-        return prompts
+        return (self.first_prompt[rows] if same is None else rows * same) + samples // per_prompt
 
     def per_prompt(self, values: npt.NDArray[Any]) -> Int64Array:
         """A value of every row, for each row of the store. Shape ``[num_prompts]``."""
@@ -169,8 +165,7 @@ class JobRows:
     @property
     def draws(self) -> npt.NDArray[np.int8]:
         """1 for each of `kinds` that needs a seed, else 0."""
-        values: npt.NDArray[np.int8] = self._kinds.draws.values
-        return values
+        return self._kinds.draws.values
 
     def kind(self, rows: Int64Array) -> npt.NDArray[np.int32]:
         """Which of `kinds` these rows are sampled by."""
@@ -272,8 +267,7 @@ class JobRows:
         starts = (np.cumsum(lens) - lens)[lens > 0]
         highest, lowest = np.maximum.reduceat(tokens, starts), np.minimum.reduceat(tokens, starts)
         are_in[lens > 0] = (highest < self._info.vocab_size) & (lowest >= 0)
-        found: list[bool] = are_in.tolist()
-        return found
+        return are_in.tolist()
 
     def sample_table(self, subset: Int64Array | None = None) -> tuple[Samples, TokenTable]:
         """Every sample of these rows as a row of a token table.

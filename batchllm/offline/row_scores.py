@@ -78,13 +78,11 @@ class RowScores:
             lengths: Tokens of the prompt that is meant of each.
         """
         first = self._first.values[rows]
-        share_lens: Int32Array = np.where(first == _UNSCORED, lengths, np.maximum(first, 1)).astype(np.int32)
-        return share_lens
+        return np.where(first == _UNSCORED, lengths, np.maximum(first, 1)).astype(np.int32)
 
     def targets(self, prompts: Int64Array) -> Int32Array:
         """Target of each of these rows of the token store."""
-        targets: Int32Array = self._target.values[prompts]
-        return targets
+        return self._target.values[prompts]
 
     def finish(self, row: int, completion: Completion) -> Completion:
         """An answer as it is for this row: scores from where it asked for them, all tokens of its prompt counted."""

@@ -157,7 +157,7 @@ class TokenStore:
         Raises:
             WorkloadError: The disk refuses.
         """
-        offsets = self._offsets()
+        offsets = starts_of(self.lengths)
         if rows is None:
             return TokenTable(tokens=self._read(0, self.num_tokens), offsets=offsets)
         in_order = np.argsort(rows, kind="stable")
@@ -177,7 +177,7 @@ class TokenStore:
         Raises:
             WorkloadError: The disk refuses.
         """
-        offsets = self._offsets()
+        offsets = starts_of(self.lengths)
         if not self.is_spilled:
             yield TokenBlock(0, self._read(0, self.num_tokens), offsets)
             return
@@ -190,9 +190,6 @@ class TokenStore:
         self._give_back()
         if self._file is not None:
             self._file.close()
-
-    def _offsets(self) -> Int64Array:
-        return starts_of(self.lengths)
 
     def _view_memory(self) -> Int32Array:
         return np.frombuffer(self._memory, np.int32)[: self._taken_len]

@@ -80,8 +80,7 @@ def recent_steps(steps: StepArray, now_s: float) -> StepArray:
     empty = np.zeros(len(places), STEP_DTYPE)
     empty["duration_s"] = np.repeat(gaps[before] / num_parts, num_parts)
     empty["start_s"] = ends[places] + number * empty["duration_s"]
-    with_gaps: StepArray = np.insert(shown, places + 1, empty)
-    return with_gaps
+    return np.insert(shown, places + 1, empty)
 
 
 def draw_charts(steps: StepArray, kv_limit_tokens: int) -> list[Chart]:
