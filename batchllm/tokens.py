@@ -77,7 +77,7 @@ def starts_of(lens: Sequence[int] | npt.NDArray[np.integer]) -> Int64Array:
     return starts
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def copy_runs(
     source: Int32Array, starts: Int64Array, ends: Int64Array, target: Int32Array, target_starts: Int64Array
 ) -> None:
