@@ -333,6 +333,14 @@ def test_a_request_whose_id_begins_those_of_planned_ones_may_be_aborted(server: 
     assert httpx.post(f"{server.url}/generate", json=body, headers=headers, timeout=60).status_code == 400
 
 
+def test_a_label_that_the_metrics_do_not_have_ends_its_request_only(server: Server) -> None:
+    """SGLang ends the whole server where it counts such a request."""
+    body = {"text": "a b c", "custom_labels": {"team": "x"}, "sampling_params": {"max_new_tokens": 1}}
+    refused = post(server, body, "/generate")
+    assert (refused.status_code, "'team' is no label" in refused.text) == (400, True), refused.text
+    assert post(server, body | {"custom_labels": None}, "/generate").status_code == 200
+
+
 def test_no_row_ends_the_engine(server: Server) -> None:
     """Rows with values at and beyond the limits, each value once and more, in a batch and live: each row is answered or
     refused by itself, by the same processes."""

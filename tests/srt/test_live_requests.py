@@ -448,6 +448,39 @@ def test_a_live_request_has_as_many_answers_as_there_can_be(engine: BatchEngine,
     assert len(answers) == 3
 
 
-def test_a_live_request_for_fewer_than_no_alternatives_is_refused(engine: BatchEngine) -> None:
-    with pytest.raises(ValueError, match="must be 0 or more, not -1"):
-        run(engine, live_request(engine, input_ids=[5, 6, 7], return_logprob=True, top_logprobs_num=-1))
+_CANNOT_BE: list[tuple[dict[str, Any], str]] = [
+    ({"return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num must be 0 or more, not -1"),
+    ({"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len must be -1 or more, not -2"),
+    ({"return_logprob": True, "top_logprobs_num": [1]}, "top_logprobs_num is a list, and there is one prompt"),
+    ({"return_logprob": True, "token_ids_logprob": [[5]]}, "token_ids_logprob is a list, and there is one prompt"),
+    ({"rid": ["a"]}, "rid is a list, and there is one prompt"),
+    ({"input_ids": [[5], [6]], "return_logprob": [True]}, "return_logprob has 1 values for 2 prompts"),
+    ({"input_ids": [[5], [6]], "sampling_params": [GREEDY]}, "sampling_params has 1 values for 2 prompts"),
+    ({"positional_embed_overrides": [[1]]}, "positional_embed_overrides cannot be given as JSON"),
+    ({"sampling_params": {"max_new_tokens": 1.5}}, "max_new_tokens is 1.5: Expected `int"),
+    ({"sampling_params": {"stream_interval": [5]}}, r"stream_interval is \[5\]: Expected `int"),
+    ({"sampling_params": {"stop_token_ids": 5}}, "stop_token_ids is 5: Expected `array"),
+    ({"sampling_params": {"temperature": "x"}}, "temperature is 'x': Expected `float`"),
+    ({"sampling_params": {"is_normalized": True}}, "unknown parameter 'is_normalized'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), _CANNOT_BE)
+def test_a_live_request_that_cannot_be_carried_out_is_refused_by_name_and_ends_nothing(
+    engine: BatchEngine, fields: dict[str, Any], message: str
+) -> None:
+    """SGLang checks none of these; most end its scheduler, with every request that runs."""
+    fields = {"input_ids": [5, 6, 7], "sampling_params": GREEDY} | fields
+    with pytest.raises(ValueError, match=message):
+        run(engine, live_request(engine, **fields))
+    assert run(engine, live_answer(engine, [5, 6, 7]))["output_ids"]
+
+
+def test_a_list_for_several_prompts_of_a_live_request_is_taken(engine: BatchEngine) -> None:
+    """A value for each prompt, one for all, or token ids for all."""
+    fields = {"return_logprob": [True, False], "token_ids_logprob": [5, 7], "sampling_params": [GREEDY, GREEDY]}
+    first, second = run(engine, live_request(engine, input_ids=[[5, 6], [7, 8]], **fields))
+    assert len(first["meta_info"]["output_token_ids_logprobs"][0]) == 2
+    assert "output_token_logprobs" not in second["meta_info"]
+    whole = run(engine, live_request(engine, input_ids=[5, 6], sampling_params={"max_new_tokens": 4.0}))
+    assert len(whole["output_ids"]) <= 4

@@ -24,14 +24,12 @@ from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, UnloadLoRA
 from sglang.srt.managers.tokenizer_manager import SignalHandler, TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
-from batchllm.dataset.field_checks import show
 from batchllm.errors import EngineDiedError
 from batchllm.offline.runtime import FinishedRequests, RunRequests, RuntimeInfo
 from batchllm.srt.entrypoints.serving_chat import ServingChat
 from batchllm.srt.managers.chat_tokenizer import ChatTokenizer
 from batchllm.srt.managers.control_faults import HearingCommunicator
 from batchllm.srt.managers.io_struct import (
-    PLANNED_ID,
     PlannedAbortReqInput,
     PlannedBatchOutput,
     PlannedCloseReqInput,
@@ -40,6 +38,7 @@ from batchllm.srt.managers.io_struct import (
     sampling_kwargs,
 )
 from batchllm.srt.managers.known_scores import KnownScores
+from batchllm.srt.managers.live_checks import check_generate
 from batchllm.srt.managers.live_latency import observe
 from batchllm.srt.server_args import kv_limit_tokens
 from batchllm.trace.latency import LiveLatency
@@ -48,9 +47,6 @@ logger = logging.getLogger(__name__)
 
 _GIVEN_AS_TENSORS = "__tensor__"
 """What SGLang calls the folder of such an adapter (``TokenizerControlMixin.load_lora_adapter_from_tensors``)."""
-
-_MAX_ANSWERS = 1024
-"""To one prompt of a live request."""
 
 
 class BatchTokenizerManager(TokenizerManager):
@@ -136,16 +132,15 @@ class BatchTokenizerManager(TokenizerManager):
         """SGLang's answers to a live request.
 
         Raises:
-            ValueError: It asks for no answer, for more than `_MAX_ANSWERS`, or for fewer than no alternatives; its id
-                could be that of a planned request; or the model does not generate, and would end the engine.
+            ValueError: It cannot be carried out (`live_checks`), or the model does not generate, and would end the
+                engine.
         """
         if isinstance(obj, GenerateReqInput):
             if not self.is_generation:
                 raise ValueError(
                     "this server embeds (--is-embedding); ask /v1/embeddings, or a server without --is-embedding"
                 )
-            _check_numbers(obj)
-            _check_ids(obj)
+            check_generate(obj, self.metrics_collector.labels if self.enable_metrics else None)
         return super().generate_request(obj, request)
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
@@ -271,25 +266,6 @@ class _FailJobs(SignalHandler):
 def init_tokenizer_manager(server_args: Any, port_args: Any) -> Any:
     """What SGLang's engine and server call to make the tokenizer manager."""
     return init_upstream(server_args, port_args, BatchTokenizerManager)
-
-
-def _check_numbers(obj: Any) -> None:
-    """Refuse numbers that SGLang does not check. It makes a request for each answer, until there is no memory left."""
-    params = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params or {}]
-    for own in params:
-        num = own.get("n", 1) if isinstance(own, dict) else 1
-        if not isinstance(num, int) or isinstance(num, bool) or not 1 <= num <= _MAX_ANSWERS:
-            raise ValueError(f"n must be an integer from 1 to {_MAX_ANSWERS}, not {show(num)}")
-    nums = obj.top_logprobs_num if isinstance(obj.top_logprobs_num, list) else [obj.top_logprobs_num]
-    for num in nums:
-        if isinstance(num, int) and num < 0:
-            raise ValueError(f"the number of log probabilities must be 0 or more, not {num}")
-
-
-def _check_ids(obj: Any) -> None:
-    for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
-        if isinstance(rid, str) and rid.startswith(PLANNED_ID[0]):
-            raise ValueError(f"rid must not begin with NUL: {show(rid)}")
 
 
 class ManagedRuntime:
