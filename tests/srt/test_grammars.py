@@ -150,6 +150,28 @@ def test_sampling_that_sglang_refuses_ends_its_own_requests() -> None:
     assert params.is_normalized
 
 
+@pytest.mark.parametrize(
+    ("kind", "grammar"),
+    [
+        ("regex", "\0"),
+        ("regex", "a\0b"),
+        ("json_schema", '{"type": "string", "pattern": "\\u0000"}'),
+        ("json_schema", '{"anyOf": [{"type": "object", "patternProperties": {"\\u0000": {"type": "integer"}}}]}'),
+        ("structural_tag", '{"type": "structural_tag", "format": {"type": "regex", "pattern": "\\u0000"}}'),
+    ],
+)
+def test_an_expression_with_nul_is_refused_before_it_ends_the_process(kind: str, grammar: str) -> None:
+    """The library crashes, or compiles what is in front of it. An escaped NUL is taken."""
+    with bounded_compilers():
+        info = xgrammar.TokenizerInfo(_VOCAB, stop_token_ids=[_STOP])
+        compiler = xgrammar_backend.GrammarCompiler(tokenizer_info=info)
+    compile_one = getattr(compiler, f"compile_{kind}")
+    with pytest.raises(RuntimeError, match=r"has a NUL, where the library would end it; write \\u0000"):
+        compile_one(grammar)
+    escaped = grammar.replace("\\u0000", "\\\\u0000").replace("\0", "\\u0000")
+    assert compile_one(escaped).memory_size_bytes > 0
+
+
 def test_a_grammar_for_each_row_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang keeps each one that was ever compiled, and so does the library: what was not used for long is dropped."""
     monkeypatch.setattr(grammars, "MAX_GRAMMARS", 8)

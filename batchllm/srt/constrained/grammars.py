@@ -83,8 +83,10 @@ def bounded_compilers() -> Iterator[None]:
     """
     from sglang.srt.constrained import xgrammar_backend
 
+    from batchllm.srt.constrained.checked_compiler import CheckedCompiler
+
     before = xgrammar_backend.GrammarCompiler
-    xgrammar_backend.GrammarCompiler = functools.partial(before, cache_limit_bytes=MAX_COMPILED_BYTES)
+    xgrammar_backend.GrammarCompiler = functools.partial(CheckedCompiler, cache_limit_bytes=MAX_COMPILED_BYTES)
     try:
         yield
     finally:
