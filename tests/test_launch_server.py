@@ -341,6 +341,16 @@ def test_a_label_that_the_metrics_do_not_have_ends_its_request_only(server: Serv
     assert post(server, body | {"custom_labels": None}, "/generate").status_code == 200
 
 
+def test_a_stream_that_is_refused_leaves_its_connection_open(server: Server) -> None:
+    """SGLang fails behind the answer, when it ends what a client may have left, and the connection closes."""
+    body = {"text": "a b c", "sampling_params": {"max_new_tokens": 1, "temperature": "x"}, "stream": True}
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
+        for rid in (None, "a", ["a"]):
+            refused = client.post("/generate", json=body | {"rid": rid})
+            assert '"code":400' in refused.text, refused.text
+            assert client.get("/v1/models").status_code == 200
+
+
 def test_no_row_ends_the_engine(server: Server) -> None:
     """Rows with values at and beyond the limits, each value once and more, in a batch and live: each row is answered or
     refused by itself, by the same processes."""

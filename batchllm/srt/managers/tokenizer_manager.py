@@ -140,7 +140,11 @@ class BatchTokenizerManager(TokenizerManager):
                 raise ValueError(
                     "this server embeds (--is-embedding); ask /v1/embeddings, or a server without --is-embedding"
                 )
-            check_generate(obj, self.metrics_collector.labels if self.enable_metrics else None)
+            try:
+                check_generate(obj, self.metrics_collector.labels if self.enable_metrics else None)
+            except ValueError:
+                obj.is_single, obj.rid = False, []  # what SGLang aborts behind a stream, refused or not
+                raise
         return super().generate_request(obj, request)
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
