@@ -282,6 +282,9 @@ def test_a_burst_of_plain_requests_computes_what_they_share_once(server: Server)
     assert num_computed <= 1.25 * optimum
 
 
+_GROUP = {"master_address": "127.0.0.1", "rank_offset": 1, "world_size": 2, "group_name": "g", "backend": "gloo"}
+_SENDERS = {"master_address": "127.0.0.1", "ports": "1", "group_rank": 1, "world_size": 2, "backend": "gloo"}
+"""Groups of processes of which the other does not come."""
 _ASKED: list[tuple[str, Any, int]] = [
     ("/abort_request", {"abort_all": True}, 200),
     ("/pause_generation", {"mode": "abort"}, 200),
@@ -289,6 +292,9 @@ _ASKED: list[tuple[str, Any, int]] = [
     ("/release_memory_occupation", {}, 400),
     ("/resume_memory_occupation", {}, 400),
     ("/update_weights_from_disk", {"model_path": "/nowhere"}, 400),
+    ("/weights_checker", {"action": "reset_tensors"}, 400),
+    ("/init_weights_update_group", _GROUP | {"master_port": 1}, 400),
+    ("/init_weights_send_group_for_remote_instance", _SENDERS, 400),
     ("/start_profile", {"output_dir": "/proc/nowhere", "num_steps": 2}, 200),
     ("/flush_cache", None, 400),
 ]

@@ -228,11 +228,26 @@ class BatchTokenizerManager(TokenizerManager):
     async def update_weights_from_ipc(self, obj: Any, request: Any = None) -> Any:
         return self._why_no_weights() or self._note_weights(await super().update_weights_from_ipc(obj, request))
 
+    async def check_weights(self, obj: Any, request: Any = None) -> Any:
+        """SGLang's; one of the actions overwrites the weights."""
+        if obj.action != "reset_tensors":
+            return await super().check_weights(obj, request)
+        if why := self._why_no_weights():
+            return (*why, None, None)
+        return self._note_weights(await super().check_weights(obj, request))
+
+    async def init_weights_update_group(self, obj: Any, request: Any = None) -> Any:
+        """SGLang's; the scheduler does nothing else until the others have come."""
+        return self._why_no_weights() or await super().init_weights_update_group(obj, request)
+
+    async def init_weights_send_group_for_remote_instance(self, obj: Any, request: Any = None) -> Any:
+        return self._why_no_weights() or await super().init_weights_send_group_for_remote_instance(obj, request)
+
     def _why_no_weights(self) -> tuple[bool, str] | None:
-        """The answer to an update of weights while a batch runs, which one model must answer; None if none runs."""
+        """The answer to what concerns weights while a batch runs, which one model must answer; None if none runs."""
         if not self._planned_outputs:
             return None
-        return False, "a batch runs with the weights that are loaded; load others when it has ended, or cancel it"
+        return False, "a batch runs with the weights that are loaded; ask again when it has ended, or cancel it"
 
     def _note_weights(self, result: Any) -> Any:
         """Remember that an engine has weights which no file has."""
