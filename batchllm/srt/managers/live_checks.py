@@ -7,6 +7,7 @@ scheduler (`live_sampling`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any, get_type_hints
 
@@ -79,6 +80,11 @@ def _check_sampling(params: dict[str, Any]) -> None:
                 params[name] = msgspec.convert(value, _TYPES[name], strict=False)
             except msgspec.ValidationError as error:
                 raise ValueError(f"sampling_params: {name} is {show(value)}: {error}") from error
+    for expression in _each(params.get("stop_regex") or []):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"sampling_params: stop_regex has {show(expression)}: {error}") from error
 
 
 def _check_length(obj: Any, name: str) -> None:
