@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -84,7 +84,7 @@ class BatchEngine:
     def batch_generate(
         self,
         prompts: Sequence[str] | None = None,
-        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        sampling_params: Sampling | Sequence[Sampling | None] | None = None,
         *,
         input_ids: Sequence[Sequence[int]] | None = None,
         messages: Sequence[Sequence[dict[str, Any]]] | None = None,
@@ -97,7 +97,7 @@ class BatchEngine:
 
         Args:
             prompts: Texts; or give ``input_ids`` or ``messages`` instead.
-            sampling_params: One for all, or one per prompt; a dict takes SGLang's names.
+            sampling_params: One for all, or one per prompt, None for nothing; a dict takes SGLang's names.
             input_ids: Token ids.
             messages: Conversations, through the model's chat template.
             expected_new_tokens: Tokens that each answer will have, where known. Only scheduling depends on it.
@@ -131,7 +131,7 @@ class BatchEngine:
     def batch_generate_iter(
         self,
         prompts: Sequence[str] | None = None,
-        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        sampling_params: Sampling | Sequence[Sampling | None] | None = None,
         *,
         input_ids: Sequence[Sequence[int]] | None = None,
         messages: Sequence[Sequence[dict[str, Any]]] | None = None,
@@ -200,7 +200,7 @@ class BatchEngine:
 
 def batch_generate(
     prompts: Sequence[str] | None = None,
-    sampling_params: Sampling | Sequence[Sampling] | None = None,
+    sampling_params: Sampling | Sequence[Sampling | None] | None = None,
     *,
     input_ids: Sequence[Sequence[int]] | None = None,
     messages: Sequence[Sequence[dict[str, Any]]] | None = None,
@@ -229,7 +229,7 @@ class _Inputs:
 
 def _inputs_of(
     prompts: Sequence[str] | None = None,
-    sampling_params: Sampling | Sequence[Sampling] | None = None,
+    sampling_params: Sampling | Sequence[Sampling | None] | None = None,
     *,
     input_ids: Sequence[Sequence[int]] | None = None,
     messages: Sequence[Sequence[dict[str, Any]]] | None = None,
@@ -247,10 +247,7 @@ def _inputs_of(
     if len(given) != 1:
         raise ConfigError("give exactly one of prompts, input_ids and messages")
     ((field, values),) = given.items()
-    argument = "prompts" if field == "prompt" else field
-    if isinstance(values, str):
-        raise ConfigError(f"{argument} must be a list, not one text")
-    _check_sized(argument, values)
+    _check_list("prompts" if field == "prompt" else field, values)
     return _Inputs(
         field=field,
         values=values,
@@ -309,31 +306,35 @@ class _Batch:
         self._store.close()
 
 
-def _check_sized(name: str, values: Any) -> None:
+def _check_list(name: str, values: Any) -> None:
+    """Values in an order, whatever holds them: a list, an array, a column of a table."""
     try:
-        len(values)
+        is_list = len(values) >= 0 and not isinstance(values, str | bytes | Mapping | Set)
     except TypeError:
-        raise ConfigError(f"{name} must be a list, not {show(values)}") from None
+        is_list = False
+    if not is_list:
+        raise ConfigError(f"{name} must be a list, not {show(values)}")
 
 
 def _per_prompt(name: str, values: Sequence[T] | None, num_prompts: int, default: T) -> Sequence[T]:
     if values is None:
         return [default] * num_prompts
-    _check_sized(name, values)
-    if isinstance(values, str) or len(values) != num_prompts:
+    _check_list(name, values)
+    if len(values) != num_prompts:
         raise ConfigError(f"{name} must have an item for each of the {num_prompts} prompts")
     return values
 
 
-def _spread(sampling: Sampling | Sequence[Sampling] | None, num_prompts: int) -> Sequence[Sampling]:
+def _spread(sampling: Sampling | Sequence[Sampling | None] | None, num_prompts: int) -> Sequence[Sampling]:
     if sampling is None:
         return [NO_SAMPLING] * num_prompts
     if isinstance(sampling, SamplingParams | Mapping):
         return [sampling] * num_prompts
-    _check_sized("sampling_params", sampling)
+    _check_list("sampling_params", sampling)
     if len(sampling) != num_prompts:
         raise ConfigError(f"{len(sampling)} sampling_params for {num_prompts} prompts")
-    return sampling
+    # A column of a table makes its values anew whenever it is read: they are held, and known by their identity.
+    return [NO_SAMPLING if own is None else own for own in sampling]
 
 
 def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowError]]]:
@@ -346,7 +347,8 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
             if id(params) not in parsed:
                 named = dataclasses.asdict(params) if isinstance(params, SamplingParams) else params
                 parsed[id(params)] = parse_sampling(named, defaults=SamplingParams())
-            sampling, first, continuation = _scored(params, parsed[id(params)], *score)
+            sets_limit = isinstance(params, SamplingParams) or params.get("max_new_tokens") is not None
+            sampling, first, continuation = _scored(parsed[id(params)], *score, sets_limit=sets_limit)
             request = Request(
                 row_id=str(index),
                 index=index,
@@ -355,6 +357,7 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
                 continuation=continuation,
                 expected_new_tokens=expected_len(expected),
                 task=task_name(task),
+                may_lower_max_new_tokens=not sets_limit,
                 **{inputs.field: _CHECKS[inputs.field](inputs.field, value)},
             )
             requests.append(request)
@@ -364,10 +367,9 @@ def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowE
 
 
 def _scored(
-    params: Sampling, sampling: SamplingParams, first: int | None, continuation: str | Sequence[int] | None
+    sampling: SamplingParams, first: int | None, continuation: str | Sequence[int] | None, *, sets_limit: bool
 ) -> tuple[SamplingParams, int, str | Sequence[int] | None]:
     """How a prompt is sampled, its first token to score, and what follows it."""
-    sets_limit = isinstance(params, SamplingParams) or "max_new_tokens" in params
     if first is None and continuation is None:
         return checked(sampling, sets_limit=sets_limit), 0, None
     return read_score(None if first is None else {"from": first}, continuation, sampling, sets_limit=sets_limit)
@@ -394,4 +396,5 @@ def _rejection(index: int, error: RowError) -> Completion:
         prompt_tokens=0,
         cached_tokens=0,
         error=error.message,
+        error_code=error.code,
     )

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from batchllm.engine import _Inputs, _make_requests
+from batchllm.engine import _Inputs, _inputs_of, _make_requests, _rejection
+from batchllm.errors import RowError
 from batchllm.request import SamplingParams
 
 
@@ -52,3 +53,23 @@ def test_sampling_is_checked_in_either_form(make: Any) -> None:
         ("unsupported_schema", "json_schema")
     ]
     assert faults("prompt", "a", make(max_new_tokens=3, stop=("x",), stop_token_ids=(1,), logprobs=True)) == []
+
+
+def test_no_settings_are_given_by_none_as_in_a_file() -> None:
+    requests, rejected = _make_requests(_inputs_of(["a", "b"], [None, {"max_new_tokens": 3}]))
+    assert ([request.sampling.max_new_tokens for request in requests], rejected) == ([128, 3], [])
+
+
+@pytest.mark.parametrize("params", [None, {}, {"max_new_tokens": None}])
+def test_a_limit_that_is_not_given_is_a_default_as_in_a_file(params: Any) -> None:
+    """What only scores generates nothing, and a prompt near the context's end is answered with what room there is."""
+    given, scored = _make_requests(_inputs_of(["a", "b"], params, continuations=[None, "c"]))[0]
+    assert (given.sampling.max_new_tokens, given.may_lower_max_new_tokens) == (128, True)
+    assert scored.sampling.max_new_tokens == 0
+    (asked,) = _make_requests(_inputs_of(["a"], {"max_new_tokens": 128}))[0]
+    assert not asked.may_lower_max_new_tokens
+
+
+def test_a_prompt_that_cannot_run_says_why_by_code_too() -> None:
+    completion = _rejection(1, RowError("stop has half a character", code="lone_surrogate"))
+    assert (completion.error, completion.error_code) == ("stop has half a character", "lone_surrogate")

@@ -100,13 +100,31 @@ def test_names_of_any_type_are_refused(name: Any) -> None:
 
 
 @pytest.mark.parametrize("argument", ["prompts", "input_ids", "messages", "sampling_params", "tasks", "continuations"])
-@pytest.mark.parametrize("value", [5, True, 1.5, object(), iter(["a"]), 10**5_000], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("value", [5, 1.5, object(), iter(["a"]), 10**5_000, b"a", {"a"}], ids=lambda v: str(type(v)))
 def test_an_argument_that_is_no_list_is_named(argument: str, value: Any) -> None:
     given = (
         {argument: value} if argument in ("prompts", "input_ids", "messages") else {"prompts": ["a"], argument: value}
     )
     with pytest.raises(ConfigError, match=argument):
         _inputs_of(**given)
+
+
+@pytest.mark.parametrize("argument", ["prompts", "input_ids", "messages", "tasks", "continuations", "score_from"])
+@pytest.mark.parametrize("value", ["a", {"a": 1}], ids=lambda v: type(v).__name__)
+def test_a_text_or_a_dict_is_no_list_of_prompts(argument: str, value: Any) -> None:
+    test_an_argument_that_is_no_list_is_named(argument, value)
+
+
+def test_a_column_that_makes_its_values_anew_gives_each_prompt_its_own_settings() -> None:
+    """Columns of `datasets` do so: where one dict was the next one may be, and is not the same."""
+
+    class Column(collections.UserList[int]):
+        def __getitem__(self, item: Any) -> Any:
+            return {"max_new_tokens": self.data[item]}
+
+    lengths = list(range(1, 101))
+    requests, _ = _make_requests(_inputs_of(["a"] * 100, Column(lengths)))
+    assert [request.sampling.max_new_tokens for request in requests] == lengths
 
 
 def test_texts_of_a_users_own_class_go_to_the_engine_as_texts() -> None:
