@@ -9,6 +9,7 @@ INVARIANT: every row of every file yields exactly one record or `BrokenRecord`, 
 from __future__ import annotations
 
 import base64
+import csv
 import datetime
 import decimal
 import math
@@ -121,23 +122,30 @@ def _csv_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
 def _open_csv(path: Path) -> Any:
     """Every cell is text: a prompt may look like a number. An empty one is missing."""
     import pyarrow
-    from pyarrow import csv
+    from pyarrow import csv as arrow_csv
 
     with open(path, "rb") as file:
-        first = file.readline(_CSV_BLOCK).decode("utf-8-sig", "replace").rstrip("\r\n")
-    delimiter = "\t" if "\t" in first else ","
-    names = [name.strip('"') for name in first.split(delimiter)]
-    return csv.open_csv(
+        delimiter = "\t" if b"\t" in file.readline(_CSV_BLOCK) else ","
+    return arrow_csv.open_csv(
         os.fspath(path),
-        read_options=csv.ReadOptions(block_size=_CSV_BLOCK),
-        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(
-            column_types={name: pyarrow.string() for name in names},
+        read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
+        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=arrow_csv.ConvertOptions(
+            column_types=dict.fromkeys(_csv_names(path, delimiter), pyarrow.string()),
             null_values=[""],
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
         ),
     )
+
+
+def _csv_names(path: Path, delimiter: str) -> list[str]:
+    """The first line that is not empty: a name in quotes may have anything in it."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            return next(filter(None, csv.reader(file, delimiter=delimiter)), [])
+        except csv.Error as error:
+            raise ValueError(f"the names of its columns cannot be read: {error}") from error
 
 
 def _arrow_schema(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import decimal
 import io
@@ -402,6 +403,21 @@ def test_cells_of_a_csv_file_may_have_several_lines_or_be_missing(tmp_path: Path
     first, second = read_rows(tmp_path / "rows.tsv", defaults=SamplingParams())
     assert isinstance(first, Row) and first.request.prompt == "one\n\ntwo"
     assert isinstance(second, BadRow) and second.code == "missing_prompt"
+
+
+@pytest.mark.parametrize("name", ["my, id", 'the "id"', "two\nlines", "\u00e9"])
+def test_cells_are_texts_whatever_the_name_of_their_column_has_in_it(tmp_path: Path, name: str) -> None:
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows([[], ["n", "prompt", name], ["1", "a", "007"], ["2", "b", "008"]])
+    columns = ColumnMap(id_column=name)
+    rows = list(read_rows(tmp_path / "rows.csv", defaults=SamplingParams(), columns=columns))
+    assert [row.given_id for row in rows] == ["007", "008"]
+
+
+def test_names_of_columns_that_never_end_are_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b'id,"prompt\n' + b"x" * 200_000)
+    with pytest.raises(ConfigError, match=r"rows.csv cannot be read as a table: the names of its columns"):
+        prompts_of(tmp_path / "rows.csv")
 
 
 def test_a_csv_row_with_too_many_cells_stops_the_reading_with_its_place(tmp_path: Path) -> None:
