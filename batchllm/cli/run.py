@@ -62,7 +62,6 @@ _TOKEN_BYTES = 4
 def run(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Run a job, or what is left of it; returns the exit status."""
     command = RunCommand.of_run(args, server_flags)
-    _check_other_files(command)
     with StopSignal(command.grace) as stop, _job_folder(command) as folder:
         command = replace(command, job_dir=str(folder.path) if folder.is_temporary else command.job_dir)
         folder.status = _run_job(command, folder, stop)
@@ -112,6 +111,7 @@ def _run_job(
     started = time.perf_counter()
     input_path = None if command.input == "-" else command.input
     check_outputs(command.output, errors_path=command.errors, input_path=input_path)
+    _check_other_files(command, folder.path)
     if command.output == "-" and sys.stdout is None:
         raise ConfigError("-o -: standard output is closed; give a path")
     options = _options(command)
@@ -181,8 +181,8 @@ def _run_and_note_end(runner: Runner, rows: Iterable[Row | BadRow], journal: Jou
     return is_complete
 
 
-def _check_other_files(command: RunCommand) -> None:
-    """The files about the run can be written, and none takes the place of another or of the answers.
+def _check_other_files(command: RunCommand, folder: Path) -> None:
+    """The files about the run can be written, and none takes the place of another, of the answers or of the job.
 
     Raises:
         ConfigError: One cannot, or does.
@@ -197,6 +197,9 @@ def _check_other_files(command: RunCommand) -> None:
             if other is not None and is_same_output(path, other):
                 raise ConfigError(f"{flag} {path}: is what {other_flag} writes; write to another file")
         taken[flag] = path
+    for flag, path in taken.items():
+        if path is not None and is_same_output(path, str(folder)):
+            raise ConfigError(f"{flag} {path}: is the job's folder; write elsewhere, or give another --job-dir")
 
 
 @contextmanager

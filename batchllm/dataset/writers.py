@@ -31,6 +31,9 @@ from batchllm.trace.whole_file import temporary_beside
 BUFFER_BYTES = 1 << 18
 """Lines are handed on in pieces of about this size."""
 
+_OTHER_FORMATS = {".csv", ".tsv", ".arrow", ".feather", ".bz2", ".xz", ".lz4", ".zip", ".gzip", ".zstd", ".pq"}
+"""Endings that say something else than JSON lines, which a file of any other name is."""
+
 _PathLike = str | os.PathLike[str]
 
 
@@ -45,6 +48,8 @@ def check_writable(path: _PathLike, flag: str, *, input_path: _PathLike | None =
     Raises:
         ConfigError: It cannot be written, or it is the input.
     """
+    if os.fspath(path) == "-":
+        raise ConfigError(f"{flag} -: cannot be standard output; give a file name")
     target = Path(os.path.realpath(path))
     if _is_too_long(target):
         raise ConfigError(f"{flag} {path}: the name is too long for its file system; shorten it")
@@ -75,10 +80,14 @@ def check_output(path: str, flag: str, *, input_path: str | None = None) -> None
         input_path: The job's input, which must be something else.
 
     Raises:
-        ConfigError: It cannot be written, it is the input, or nothing is installed that can write to such URLs.
+        ConfigError: It cannot be written, it is the input, its name is of a format that is only read, or nothing is
+            installed that can write to such URLs.
     """
     if path == "-":
         return
+    ending = Path(path).suffix.lower()
+    if ending in _OTHER_FORMATS:
+        raise ConfigError(f"{flag} {path}: {ending} is not written; give .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
     if not _is_url(path):
         check_writable(path, flag, input_path=input_path)
         return
@@ -124,13 +133,7 @@ def open_writer(path: str, *, flag: str = "-o") -> LineWriter:
     Raises:
         BatchLLMError: It cannot be opened.
     """
-    place: _Place
-    if path == "-":
-        place = _StandardOutput()
-    elif _is_url(path):
-        place = _RemoteFile(path)
-    else:
-        place = _LocalFile(path)
+    place: _Place = _StandardOutput() if path == "-" else _RemoteFile(path) if _is_url(path) else _LocalFile(path)
     kind = LineWriter if path == "-" or _format_of(path) != "parquet" else ParquetLineWriter
     return kind(place, path, flag)
 

@@ -337,6 +337,23 @@ def test_a_file_about_the_run_does_not_take_the_place_of_the_answers(
     other = out.with_name("other")
     command("run", "-i", source, "-o", out, "--errors", other, flag, other).check(2)
     assert not out.exists() and not other.exists()
+    bad = write_rows(out.with_name("bad.jsonl"), [*rows_of(3), {"id": "x", "input_ids": [ABORTED]}])
+    command("run", "-i", bad, "-o", out).check(1)
+    if flag == "--progress-file":
+        assert "is what -o writes" in command("retry", job_of(out), flag, out).check(2).stderr
+        assert len(read_lines(out)) == 4
+
+
+@pytest.mark.parametrize("flag", ["--errors", "--report", "--trace", "--progress-file"])
+def test_the_jobs_folder_does_not_take_the_place_of_a_file(
+    command: Command, source: Path, out: Path, flag: str
+) -> None:
+    """Told before anything runs, not when the answers are to be written."""
+    done = command("run", "-i", source, "-o", out, flag, job_of(out)).check(2)
+    assert f"{flag} {job_of(out)}: is the job's folder" in done.stderr
+    done = command("run", "-i", source, "-o", out, "--job-dir", out).check(2)
+    assert f"-o {out}: is the job's folder" in done.stderr
+    assert not out.exists() and not job_of(out).exists()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e-30"])

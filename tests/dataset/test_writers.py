@@ -399,7 +399,21 @@ def test_two_names_of_one_output_are_the_same(tmp_path: Path) -> None:
     assert not is_same_output(str(one), str(tmp_path / "other.jsonl")) and not is_same_output("-", "memory://x")
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl.BZ2", "out.feather", "out.pq"])
+def test_a_name_of_another_format_is_refused_and_not_given_to_json_lines(tmp_path: Path, name: str) -> None:
+    for path in (str(tmp_path / name), f"memory://{name}"):
+        with pytest.raises(ConfigError, match=r"--errors .*is not written; give .jsonl, .jsonl.gz, .jsonl.zst or"):
+            check_output(path, "--errors")
+    check_output(str(tmp_path / "out.json"), "-o")
+
+
 # ---- check_writable
+
+
+def test_a_file_that_is_not_for_answers_is_not_written_to_standard_output(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--report -: cannot be standard output; give a file name"):
+        check_writable("-", "--report")
+    check_writable(tmp_path / "-", "--report")
 
 
 def test_checking_leaves_no_trace(tmp_path: Path) -> None:
