@@ -95,7 +95,7 @@ class InputFlags:
 
 def column_map(flags: InputFlags) -> ColumnMap | None:
     """How columns become prompts, where a flag says something about it."""
-    carry = tuple(name for name in (flags.carry or "").split(",") if name)
+    carry = () if flags.carry is None else tuple(flags.carry.split(","))
     given = (flags.prompt_column, flags.messages_column, flags.template, flags.id_column)
     if not carry and all(flag is None for flag in given):
         return None

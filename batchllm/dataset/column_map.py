@@ -36,7 +36,7 @@ class ColumnMap:
         prompt_column: Text to answer.
         messages_column: Chat messages, as a list or its JSON text.
         template: Text to answer, with columns in braces: ``"Summarize: {text}"``; a brace of its own is doubled.
-        carry: Columns to repeat in the output of plain rows; null where a row has no value.
+        carry: Columns to repeat in the output; null where a row has no value.
 
     Raises:
         ConfigError: A template cannot be read, a name is empty or twice there, or there is more than one prompt.

@@ -6,11 +6,12 @@ Knows the OpenAI batch formats and the plain one; not files, and not how answers
             "matched_stop", "logprobs", "note" (what was asked for and could not be kept; OpenAI's
             choices have it too). With n > 1: {"id", "choices": [those, "index"], "usage"}.
             Failed: {"id", "error": {"code", "message", "line", "param"}}.
-            Both end with "carried", the input's columns that were to be carried, where there are any.
     OpenAI  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null};
             the body is a chat.completion, a text_completion, what SGLang answers to a score, a ranking or an
             embedding, or
             {"error": ...} with status >= 400.
+
+All end with "carried", the input's columns that were to be carried, where there are any.
 
 With n > 1 the usage counts the prompt once and the samples' tokens together; ``cached_tokens`` is
 that of the sample which found least in the cache, so it is never more than was really saved.
@@ -90,12 +91,12 @@ def render_success(
     chat = head.kind == "chat"
     digest = _digest(job_seed, head.given_id)
     if head.kind in ("score", "rerank"):
-        return _openai_line(head.given_id, digest, 200, ranking_body(head, samples))
+        return _openai_line(head, digest, 200, ranking_body(head, samples))
     if head.kind == "embeddings":
-        return _openai_line(head.given_id, digest, 200, embeddings_body(head, samples, model))
+        return _openai_line(head, digest, 200, embeddings_body(head, samples, model))
     if head.kind == "responses":
         body = response_body(head, samples[0], digest=digest, model=model, created=created)
-        return _openai_line(head.given_id, digest, 200, body)
+        return _openai_line(head, digest, 200, body)
     choices = [_openai_choice(head, sample, decode, digest) for sample in samples]
     if head.echo is not None:
         prompts = [prompt if isinstance(prompt, str) else decode_prompt(prompt) for prompt in head.echo]
@@ -119,7 +120,7 @@ def render_success(
     }
     if chat and samples[0].prompt_score is not None:
         body["prompt_logprobs"] = vllm_prompt_logprobs(samples[0].prompt_score, decode)
-    return _openai_line(head.given_id, digest, 200, body)
+    return _openai_line(head, digest, 200, body)
 
 
 def render_error(bad: BadRow, *, job_seed: int = 0) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def render_error(bad: BadRow, *, job_seed: int = 0) -> dict[str, Any]:
     }
     # A duplicate has the identifier of another row; the position keeps its line's id apart.
     digest = _digest(job_seed, bad.given_id, bad.index)
-    return _openai_line(bad.given_id, digest, bad.status_code, body)
+    return _openai_line(bad, digest, bad.status_code, body)
 
 
 def _plain_line(head: RowHead, samples: Sequence[Completion]) -> dict[str, Any]:
@@ -257,12 +258,13 @@ def count_tokens(head: RowHead, samples: Sequence[Completion]) -> tuple[int, int
     )
 
 
-def _openai_line(given_id: str | int | None, digest: str, status_code: int, body: Any) -> dict[str, Any]:
+def _openai_line(row: RowHead | BadRow, digest: str, status_code: int, body: Any) -> dict[str, Any]:
     return {
         "id": f"batch_req_{digest}",
-        "custom_id": given_id,
+        "custom_id": row.given_id,
         "response": {"status_code": status_code, "request_id": f"req_{digest}", "body": body},
         "error": None,
+        **_carried(row),
     }
 
 

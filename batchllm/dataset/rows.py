@@ -159,23 +159,23 @@ class _Reader:
                 raise record.error
             self._kind = kind = _kind_of(record, columns)
             id_column = None if columns is None else columns.id_column
+            own_id = str(index) if kind == "plain" and not id_column and not self._needs_ids else None
+            given_id = _checked_id(record, id_column or ("id" if kind == "plain" else "custom_id"), own_id)
+            if columns is not None:
+                carried = columns.carried(record)
+                record = columns.apply(record, is_openai=kind != "plain")
             if kind == "plain":
-                own_id = None if id_column or self._needs_ids else str(index)
-                given_id = _checked_id(record, id_column or "id", own_id)
-                if columns is not None:
-                    carried = columns.carried(record)
-                    record = columns.apply(record, is_openai=False)
                 return parse_plain(
                     record, given_id=given_id, index=index, line=line, sampling=self._plain_sampling, carried=carried
                 )
-            given_id = _checked_id(record, id_column or "custom_id", None)
-            return parse_openai(
-                record if columns is None else columns.apply(record, is_openai=True),
+            row = parse_openai(
+                record,
                 given_id=given_id,
                 index=index,
                 line=line,
                 read_body=self._read_completion if kind == "completions" else self._read_chat,
             )
+            return row if carried is None else msgspec.structs.replace(row, carried=carried)
         except RowError as error:
             return BadRow(
                 # A line that does not parse takes the format of the one before it, so that a file

@@ -240,6 +240,8 @@ def test_flags_that_are_not_text_are_refused_like_any_other(source: Path, tmp_pa
         (["--grace", "-1"], "--grace -1"),
         (["--token-memory", "nan"], "--token-memory nan"),
         (["--retry", "-1"], "--retry -1"),
+        (["--carry", ""], "--carry: is empty"),
+        (["--carry", "id,"], "--carry: is empty"),
     ],
 )
 def test_a_flag_that_says_nothing_or_nonsense_is_named_and_leaves_nothing(

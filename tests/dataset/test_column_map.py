@@ -154,7 +154,7 @@ def test_a_row_without_the_named_id_is_refused() -> None:
 def test_an_openai_row_is_read_as_one_and_its_body_may_be_text() -> None:
     for body in (OPENAI["body"], json.dumps(OPENAI["body"])):
         row = good({**OPENAI, "body": body, "extra": 1}, carry=("extra",))
-        assert (row.kind, row.given_id, row.request.messages, row.carried) == ("chat", "c", HELLO, None)
+        assert (row.kind, row.given_id, row.request.messages, row.carried) == ("chat", "c", HELLO, {"extra": 1})
 
 
 def test_an_openai_row_may_have_its_id_elsewhere() -> None:
@@ -185,6 +185,7 @@ def test_carried_columns_come_in_the_order_asked_for_and_null_where_absent() -> 
 
 def test_a_bad_row_carries_too() -> None:
     assert bad({"a": 1}, carry=("a",)).carried == {"a": 1}
+    assert bad({**OPENAI, "body": {}, "a": 1}, carry=("a",)).carried == {"a": 1}
 
 
 def test_what_is_nested_too_deep_to_be_written_is_refused() -> None:

@@ -311,20 +311,17 @@ def test_a_duplicates_error_line_has_an_id_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("carried", [None, {}, {"text": "t", "n": None, "of": [{"a": 1}]}])
-def test_plain_lines_end_with_what_is_carried_and_openai_lines_have_none(carried: dict[str, Any] | None) -> None:
-    row = msgspec.structs.replace(plain_row(), carried=carried)
-    many = msgspec.structs.replace(plain_row(sampling_params={"n": 2}), carried=carried)
-    failed = reject(row.head, RowError("no", code="empty_prompt"))
-    for line in (render(row, sample()), render(many, sample(), sample(sample=1)), render_error(failed)):
-        if carried is None:
-            assert "carried" not in line
-        else:
-            assert line["carried"] == carried
-            assert list(line)[-1] == "carried"
-    openai = msgspec.structs.replace(chat_row(), carried=carried)
-    assert render(openai, sample()) == render(chat_row(), sample())
-    error = RowError("no", code="empty_prompt")
-    assert render_error(reject(openai.head, error)) == render_error(reject(chat_row().head, error))
+def test_lines_end_with_what_is_carried(carried: dict[str, Any] | None) -> None:
+    rows = [
+        msgspec.structs.replace(row, carried=carried)
+        for row in (plain_row(), plain_row(sampling_params={"n": 2}), chat_row())
+    ]
+    samples = [[sample()], [sample(), sample(sample=1)], [sample()]]
+    lines = [render(row, *answers) for row, answers in zip(rows, samples, strict=True)]
+    lines += [render_error(reject(row.head, RowError("no", code="empty_prompt"))) for row in rows]
+    for line in lines:
+        assert line.get("carried") == carried
+        assert (list(line)[-1] == "carried") == (carried is not None)
 
 
 def test_a_row_of_several_prompts_has_the_choices_of_each_and_counts_each_prompt_once() -> None:
