@@ -145,12 +145,18 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
     def _chat(self) -> dict[str, Any]:
-        """Fields of the body, with those messages that call tools: some models number calls through a whole chat."""
+        """Fields of the body, with those messages that its answer depends on.
+
+        Some models number calls of tools through a whole chat, and an answer that goes on with the last message may be
+        in the midst of reasoning.
+        """
         request = self.request
-        assert request.chat is not None
-        calls = [m["tool_calls"] for m in request.messages or () if m.get("tool_calls")]
+        assert request.chat is not None and request.messages
+        begun = request.messages[-1:] if request.chat.fields.get("continue_final_message") else []
+        before = request.messages[: len(request.messages) - len(begun)]
+        calls = [m["tool_calls"] for m in before if m.get("tool_calls")]
         messages = [{"role": "assistant", "tool_calls": tool_calls} for tool_calls in calls]
-        return {**request.chat.fields, "messages": messages}
+        return {**request.chat.fields, "messages": [*messages, *begun]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

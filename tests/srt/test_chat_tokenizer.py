@@ -297,6 +297,7 @@ def test_other_fields_of_a_body_make_another_prompt_whatever_came_before(make: C
     assert [list(p.ids) for chat in chats for p in ChatTokenizer.encode_chats(model.batch, [chat])] == ids
 
 
+USER = {"role": "user", "content": "W?"}
 ANSWERS = [
     "Hi.",
     "<think>\nHm.\n</think>\n\nHi.",
@@ -317,8 +318,10 @@ ANSWERS = [
         {"tools": TOOLS, "tool_choice": "required"},
         {"separate_reasoning": False, "tools": TOOLS},
         {"chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [USER, {"role": "assistant", "content": "<think>I"}], "continue_final_message": True},
+        {"messages": [USER, {"role": "assistant", "content": "I"}], "continue_final_message": True, "tools": TOOLS},
     ],
-    ids=["plain", "tools", "no tool", "a tool", "reasoning in the text", "no reasoning"],
+    ids=["plain", "tools", "no tool", "a tool", "reasoning in the text", "no reasoning", "midst of it", "goes on"],
 )
 @pytest.mark.parametrize("default_kwargs", [None, {"enable_thinking": False}], ids=["", "thinking off by default"])
 def test_an_answer_becomes_the_message_that_the_server_gives(
@@ -327,7 +330,7 @@ def test_an_answer_becomes_the_message_that_the_server_gives(
     """By the same parsers, of the same fields; but for the ids of tool calls, which are random there."""
     server = {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3", "default_chat_template_kwargs": default_kwargs}
     model = make("tools with tojson", **server)
-    body = {"messages": [{"role": "user", "content": "W?"}]} | fields
+    body = {"messages": [USER]} | fields
     for text in ANSWERS:
         completion = Completion(
             index=0,
