@@ -4,7 +4,8 @@ Knows the OpenAI batch formats and the plain one; not files, and not how answers
 
     plain   {"id", "text", "output_ids", "finish_reason", "usage"} and, where there is one,
             "matched_stop", "logprobs", "note" (what was asked for and could not be kept; OpenAI's
-            choices have it too). With n > 1: {"id", "choices": [those, "index"], "usage"}.
+            choices have it too, and "matched_stop", as on the live route). With n > 1:
+            {"id", "choices": [those, "index"], "usage"}.
             Failed: {"id", "error": {"code", "message", "line", "param"}}.
     OpenAI  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null};
             the body is a chat.completion, a text_completion, what SGLang answers to a score, a ranking or an
@@ -202,6 +203,7 @@ def _openai_choice(head: RowHead, sample: Completion, decode: Decode, digest: st
         **answer,
         "finish_reason": sample.finish_reason,
         "logprobs": logprobs,
+        **({} if sample.matched_stop is None else {"matched_stop": sample.matched_stop}),
         **_prompt_logprobs(head, sample, decode),
         **({} if sample.note is None else {"note": sample.note}),
         **_schema_error(head, sample),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -110,6 +111,13 @@ def test_chat_answer_is_a_chat_completion_to_openais_client() -> None:
     assert (body.usage.prompt_tokens, body.usage.completion_tokens) == (10, 4)
     assert body.usage.total_tokens == 14
     assert body.usage.prompt_tokens_details.cached_tokens == 8
+
+
+@pytest.mark.parametrize("make", [chat_row, completion_row])
+@pytest.mark.parametrize("matched", [2, "é", None])
+def test_a_choice_says_what_ended_it_as_on_the_live_route(make: Callable[[], Row], matched: int | str | None) -> None:
+    (choice,) = render(make(), sample(matched_stop=matched))["response"]["body"]["choices"]
+    assert choice.get("matched_stop") == matched
 
 
 def test_completion_answer_is_a_text_completion_to_openais_client() -> None:
