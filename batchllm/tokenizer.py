@@ -40,6 +40,7 @@ class Tokenizer:
         Raises:
             ConfigError: There is no such model, or it has no tokenizer.
         """
+        check_is_there(model_path)
         if needs_no_torch:
             _import_without_torch()
         from transformers import AutoTokenizer  # seconds to import
@@ -47,7 +48,8 @@ class Tokenizer:
         try:
             return cls(AutoTokenizer.from_pretrained(model_path))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"-m {model_path}: its tokenizer cannot be loaded: {error}") from error
+            reason = " ".join(str(error).split())  # it may be of several lines
+            raise ConfigError(f"-m {model_path}: its tokenizer cannot be loaded: {reason}") from error
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[array[int]]:
         """Token ids of each text; special tokens are added as the model wants them."""
@@ -102,6 +104,26 @@ class Tokenizer:
     @cached_property
     def _token_texts(self) -> TokenTexts:
         return TokenTexts(self.hf)
+
+
+def is_meant_as_path(model_path: str) -> bool:
+    """Whether a name that is no folder was meant to be one.
+
+    Names on the Hub are ``name`` or ``owner/name``; those of other stores have a scheme.
+    """
+    if "://" in model_path:
+        return False
+    return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
+
+
+def check_is_there(model_path: str) -> None:
+    """Refuse a folder that does not exist.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if is_meant_as_path(model_path) and not os.path.exists(model_path):
+        raise ConfigError(f"-m {model_path}: there is no such folder; give a model's folder, or its name on the Hub")
 
 
 def _import_without_torch() -> None:

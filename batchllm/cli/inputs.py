@@ -7,6 +7,7 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -194,13 +195,12 @@ class Prompts:
             folder = Path(name)
             source = open_input(flags.input, spool_folder=folder, input_format=flags.input_format)
             self.bad: list[BadRow] = []
-            spool = RowSpool(folder)
             store = TokenStore(None, 1 << 60)
             tokenizer = _PromptTokenizer(flags.model)
             self.rows = JobRows(UNLIMITED, tokenizer, store)
-            ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
-            intake = ingest.load(rows_of(flags, source), lambda: self.rows)
-            spool.close()
+            with closing(RowSpool(folder)) as spool:
+                ingest = Ingest(np.zeros(0, np.int64), self.bad.append, spool)
+                intake = ingest.load(rows_of(flags, source), lambda: self.rows)
         if tokenizer.is_used and flags.model is None and not flags.demo_model:
             say("no -m MODEL: tokens are counted with the embedded model's tokenizer (--demo-model: say nothing)")
         self.samples, self.table = self.rows.sample_table(None if intake is None else intake.left)

@@ -179,15 +179,13 @@ def _add_simulate(commands: Any) -> None:
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
-        default="A100-80GB",
         metavar="NAME",
-        help="A100-80GB, MI200, H100, H200, or NAME:flops=F,bandwidth=B,memory=M (default: %(default)s)",
+        help="A100-80GB (default), MI200, H100, H200, or NAME:flops=F,bandwidth=B,memory=M",
     )
     parser.add_argument(
         "--shape",
-        default="Llama-3.1-8B",
         metavar="MODEL",
-        help="Llama-3.1-8B, Llama-3.1-70B, Qwen2.5-7B, Qwen2.5-14B, or a model's folder (default: %(default)s)",
+        help="Llama-3.1-8B (default), Llama-3.1-70B, Qwen2.5-7B, Qwen2.5-14B, or a model's folder",
     )
 
 

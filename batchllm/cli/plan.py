@@ -7,14 +7,15 @@ import json
 
 from batchllm.cli.inputs import Prompts
 from batchllm.cli.outcome import EXIT_OK, EXIT_ROWS_FAILED, refuse, say_failed
+from batchllm.dataset.field_checks import MAX_INT32
 from batchllm.errors import ConfigError
 
 
 def plan(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Tokenize and plan, print the summary; returns the exit status."""
     refuse(server_flags, "plan")
-    if args.page_size < 1:
-        raise ConfigError(f"--page-size {args.page_size}: must be at least 1")
+    if not 1 <= args.page_size <= MAX_INT32:
+        raise ConfigError(f"--page-size {args.page_size}: must be from 1 to {MAX_INT32}")
     from batchllm.planner import explain, plan_batch
 
     prompts = Prompts(args)

@@ -5,27 +5,38 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from batchllm.cli.inputs import Prompts
-from batchllm.cli.outcome import EXIT_OK, refuse, say_failed
-from batchllm.dataset import check_writable
+from batchllm.cli.inputs import InputFlags, Prompts
+from batchllm.cli.outcome import EXIT_OK, EXIT_ROWS_FAILED, refuse, say_failed
+from batchllm.dataset import BadRow, check_writable
 from batchllm.errors import ConfigError
+
+DEFAULT_DEVICE, DEFAULT_SHAPE = "A100-80GB", "Llama-3.1-8B"
 
 
 def simulate_workload(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Run a workload on a simulated device, print what it took; returns the exit status."""
     refuse(server_flags, "simulate")
-    from batchllm.perf_model import CostModel, Fit, find_model, parse_device
+    from batchllm.perf_model import CostModel, Fit
     from batchllm.sim import parse_workload, simulate
 
     if args.trace is not None:
         check_writable(args.trace, "--trace", input_path=args.input or os.devnull)
     if args.calibration is not None:
+        _refuse_beside("--calibration", {"--device": args.device, "--shape": args.shape})
         cost_model = Fit.load(args.calibration).cost_model
     else:
-        cost_model = CostModel.with_defaults(parse_device(args.device), find_model(args.shape))
-    workload = _workload_of(args) if args.workload is None else parse_workload(args.workload)
+        cost_model = CostModel.with_defaults(*_device_and_shape(args))
+    bad: list[BadRow] = []
+    if args.workload is None:
+        workload, bad = _workload_of(args)
+    else:
+        given = asdict(InputFlags.of(args))
+        _refuse_beside("--workload", {f"--{name.replace('_', '-')}": value for name, value in given.items()})
+        workload = parse_workload(args.workload)
     results = [
         simulate(
             workload,
@@ -45,18 +56,18 @@ def simulate_workload(args: argparse.Namespace, server_flags: list[str]) -> int:
         print(json.dumps([result.to_dict() for result in results], indent=2))
     else:
         print("\n\n".join(result.render() for result in results))
-    return EXIT_OK
+    return EXIT_ROWS_FAILED if bad else EXIT_OK
 
 
 def calibrate(args: argparse.Namespace, server_flags: list[str]) -> int:
     """Fit the cost model to a trace, write it; returns the exit status."""
     refuse(server_flags, "calibrate")
-    from batchllm.perf_model import find_model, fit, parse_device, samples_of
+    from batchllm.perf_model import fit, samples_of
     from batchllm.trace import StepTrace
 
     check_writable(args.output, "-o", input_path=args.trace)
     samples = samples_of(StepTrace.read(args.trace).steps)
-    fitted = fit(parse_device(args.device), find_model(args.shape), samples)
+    fitted = fit(*_device_and_shape(args), samples)
     fitted.save(args.output)
     print(json.dumps(fitted.to_dict(), indent=2))
     return EXIT_OK
@@ -75,7 +86,21 @@ def report(args: argparse.Namespace, server_flags: list[str]) -> int:
     return EXIT_OK
 
 
-def _workload_of(args: argparse.Namespace) -> Any:
+def _device_and_shape(args: argparse.Namespace) -> tuple[Any, Any]:
+    from batchllm.perf_model import find_model, parse_device
+
+    device = DEFAULT_DEVICE if args.device is None else args.device
+    return parse_device(device), find_model(DEFAULT_SHAPE if args.shape is None else args.shape)
+
+
+def _refuse_beside(flag: str, others: Mapping[str, object]) -> None:
+    """Another flag says what ``flag`` says already, or is of something that it does not have."""
+    for other, value in others.items():
+        if value not in (None, False):
+            raise ConfigError(f"{other}: says nothing beside {flag}; leave one of them out")
+
+
+def _workload_of(args: argparse.Namespace) -> tuple[Any, list[BadRow]]:
     """The rows of a file as a `SimWorkload`; bad rows are said and left out."""
     import numpy as np
 
@@ -88,6 +113,7 @@ def _workload_of(args: argparse.Namespace) -> Any:
     limits = prompts.rows.max_new_len[prompts.samples.all_rows()].astype(np.int64)
     hints = prompts.rows.known_len[prompts.samples.all_rows()].astype(np.int64)
     known = np.minimum(np.where(hints > 0, hints, limits), limits)
-    return SimWorkload.from_lengths(
+    workload = SimWorkload.from_lengths(
         args.input, prompts.table, known, max_new_len=limits, known_len=known, share_lens=prompts.share_lens
     )
+    return workload, prompts.bad

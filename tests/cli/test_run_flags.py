@@ -260,6 +260,10 @@ def test_a_flag_that_says_nothing_or_nonsense_is_named_and_leaves_nothing(
         (["--workload", "shared:prefix=10,prefix=20"], "prefix is there twice"),
         (["--workload", "unshared:requests=2", "--kv-capacity", "1" + "0" * 30], "must be at most"),
         (["--workload", "unshared:requests=2", "--chunk", "1" + "0" * 30], "must be at most"),
+        (["--workload", "unshared:requests=2", "--template", "{x}"], "--template: says nothing beside --workload"),
+        (["--workload", "unshared:requests=2", "-m", "some"], "--model: says nothing beside --workload"),
+        (["--workload", "shared", "--calibration", "c", "--device", "H100"], "--device: says nothing beside --cal"),
+        (["--workload", "shared", "--device", ""], "device '' is not known"),
     ],
 )
 def test_a_simulation_of_nonsense_is_refused_in_words(command: Command, flags: list[str], words: str) -> None:
@@ -306,8 +310,31 @@ def test_a_full_standard_output_is_named(source: Path) -> None:
     )
 
 
-def test_a_plan_for_no_model_is_refused(command: Command, source: Path) -> None:
+def test_a_plan_for_no_model_is_refused_in_one_line(command: Command, source: Path, tmp_path: Path) -> None:
     assert "the name of the model is empty" in command("plan", "-i", source, "-m", "").check(2).stderr
+    source.write_bytes(lines_of([{"prompt": "text"}]))
+    done = command("plan", "-i", source, "-m", "/no/such").check(2)
+    assert (
+        done.stderr == "batchllm: -m /no/such: there is no such folder; give a model's folder, or its name on the Hub\n"
+    )
+    done = command("plan", "-i", source, "-m", tmp_path).check(2)
+    assert done.stderr.startswith(f"batchllm: -m {tmp_path}: its tokenizer cannot be loaded: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**31])
+def test_a_page_of_no_size_is_refused_by_flag(command: Command, source: Path, size: int) -> None:
+    assert (
+        f"--page-size {size}: must be from 1 to" in command("plan", "-i", source, "--page-size", size).check(2).stderr
+    )
+
+
+@pytest.mark.parametrize("name", ["plan", "simulate"])
+def test_a_row_that_cannot_run_is_told_by_the_exit_status_of_what_runs_nothing(
+    command: Command, tmp_path: Path, name: str
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"input_ids": [5]}, {"prompt": ""}])
+    assert "line 2: prompt is empty" in command(name, "-i", source).check(1).stderr
 
 
 def test_an_input_that_is_changed_while_it_is_read_ends_the_job(

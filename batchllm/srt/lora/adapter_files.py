@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm.errors import ConfigError
-from batchllm.srt.model_loader.model_files import is_meant_as_path
+from batchllm.tokenizer import is_meant_as_path
 
 CPU_BACKEND = "torch_native"
 _CONFIG = "adapter_config.json"

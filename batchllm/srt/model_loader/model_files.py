@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from batchllm.errors import ConfigError
+from batchllm.tokenizer import check_is_there
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,26 +66,13 @@ def check(model_path: str, server_args: dict[str, Any]) -> None:
     """
     folder = Path(model_path)
     if not folder.is_dir():
-        if not folder.exists() and is_meant_as_path(model_path):
-            raise ConfigError(
-                f"-m {model_path}: there is no such folder; give a model's folder, or its name on the Hub"
-            )
+        check_is_there(model_path)
         return
     _check_config(folder)
     if not server_args.get("skip_tokenizer_init") and server_args.get("tokenizer_path") is None:
         _check_tokenizer(folder)
     if server_args.get("load_format", "auto") in _FORMATS_OF_FOLDERS:
         _check_weights(folder)
-
-
-def is_meant_as_path(model_path: str) -> bool:
-    """Whether a name that is no folder was meant to be one.
-
-    Names on the Hub are ``name`` or ``owner/name``; those of other stores have a scheme.
-    """
-    if "://" in model_path:
-        return False
-    return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
 
 
 def _check_config(folder: Path) -> None:
