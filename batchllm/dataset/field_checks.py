@@ -321,7 +321,7 @@ def logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
     for key, bias in value.items():
         text = key if isinstance(key, str) else show(key)
         if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_ID_DIGITS) or int(text) > MAX_INT32:
-            raise out_of_range(f"{name} has a key that", f"a token id from 0 to {MAX_INT32}", key)
+            raise out_of_range(name, f"an object whose keys are token ids from 0 to {MAX_INT32}", key)
         number = _any_number(f"{name}[{text}]", bias)
         assert isinstance(number, float)
         pairs[int(text)] = number

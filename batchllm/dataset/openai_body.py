@@ -188,7 +188,7 @@ def read_body(
     if echo and settings.get("logprobs"):  # of the prompt too
         settings["prompt_logprobs"] = max(settings["top_logprobs"], settings.get("prompt_logprobs", 0))
     return BodySettings(
-        checked(apply_settings(settings, defaults), name=limit_name),
+        checked(apply_settings(settings, defaults, least="min_tokens", limit=limit_name), name=limit_name),
         given,
         _chat_options(options, settings, unset) if kind == "chat" else None,
         "".join(checks.text(name, body[name]) for name in _NAMESPACE if body.get(name)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,6 +29,21 @@ class SamplingField:
 
     target: str
     check: checks.Check
+
+
+def _stop_regexes(name: str, value: object) -> tuple[str, ...] | None:
+    """Checks for one regular expression, or a list of them, of Python's ``re``, by which SGLang looks for them."""
+    expressions = checks.stop_strings(name, value)
+    for expression in expressions or ():
+        try:
+            re.compile(expression)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RowError(
+                f"{name} {checks.show(expression)} is no regular expression of Python's re: {error}",
+                code="invalid_regex",
+                param=name,
+            ) from None
+    return expressions
 
 
 SHARED_FIELDS: Mapping[str, SamplingField] = {
@@ -50,7 +66,7 @@ SHARED_FIELDS: Mapping[str, SamplingField] = {
         "ebnf": checks.grammar_text,
         "structural_tag": checks.structural_tag_text,
         "logit_bias": checks.logit_bias,
-        "stop_regex": checks.stop_strings,
+        "stop_regex": _stop_regexes,
         "no_stop_trim": checks.boolean,
         "spaces_between_special_tokens": checks.boolean,
         "require_reasoning": checks.boolean,
@@ -140,8 +156,19 @@ def put_setting(settings: dict[str, Any], target: str, value: object, *, name: s
         )
 
 
-def apply_settings(settings: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
-    """Puts checked settings over the defaults and checks what concerns several of them."""
+def apply_settings(
+    settings: Mapping[str, Any],
+    defaults: SamplingParams,
+    *,
+    least: str = "min_new_tokens",
+    limit: str = "max_new_tokens",
+) -> SamplingParams:
+    """Puts checked settings over the defaults and checks what concerns several of them.
+
+    Args:
+        least: What the row calls the fewest tokens of its output.
+        limit: What it calls the most.
+    """
     grammars = [name for name in GRAMMARS if name in settings]
     if len(grammars) > 1:
         raise _conflict(f"{' and '.join(grammars)} exclude each other; give one of them", grammars[-1])
@@ -152,12 +179,12 @@ def apply_settings(settings: Mapping[str, Any], defaults: SamplingParams) -> Sam
     merged = dataclasses.replace(defaults, **settings)
     if merged.min_new_tokens > merged.max_new_tokens:
         raise _conflict(
-            f"min_new_tokens {merged.min_new_tokens} is more than max_new_tokens "
-            f"{merged.max_new_tokens}; raise one or lower the other",
-            "min_new_tokens",
+            f"{least} {merged.min_new_tokens} is more than {limit} {merged.max_new_tokens}; raise one or lower the "
+            "other",
+            least,
         )
     if merged.stop_regex and merged.min_new_tokens:
-        raise _conflict("min_new_tokens does not hold beside stop_regex; give stop, or one of them", "stop_regex")
+        raise _conflict(f"{least} does not hold beside stop_regex; give stop, or one of them", "stop_regex")
     if merged.top_logprobs > 0 and not merged.logprobs:
         raise _conflict('top_logprobs needs "logprobs": true beside it', "top_logprobs")
     return merged
