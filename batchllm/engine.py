@@ -19,6 +19,7 @@ from batchllm.dataset.field_checks import json_bytes, show, task_name, token_ids
 from batchllm.dataset.prompts import check_messages, check_text
 from batchllm.dataset.sampling import expected_len, parse_sampling
 from batchllm.dataset.scoring import checked, read_score
+from batchllm.dataset.writers import check_writable
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, RowError
 from batchllm.host.runtime import HostedRuntime
@@ -29,7 +30,7 @@ from batchllm.offline.jobs import single_job
 from batchllm.offline.report import RunReport
 from batchllm.offline.stats import make_trace
 from batchllm.offline.token_store import TokenStore
-from batchllm.planner import DEFAULT_GROUP_ORDER, GroupOrder
+from batchllm.planner import DEFAULT_GROUP_ORDER, GROUP_ORDERS, GroupOrder
 from batchllm.request import Completion, Request, SamplingParams
 
 Sampling = SamplingParams | Mapping[str, Any]
@@ -76,6 +77,10 @@ class BatchEngine:
         trace_path: str | os.PathLike[str] | None = None,
         **server_args: Any,
     ) -> None:
+        if group_order not in GROUP_ORDERS:
+            raise ConfigError(f"group_order must be one of {', '.join(GROUP_ORDERS)}, not {show(group_order)}")
+        if trace_path is not None:
+            check_writable(trace_path, "trace_path")
         self._trace_path = trace_path
         self.job_options: dict[str, Any] = {"group_order": group_order, "keep_steps": trace_path is not None}
         self.runtime = HostedRuntime(default_model_path() if model_path is None else model_path, **server_args)
@@ -326,15 +331,10 @@ def _per_prompt(name: str, values: Sequence[T] | None, num_prompts: int, default
 
 
 def _spread(sampling: Sampling | Sequence[Sampling | None] | None, num_prompts: int) -> Sequence[Sampling]:
-    if sampling is None:
-        return [NO_SAMPLING] * num_prompts
     if isinstance(sampling, SamplingParams | Mapping):
         return [sampling] * num_prompts
-    _check_list("sampling_params", sampling)
-    if len(sampling) != num_prompts:
-        raise ConfigError(f"{len(sampling)} sampling_params for {num_prompts} prompts")
     # A column of a table makes its values anew whenever it is read: they are held, and known by their identity.
-    return [NO_SAMPLING if own is None else own for own in sampling]
+    return [NO_SAMPLING if own is None else own for own in _per_prompt("sampling_params", sampling, num_prompts, None)]
 
 
 def _make_requests(inputs: _Inputs) -> tuple[list[Request], list[tuple[int, RowError]]]:

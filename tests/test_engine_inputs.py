@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from batchllm import BatchEngine
 from batchllm.engine import _Inputs, _inputs_of, _make_requests, _rejection
-from batchllm.errors import RowError
+from batchllm.errors import ConfigError, RowError
 from batchllm.request import SamplingParams
 
 
@@ -68,6 +70,14 @@ def test_a_limit_that_is_not_given_is_a_default_as_in_a_file(params: Any) -> Non
     assert scored.sampling.max_new_tokens == 0
     (asked,) = _make_requests(_inputs_of(["a"], {"max_new_tokens": 128}))[0]
     assert not asked.may_lower_max_new_tokens
+
+
+def test_an_engine_that_could_not_end_a_batch_is_not_started(tmp_path: Path) -> None:
+    """Its trace is written when all is answered; what could be known before would cost the answers."""
+    with pytest.raises(ConfigError, match=r"trace_path .*there is no directory"):
+        BatchEngine(trace_path=tmp_path / "none" / "trace.json")
+    with pytest.raises(ConfigError, match=r"group_order must be one of lexicographic, .*, not 'longest'"):
+        BatchEngine(group_order="longest")  # type: ignore[arg-type]
 
 
 def test_a_prompt_that_cannot_run_says_why_by_code_too() -> None:
