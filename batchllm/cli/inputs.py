@@ -130,7 +130,8 @@ def sampling_defaults(flags: InputFlags) -> SamplingParams:
 def rows_of(flags: InputFlags, source: Input) -> Iterator[Row | BadRow]:
     """The rows of an input, as the flags say they are to be read."""
     defaults = sampling_defaults(flags)
-    chosen = () if flags.sampling is None else json.loads(flags.sampling)
+    given = {} if flags.sampling is None else json.loads(flags.sampling)
+    chosen = [name for name, value in given.items() if value is not None]
     return read_rows(
         source, defaults=defaults, chosen=chosen, checks_schemas=flags.checks_schemas, columns=column_map(flags)
     )

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from batchllm.cli import run
+from batchllm.cli import inputs, run
+from batchllm.dataset import Row, open_input
 from tests.cli.conftest import Command
 from tests.cli.instant_engine import ABORTED
 from tests.cli.jobs import (
@@ -134,6 +135,19 @@ def test_columns_become_prompts_and_go_along(tmp_path: Path) -> None:
         [line["usage"]["prompt_tokens"] for line in read_lines(tmp_path / name)[:5]] for name in ("a.jsonl", "b.jsonl")
     ]
     assert min(prompt_lens[0]) > max(prompt_lens[1])
+
+
+@pytest.mark.parametrize(("given", "is_chosen"), [("null", False), ("0.5", True)])
+def test_a_chat_is_sampled_as_the_model_recommends_unless_the_user_says_more_than_null(
+    tmp_path: Path, given: str, is_chosen: bool
+) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    source = str(write_rows(tmp_path / "in.jsonl", [row]))
+    flags = inputs.InputFlags(input=source, sampling=f'{{"temperature": {given}}}')
+    (read,) = inputs.rows_of(flags, open_input(source, spool_folder=None))
+    assert isinstance(read, Row) and read.request.chat is not None
+    assert ("temperature" not in read.request.chat.unset) == is_chosen
 
 
 def test_doubles_are_run_once_with_dedupe_and_each_has_its_line(
