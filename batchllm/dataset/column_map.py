@@ -71,8 +71,12 @@ class ColumnMap:
 
     def columns(self) -> frozenset[str]:
         """Every column that may be read; no other one needs to be loaded."""
+        return self.row_columns().union(self.carry)
+
+    def row_columns(self) -> frozenset[str]:
+        """Those of `columns` that rows are made of; the others are only carried."""
         fields = _OTHER_FIELDS if self.names_prompt else ROW_FIELDS | OPENAI_FIELDS
-        return fields.union(name for _, name in self._named())
+        return fields.union(name for flag, name in self._named() if flag != "--carry")
 
     def check_columns(self, there: Collection[str], where: str) -> None:
         """Checks a table's columns before any row is read.

@@ -12,6 +12,7 @@ import base64
 import csv
 import datetime
 import decimal
+import io
 import math
 import os
 import uuid
@@ -66,7 +67,7 @@ def open_table(source: Input, columns: ColumnMap) -> Iterator[_Record]:
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise ConfigError(f"{source.flag} {source.name}: {path.name} cannot be read as a table: {error}") from error
         columns.check_columns(names, f"{source.flag} {source.name}")
-    return _records(source, columns.columns())
+    return _records(source, columns)
 
 
 def table_records(table: Any, columns: ColumnMap) -> Iterator[_Record]:
@@ -75,18 +76,18 @@ def table_records(table: Any, columns: ColumnMap) -> Iterator[_Record]:
     Args:
         columns: What is wanted of each row.
     """
-    return _batch_records(table, columns.columns())
+    return _batch_records(table, columns)
 
 
-def _records(source: Input, wanted: frozenset[str]) -> Iterator[_Record]:
+def _records(source: Input, columns: ColumnMap) -> Iterator[_Record]:
     import pyarrow
 
     num_rows = 0
     _, batches_of = _READERS[source.format]
     for path in source.local_paths:
         try:
-            for batch in batches_of(path, wanted):
-                for record in _batch_records(batch, wanted):
+            for batch in batches_of(path, columns.columns()):
+                for record in _batch_records(batch, columns):
                     yield record
                     num_rows += 1
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -124,8 +125,8 @@ def _open_csv(path: Path) -> Any:
     import pyarrow
     from pyarrow import csv as arrow_csv
 
-    with open(path, "rb") as file:
-        delimiter = "\t" if b"\t" in file.readline(_CSV_BLOCK) else ","
+    with pyarrow.input_stream(os.fspath(path)) as file:
+        delimiter = "\t" if b"\t" in io.BufferedReader(file).readline(_CSV_BLOCK) else ","
     return arrow_csv.open_csv(
         os.fspath(path),
         read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
@@ -141,7 +142,10 @@ def _open_csv(path: Path) -> Any:
 
 def _csv_names(path: Path, delimiter: str) -> list[str]:
     """The first line that is not empty: a name in quotes may have anything in it."""
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    import pyarrow
+
+    with pyarrow.input_stream(os.fspath(path)) as stream:  # like the reader of tables it decompresses *.gz
+        file = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         try:
             return next(filter(None, csv.reader(file, delimiter=delimiter)), [])
         except csv.Error as error:
@@ -201,9 +205,12 @@ _READERS: Mapping[str, tuple[Callable[[Path], Any], Callable[[Path, frozenset[st
 """Of each format how the schema of a file is read, and the batches of the columns that are wanted."""
 
 
-def _batch_records(batch: Any, wanted: frozenset[str]) -> Iterator[_Record]:
+def _batch_records(batch: Any, wanted: ColumnMap) -> Iterator[_Record]:
+    names, of_rows = wanted.columns(), wanted.row_columns()
     columns = {
-        name: _column_values(name, batch.column(i)) for i, name in enumerate(batch.schema.names) if name in wanted
+        name: _column_values(name, batch.column(i), name in of_rows)
+        for i, name in enumerate(batch.schema.names)
+        if name in names
     }
     for position in range(batch.num_rows):
         record: dict[str, Any] = {}
@@ -217,7 +224,7 @@ def _batch_records(batch: Any, wanted: frozenset[str]) -> Iterator[_Record]:
         yield record if broken is None else BrokenRecord(broken)
 
 
-def _column_values(name: str, column: Any) -> list[Any]:
+def _column_values(name: str, column: Any, bytes_are_text: bool) -> list[Any]:
     """The JSON value of each row; None for null, and a `RowError` where there is none."""
     import pyarrow
 
@@ -231,7 +238,7 @@ def _column_values(name: str, column: Any) -> list[Any]:
                 values.append(item.as_py())
             except unconvertible as error:
                 values.append(_not_json(name, str(error)))
-    return values if _is_json(column.type) else [_json_or_error(name, value) for value in values]
+    return values if _is_json(column.type) else [_json_or_error(name, value, bytes_are_text) for value in values]
 
 
 def _is_json(arrow_type: Any) -> bool:
@@ -246,23 +253,28 @@ def _is_json(arrow_type: Any) -> bool:
     )
 
 
-def _json_or_error(name: str, value: Any) -> Any:
+def _json_or_error(name: str, value: Any, bytes_are_text: bool) -> Any:
     try:
-        return _json_value(value)
-    except TypeError as error:
+        return _json_value(value, bytes_are_text)
+    except (TypeError, UnicodeDecodeError) as error:
         return _not_json(name, str(error))
 
 
-def _json_value(value: Any) -> Any:
-    """A value as JSON has it: other types as text, a number that is not finite as null, null fields left out."""
+def _json_value(value: Any, bytes_are_text: bool) -> Any:
+    """A value as JSON has it: other types as text, a number that is not finite as null, null fields left out.
+
+    Spark and others write texts as columns of bytes.
+    """
     if value is None or isinstance(value, (str, bool, int, RowError)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: made for key, item in value.items() if (made := _json_value(item)) is not None}
+        return {key: made for key, item in value.items() if (made := _json_value(item, bytes_are_text)) is not None}
     if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
+        return [_json_value(item, bytes_are_text) for item in value]
+    if bytes_are_text and isinstance(value, bytes):
+        return value.decode()
     for python_type, convert in _TEXT_OF.items():
         if isinstance(value, python_type):
             return convert(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import gzip
 import io
 import json
 import math
@@ -412,6 +413,26 @@ def test_cells_are_texts_whatever_the_name_of_their_column_has_in_it(tmp_path: P
     columns = ColumnMap(id_column=name)
     rows = list(read_rows(tmp_path / "rows.csv", defaults=SamplingParams(), columns=columns))
     assert [row.given_id for row in rows] == ["007", "008"]
+
+
+def test_cells_of_a_compressed_csv_file_are_texts(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"id\tprompt\n007\t1.50\n"))
+    source = open_input(str(tmp_path / "rows.csv.gz"), spool_folder=None, input_format="csv")
+    (row,) = read_rows(source, defaults=SamplingParams())
+    assert isinstance(row, Row) and (row.given_id, row.request.prompt) == ("007", "1.50")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_bytes_of_a_row_are_text_and_carried_ones_are_not(tmp_path: Path, kind: pa.DataType) -> None:
+    """Spark writes texts as bytes: a model must not be asked base64."""
+    texts = pa.array([b"caf\xc3\xa9", b"\xff"], kind)
+    chats = pa.array([[{"role": b"user", "content": b"Hi"}]] * 2, pa.list_(pa.struct({"role": kind, "content": kind})))
+    path = write_parquet(pa.table({"prompt": texts, "more": texts, "chat": chats}), tmp_path / "in")
+    good, broken = read(path, carry=("more",))
+    assert isinstance(good, Row) and (good.request.prompt, good.carried) == ("café", {"more": "Y2Fmw6k="})
+    assert isinstance(broken, BadRow) and (broken.code, broken.param) == ("not_json", "prompt")
+    chat, _ = read(path, messages_column="chat")
+    assert isinstance(chat, Row) and chat.request.messages == [{"role": "user", "content": "Hi"}]
 
 
 def test_names_of_columns_that_never_end_are_refused_in_words(tmp_path: Path) -> None:
