@@ -4,7 +4,8 @@ Knows column names, templates and JSON values; not files, Arrow, or what a promp
 here are checked by `plain_rows` and `openai_rows` like any other.
 
 INVARIANT: a column that was named by the user is used or the row is refused; columns that are neither named nor
-fields of a row are ignored. ``score`` and ``continuation`` are fields where ``score`` is an object.
+fields of a row are ignored. ``score`` and ``continuation`` are fields where ``score`` is an object; in a line whose
+prompt is its own ``continuation`` is one anyway.
 """
 
 from __future__ import annotations
@@ -103,11 +104,12 @@ class ColumnMap:
         """
         return not self.names_prompt and len(OPENAI_FIELDS.intersection(columns)) >= len(OPENAI_FIELDS) - 1
 
-    def apply(self, record: dict[str, Any], *, is_openai: bool) -> dict[str, Any]:
+    def apply(self, record: dict[str, Any], *, is_openai: bool, is_table: bool = True) -> dict[str, Any]:
         """Makes the record of a plain row or of an OpenAI row.
 
         Args:
             is_openai: As `is_openai` says of the record.
+            is_table: It is a row of a table; False for a line, whose ``continuation`` is nothing but a row's field.
 
         Raises:
             RowError: A column that the user named has no value in this row, or JSON text is not JSON.
@@ -115,7 +117,8 @@ class ColumnMap:
         fields = OPENAI_FIELDS if is_openai else _OTHER_FIELDS if self.names_prompt else ROW_FIELDS
         made = {name: record[name] for name in fields if name in record}
         if not _asks_for_scores(made.get("score")):  # many tables have a score, a number, of their own
-            made = {name: value for name, value in made.items() if name not in SCORE_FIELDS}
+            others = SCORE_FIELDS if is_table or self.names_prompt else {"score"}
+            made = {name: value for name, value in made.items() if name not in others}
         if self.template is not None:
             made["prompt"] = self._fill_template(record)
         elif self.prompt_column is not None:

@@ -75,16 +75,17 @@ def read_rows(
     settings = (defaults, chat_defaults, frozenset(chosen), checks_schemas)
     if not isinstance(source, (Input, str, os.PathLike)):
         name = str(getattr(source, "name", "the input stream"))
-        return _Reader(*settings, columns).read(parse_lines(source), name)
+        return _Reader(*settings, columns, is_table=False).read(parse_lines(source), name)
     if not isinstance(source, Input):
         source = open_input(os.fspath(source), spool_folder=None, flag=flag)
     records: Iterator[tuple[int, _Record]]
-    if source.format == "jsonl":
+    is_table = source.format != "jsonl"
+    if not is_table:
         records = _parse_file(source)
     else:
         columns = ColumnMap() if columns is None else columns
         records = enumerate(open_table(source, columns), start=1)
-    return _Reader(*settings, columns).read(records, source.name)
+    return _Reader(*settings, columns, is_table=is_table).read(records, source.name)
 
 
 def read_table(
@@ -99,7 +100,7 @@ def read_table(
     Raises:
         WorkloadError: While iterating, if there are no rows.
     """
-    reader = _Reader(defaults, defaults, frozenset(chosen), False, columns, needs_ids=True)
+    reader = _Reader(defaults, defaults, frozenset(chosen), False, columns, is_table=True, needs_ids=True)
     return reader.read(enumerate(table_records(table, columns), start=1), name)
 
 
@@ -113,7 +114,7 @@ class _Reader:
 
     __slots__ = (
         *("_chat_defaults", "_checks_schemas", "_chosen", "_columns", "_defaults"),
-        *("_json_schema", "_kind", "_needs_ids", "_settings"),
+        *("_is_table", "_json_schema", "_kind", "_needs_ids", "_settings"),
     )
 
     def __init__(
@@ -124,9 +125,11 @@ class _Reader:
         checks_schemas: bool,
         columns: ColumnMap | None,
         *,
+        is_table: bool,
         needs_ids: bool = False,
     ) -> None:
         self._chosen = chosen
+        self._is_table = is_table
         self._needs_ids = needs_ids
         self._checks_schemas = checks_schemas
         self._json_schema = any_json_schema_text if checks_schemas else json_schema_text
@@ -163,7 +166,7 @@ class _Reader:
             given_id = _checked_id(record, id_column or ("id" if kind == "plain" else "custom_id"), own_id)
             if columns is not None:
                 carried = columns.carried(record)
-                record = columns.apply(record, is_openai=kind != "plain")
+                record = columns.apply(record, is_openai=kind != "plain", is_table=self._is_table)
             if kind == "plain":
                 return parse_plain(
                     record, given_id=given_id, index=index, line=line, sampling=self._plain_sampling, carried=carried

@@ -81,6 +81,13 @@ def test_a_tables_own_score_is_not_a_field() -> None:
     assert row.request.continuation == "y"
 
 
+@pytest.mark.parametrize("columns", [ColumnMap(carry=("author",)), ColumnMap(id_column="key")])
+def test_a_line_is_scored_whatever_else_is_asked_of_its_columns(columns: ColumnMap) -> None:
+    line = {"key": "k", "prompt": "x", "continuation": "y", "author": "me", "score": 0.5}
+    row = good(line, columns=columns)
+    assert (row.request.continuation, row.request.sampling.prompt_logprobs) == ("y", 0)
+
+
 def test_echo_with_logprobs_scores_the_prompt() -> None:
     row = good(completion(echo=True, logprobs=2, max_tokens=0))
     assert row.request.sampling.prompt_logprobs == 2
