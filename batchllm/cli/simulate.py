@@ -13,6 +13,7 @@ from batchllm.cli.inputs import InputFlags, Prompts
 from batchllm.cli.outcome import EXIT_OK, EXIT_ROWS_FAILED, refuse, say_failed
 from batchllm.dataset import BadRow, check_writable
 from batchllm.errors import ConfigError
+from batchllm.tokens import Int64Array, TokenTable
 
 DEFAULT_DEVICE, DEFAULT_SHAPE = "A100-80GB", "Llama-3.1-8B"
 
@@ -100,6 +101,15 @@ def _refuse_beside(flag: str, others: Mapping[str, object]) -> None:
             raise ConfigError(f"{other}: says nothing beside {flag}; leave one of them out")
 
 
+def _apart(table: TokenTable, namespaces: Int64Array) -> TokenTable:
+    """The same prompts, but that those of different namespaces share nothing: their first tokens differ."""
+    import numpy as np
+
+    tokens, firsts = table.tokens.copy(), table.offsets[:-1]
+    _, tokens[firsts] = np.unique((namespaces << 32) | tokens[firsts], return_inverse=True)
+    return TokenTable(tokens=tokens, offsets=table.offsets)
+
+
 def _workload_of(args: argparse.Namespace) -> tuple[Any, list[BadRow]]:
     """The rows of a file as a `SimWorkload`; bad rows are said and left out."""
     import numpy as np
@@ -113,7 +123,9 @@ def _workload_of(args: argparse.Namespace) -> tuple[Any, list[BadRow]]:
     limits = prompts.rows.max_new_len[prompts.samples.all_rows()].astype(np.int64)
     hints = prompts.rows.known_len[prompts.samples.all_rows()].astype(np.int64)
     known = np.minimum(np.where(hints > 0, hints, limits), limits)
+    namespaces = prompts.rows.namespaces(prompts.samples)
+    table = prompts.table if namespaces is None else _apart(prompts.table, namespaces)
     workload = SimWorkload.from_lengths(
-        args.input, prompts.table, known, max_new_len=limits, known_len=known, share_lens=prompts.share_lens
+        args.input, table, known, max_new_len=limits, known_len=known, share_lens=prompts.share_lens
     )
     return workload, prompts.bad

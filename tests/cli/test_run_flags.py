@@ -343,6 +343,17 @@ def test_a_page_of_no_size_is_refused_by_flag(command: Command, source: Path, si
     )
 
 
+@pytest.mark.parametrize("field", ["namespace", "lora_path"])
+def test_a_simulation_shares_what_the_plan_shares(command: Command, tmp_path: Path, field: str) -> None:
+    """Nothing over the border of a namespace or an adapter."""
+    rows = [{"input_ids": [5, 6, 7, 8], field: name} for name in ("x", "x", "y", None)]
+    source = write_rows(tmp_path / "in.jsonl", [*rows, {"input_ids": [5, 6, 9, 8]}])
+    planned = json.loads(command("plan", "-i", source, "--json").check(0).stdout)
+    (simulated,) = json.loads(command("simulate", "-i", source, "--json").check(0).stdout)
+    assert planned["optimal_prefill_tokens"] == 4 + 1 + 4 + 4 + 2
+    assert simulated["num_computed_prompt_tokens"] == planned["optimal_prefill_tokens"]
+
+
 @pytest.mark.parametrize("name", ["plan", "simulate"])
 def test_a_row_that_cannot_run_is_told_by_the_exit_status_of_what_runs_nothing(
     command: Command, tmp_path: Path, name: str
