@@ -88,6 +88,8 @@ PINNED: dict[str, str] = {
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.init_request_dispatcher": "5c20b8df4c70",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop": "b1681bd4acbd",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_batch_output": "9af0d3e113a2",
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_abort_req": "0e828e959208",
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._remove_req_state": "befe494f6534",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._dispatch_to_scheduler": "ed9f20c2b6f0",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._send_one_request": "75ba8116cdcf",
     "sglang.srt.managers.tokenizer_manager:TokenizerManager._send_batch_request": "da676a041914",

@@ -39,6 +39,7 @@ from batchllm.srt.managers.io_struct import (
 )
 from batchllm.srt.managers.known_scores import KnownScores
 from batchllm.srt.managers.live_checks import check_generate
+from batchllm.srt.managers.live_faults import fail_requests
 from batchllm.srt.managers.live_latency import observe
 from batchllm.srt.server_args import kv_limit_tokens
 from batchllm.trace.latency import LiveLatency
@@ -262,9 +263,23 @@ class BatchTokenizerManager(TokenizerManager):
             communicator.forget()
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
-        observe(self.live_latency, recv_obj, self.rid_to_state)
-        self.known_scores.answer(recv_obj, self.rid_to_state)
-        await super()._handle_batch_output(recv_obj)
+        states = self._states(recv_obj.rids)
+        try:
+            observe(self.live_latency, recv_obj, self.rid_to_state)
+            self.known_scores.answer(recv_obj, self.rid_to_state)
+            await super()._handle_batch_output(recv_obj)
+        except Exception as error:  # whatever it is: it would end the process, and with it everybody's work
+            fail_requests(self, states, error)
+
+    def _handle_abort_req(self, recv_obj: AbortReq) -> None:
+        states = self._states([recv_obj.rid])
+        try:
+            super()._handle_abort_req(recv_obj)
+        except Exception as error:  # as above
+            fail_requests(self, states, error)
+
+    def _states(self, rids: Sequence[str]) -> dict[str, Any]:
+        return {rid: self.rid_to_state[rid] for rid in rids if rid in self.rid_to_state}
 
     def _handle_planned_output(self, output: PlannedBatchOutput) -> None:
         self.num_planned_answers += sum(reason["type"] != "abort" for reason in output.finish_reasons)
