@@ -7,7 +7,7 @@ INVARIANT: every non-blank input line, or row of a table, becomes exactly one of
 Codes of a `BadRow`; they are part of the output format and never change meaning:
 
     the line      invalid_utf8, invalid_json, nested_too_deep, lone_surrogate, not_an_object, line_too_long
-    its columns   missing_column, invalid_column, not_json
+    its columns   missing_column, invalid_column, not_json, wrong_number_of_cells
     its fields    unknown_field, invalid_method, invalid_url, invalid_body, invalid_namespace
     its id        missing_id, invalid_id, duplicate_id
     its prompt    missing_prompt, ambiguous_prompt, empty_prompt, invalid_prompt, multiple_prompts,

@@ -16,6 +16,7 @@ import io
 import math
 import os
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ BATCH_LEN = 1024
 _ARROW_FILE = b"ARROW1"
 _CSV_BLOCK = 1 << 26
 """Bytes of a CSV file in memory; a row must fit in."""
+_FIRST_CSV_ROW = 2  # the names of the columns are the first
 _END_OF_STREAM = b"\xff\xff\xff\xff" + bytes(4)
 _TEXT_OF: dict[type, Callable[[Any], Any]] = {
     bytes: lambda value: base64.b64encode(value).decode(),
@@ -87,7 +89,7 @@ def _records(source: Input, columns: ColumnMap) -> Iterator[_Record]:
     for path in source.local_paths:
         try:
             for batch in batches_of(path, columns.columns()):
-                for record in _batch_records(batch, columns):
+                for record in [batch] if isinstance(batch, BrokenRecord) else _batch_records(batch, columns):
                     yield record
                     num_rows += 1
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -110,27 +112,60 @@ def _parquet_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
 
 
 def _csv_schema(path: Path) -> Any:
-    with _open_csv(path) as reader:
+    with _open_csv(path, deque()) as reader:
         return reader.schema
 
 
 def _csv_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
-    with _open_csv(path) as reader:
+    """Batches, and `BrokenRecord` where a row has another number of cells than the first one."""
+    odd: deque[Any] = deque()
+    number = _FIRST_CSV_ROW
+    with _open_csv(path, odd) as reader:
         for batch in reader:
-            yield from _slices(batch, wanted)
+            for piece in _slices(batch, wanted):
+                while piece.num_rows:
+                    while odd and odd[0].number == number:
+                        yield _odd_row(odd.popleft())
+                        number += 1
+                    length = min(piece.num_rows, odd[0].number - number) if odd else piece.num_rows
+                    yield piece.slice(0, length)
+                    piece = piece.slice(length)
+                    number += length
+    yield from map(_odd_row, odd)
 
 
-def _open_csv(path: Path) -> Any:
-    """Every cell is text: a prompt may look like a number. An empty one is missing."""
+def _odd_row(row: Any) -> BrokenRecord:
+    message = (
+        f"the row has {row.actual_columns} cells, and the table {row.expected_columns} columns; a cell with a "
+        "delimiter in it must be in quotes"
+    )
+    return BrokenRecord(RowError(message, code="wrong_number_of_cells"))
+
+
+def _open_csv(path: Path, odd: deque[Any]) -> Any:
+    """Every cell is text: a prompt may look like a number. An empty one is missing.
+
+    Args:
+        path: The file.
+        odd: Takes rows with another number of cells than the first one, before the rows behind them are read.
+    """
     import pyarrow
     from pyarrow import csv as arrow_csv
 
     with pyarrow.input_stream(os.fspath(path)) as file:
         delimiter = "\t" if b"\t" in io.BufferedReader(file).readline(_CSV_BLOCK) else ","
+
+    def set_aside(row: Any) -> str:
+        odd.append(row)
+        return "skip"
+
     return arrow_csv.open_csv(
         os.fspath(path),
-        read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
-        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        # One thread: several do not know the numbers of rows.
+        read_options=arrow_csv.ReadOptions(block_size=_CSV_BLOCK, use_threads=False),
+        parse_options=arrow_csv.ParseOptions(
+            delimiter=delimiter, newlines_in_values=True, invalid_row_handler=set_aside
+        ),
         convert_options=arrow_csv.ConvertOptions(
             column_types=dict.fromkeys(_csv_names(path, delimiter), pyarrow.string()),
             null_values=[""],

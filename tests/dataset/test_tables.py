@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import feather
 
-from batchllm.dataset import BadRow, ColumnMap, Row, open_input, read_rows, render_error
+from batchllm.dataset import BadRow, ColumnMap, Row, open_input, read_rows, render_error, tables
 from batchllm.errors import ConfigError, WorkloadError
 from batchllm.request import SamplingParams
 from tests.sizes import sized
@@ -441,10 +442,25 @@ def test_names_of_columns_that_never_end_are_refused_in_words(tmp_path: Path) ->
         prompts_of(tmp_path / "rows.csv")
 
 
-def test_a_csv_row_with_too_many_cells_stops_the_reading_with_its_place(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_bytes(b"id,prompt\na,b\nc,d,e\n")
-    with pytest.raises((ConfigError, WorkloadError), match=r"rows.csv.*Expected 2 columns, got 3"):
-        prompts_of(tmp_path / "rows.csv")
+@given(
+    st.lists(st.lists(st.sampled_from(["x", "", "two\nlines", "a, b", 'say "x"']), min_size=1, max_size=4), min_size=1)
+)
+@settings(deadline=None)
+def test_a_csv_row_with_another_number_of_cells_fails_by_itself(rows: list[list[str]]) -> None:
+    """Wherever it is, in a file that is read in blocks of two rows or so, those beside it keep their numbers."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder, "rows.csv")
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["id", "prompt"], *(["n", *cells] for cells in rows)])
+        patch.setattr(tables, "_CSV_BLOCK", 64)
+        found = list(read_rows(path, defaults=SamplingParams(), columns=ColumnMap(id_column="prompt", template="{id}")))
+    assert [row.line for row in found] == list(range(1, len(rows) + 1))
+    for row, cells in zip(found, rows, strict=True):
+        if len(cells) != 1:
+            assert isinstance(row, BadRow) and row.code == "wrong_number_of_cells"
+            assert f"has {1 + len(cells)} cells, and the table 2 columns" in row.message
+        else:
+            assert row.given_id == (cells[0] or None)
 
 
 def prompts_of(path: Path) -> list[tuple[Any, Any]]:
