@@ -119,9 +119,10 @@ def _csv_schema(path: Path) -> Any:
 def _csv_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
     """Batches, and `BrokenRecord` where a row has another number of cells than the first one."""
     odd: deque[Any] = deque()
-    number = _FIRST_CSV_ROW
+    number, last_cell = _FIRST_CSV_ROW, None
     with _open_csv(path, odd) as reader:
         for batch in reader:
+            last_cell = batch.columns[-1][-1].as_py() if batch.num_rows else last_cell
             for piece in _slices(batch, wanted):
                 while piece.num_rows:
                     while odd and odd[0].number == number:
@@ -131,7 +132,42 @@ def _csv_batches(path: Path, wanted: frozenset[str]) -> Iterator[Any]:
                     yield piece.slice(0, length)
                     piece = piece.slice(length)
                     number += length
+    _check_quotes(path, last_cell, odd[-1].text if odd else "")
     yield from map(_odd_row, odd)
+
+
+def _check_quotes(path: Path, last_cell: str | None, last_odd: str) -> None:
+    """Refuse a file that ends within quotes: its last row has swallowed all rows behind it, which Arrow does not tell.
+
+    Args:
+        path: The file.
+        last_cell: The last cell of the last row that has a cell for each column.
+        last_odd: The last row, as it is in the file, where it has another number of cells.
+
+    Raises:
+        ValueError: It does.
+    """
+    may_be_open, is_open = "\n" in (last_cell or ""), False
+    if last_odd:
+        try:
+            list(csv.reader([last_odd], delimiter=_delimiter(path), strict=True))
+            may_be_open = False
+        except csv.Error as error:
+            is_open, may_be_open = "end of data" in str(error), "field limit" in str(error)
+    # A cell of several lines is in quotes, and the last one of the file ends with them.
+    if is_open or (may_be_open and _last_byte(path) != b'"'):
+        raise ValueError("a quote that opens in its last row is never closed, and hides the rows behind it; close it")
+
+
+def _last_byte(path: Path) -> bytes:
+    """The last one of a file that is no end of a line."""
+    import pyarrow
+
+    end = b""
+    with pyarrow.input_stream(os.fspath(path)) as stream:  # decompresses, like the reader of tables
+        while block := stream.read(_CSV_BLOCK):
+            end = block.rstrip(b"\r\n")[-1:] or end
+    return end
 
 
 def _odd_row(row: Any) -> BrokenRecord:
@@ -152,8 +188,7 @@ def _open_csv(path: Path, odd: deque[Any]) -> Any:
     import pyarrow
     from pyarrow import csv as arrow_csv
 
-    with pyarrow.input_stream(os.fspath(path)) as file:
-        delimiter = "\t" if b"\t" in io.BufferedReader(file).readline(_CSV_BLOCK) else ","
+    delimiter = _delimiter(path)
 
     def set_aside(row: Any) -> str:
         odd.append(row)
@@ -173,6 +208,14 @@ def _open_csv(path: Path, odd: deque[Any]) -> Any:
             quoted_strings_can_be_null=False,
         ),
     )
+
+
+def _delimiter(path: Path) -> str:
+    """A tab where the first line has one, else a comma."""
+    import pyarrow
+
+    with pyarrow.input_stream(os.fspath(path)) as file:
+        return "\t" if b"\t" in io.BufferedReader(file).readline(_CSV_BLOCK) else ","
 
 
 def _csv_names(path: Path, delimiter: str) -> list[str]:

@@ -480,6 +480,41 @@ def test_messages_as_a_struct_of_lists_are_messages(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "rest", [b'b,"x\n', b'b,"x', b'b,"x\nc,y\nd,z\n', b'b,"x\nc,y\n\n', b'b,1,"x\nc,y\n', b'b,"x\r\nc,y']
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_csv_file_that_ends_within_quotes_is_refused_where_they_hide_rows(
+    tmp_path: Path, rest: bytes, suffix: str
+) -> None:
+    """And only there: one line that lacks its last quote hides nothing."""
+    path, data = tmp_path / f"rows.csv{suffix}", b'id,prompt\na,"p\nq"\n' + rest
+    path.write_bytes(gzip.compress(data) if suffix else data)
+    source = open_input(str(path), spool_folder=None, input_format="csv")
+    if b"\n" in rest.rstrip(b"\n") or rest.endswith(b"\n"):
+        with pytest.raises(WorkloadError, match=r"rows.csv.*stopped after .*a quote that opens in its last row"):
+            list(read_rows(source, defaults=SamplingParams()))
+    else:
+        rows = list(read_rows(source, defaults=SamplingParams()))
+        assert [row.given_id for row in rows] == ["a", "b"]
+
+
+def test_a_long_row_that_ends_within_quotes_is_refused_whatever_parts_its_cells(tmp_path: Path) -> None:
+    """It has one cell more than the others, and is longer than Python's reader takes."""
+    rows = "".join(f"b{i}\tx\n" for i in range(40_000))
+    (tmp_path / "rows.csv").write_text(f'id\tprompt\na\tp\nb\t1\t"x\n{rows}')
+    with pytest.raises(WorkloadError, match="a quote that opens in its last row"):
+        prompts_of(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    "end", [b'b,"x\ny"', b'b,"x\ny"\n\n', b'"b\nc",y\n', b'b,"x\n"\r\n', b'b,"x\ny",z\n', b'b,5" wide\n']
+)
+def test_a_csv_file_whose_quotes_close_is_read_to_its_end(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"id,prompt\na,p\n" + end)
+    assert len(list(read_rows(tmp_path / "rows.csv", defaults=SamplingParams()))) == 2
+
+
 def test_cells_of_a_csv_file_that_are_json_are_read_as_json(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(
         'id,input_ids,sampling_params,expected_new_tokens\na,"[5, 6]","{""temperature"": 0}",3\n'
