@@ -31,8 +31,12 @@ class SamplingField:
     check: checks.Check
 
 
-def _stop_regexes(name: str, value: object) -> tuple[str, ...] | None:
-    """Checks for one regular expression, or a list of them, of Python's ``re``, by which SGLang looks for them."""
+def stop_regexes(name: str, value: object) -> tuple[str, ...] | None:
+    """Checks for one regular expression, or a list of them, of Python's ``re``, by which SGLang looks for them.
+
+    Raises:
+        RowError: One is none.
+    """
     expressions = checks.stop_strings(name, value)
     for expression in expressions or ():
         try:
@@ -66,7 +70,7 @@ SHARED_FIELDS: Mapping[str, SamplingField] = {
         "ebnf": checks.grammar_text,
         "structural_tag": checks.structural_tag_text,
         "logit_bias": checks.logit_bias,
-        "stop_regex": _stop_regexes,
+        "stop_regex": stop_regexes,
         "no_stop_trim": checks.boolean,
         "spaces_between_special_tokens": checks.boolean,
         "require_reasoning": checks.boolean,

@@ -461,7 +461,8 @@ _CANNOT_BE: list[tuple[dict[str, Any], str]] = [
     ({"sampling_params": {"stream_interval": [5]}}, r"stream_interval is \[5\]: Expected `int"),
     ({"sampling_params": {"stop_token_ids": 5}}, "stop_token_ids is 5: Expected `array"),
     ({"sampling_params": {"temperature": "x"}}, "temperature is 'x': Expected `float`"),
-    ({"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex has '\(': missing \), unterminated subpattern"),
+    ({"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex '\(' is no regular .*: missing \), unterminated"),
+    ({"sampling_params": {"stop_regex": "a{99999999999}"}}, r"stop_regex 'a\{9+\}' is no regular .*: the repetition"),
     ({"sampling_params": {"is_normalized": True}}, "unknown parameter 'is_normalized'"),
 ]
 

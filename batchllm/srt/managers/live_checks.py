@@ -7,7 +7,6 @@ scheduler (`live_sampling`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from typing import Any, get_type_hints
 
@@ -16,6 +15,8 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from batchllm.dataset.field_checks import closest, show
+from batchllm.dataset.sampling import stop_regexes
+from batchllm.errors import RowError
 from batchllm.srt.managers.io_struct import PLANNED_ID
 
 _MAX_ANSWERS = 1024
@@ -80,11 +81,10 @@ def _check_sampling(params: dict[str, Any]) -> None:
                 params[name] = msgspec.convert(value, _TYPES[name], strict=False)
             except msgspec.ValidationError as error:
                 raise ValueError(f"sampling_params: {name} is {show(value)}: {error}") from error
-    for expression in _each(params.get("stop_regex") or []):
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"sampling_params: stop_regex has {show(expression)}: {error}") from error
+    try:
+        stop_regexes("stop_regex", params.get("stop_regex") or [])
+    except RowError as error:
+        raise ValueError(f"sampling_params: {error}") from error
 
 
 def _check_length(obj: Any, name: str) -> None:

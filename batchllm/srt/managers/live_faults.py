@@ -30,7 +30,8 @@ def fail_requests(manager: Any, states: Mapping[str, Any], error: Exception) -> 
     for rid, state in states.items():
         if rid in manager.rid_to_state or not state.out_list:
             state.finished = True
-            state.out_list.append({"text": "", "output_ids": [], "meta_info": {"id": rid, "finish_reason": reason}})
+            told = {"id": rid, "finish_reason": reason, "completion_tokens": 0}
+            state.out_list.append({"text": "", "output_ids": [], "meta_info": told})
             manager._remove_req_state(rid)
             manager.send(AbortReq(rid=rid))
         state.event.set()

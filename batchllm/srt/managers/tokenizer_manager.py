@@ -275,7 +275,7 @@ class BatchTokenizerManager(TokenizerManager):
         states = self._states([recv_obj.rid])
         try:
             super()._handle_abort_req(recv_obj)
-        except Exception as error:  # as above
+        except Exception as error:  # whatever it is, as in `_handle_batch_output`
             fail_requests(self, states, error)
 
     def _states(self, rids: Sequence[str]) -> dict[str, Any]:
