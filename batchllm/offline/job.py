@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TICK_S = 0.1
 """A job that hears nothing for so long yields nothing once, so that its caller can do something else."""
 
-_MAX_UNREAD = 100_000
+_MAX_UNREAD = 16_384
 """Finished samples of a job that nobody has taken yet; beyond it nothing more is submitted of any job in its plan."""
 
 _WAITING, _IN_FLIGHT, _DONE = 0, 1, 2

@@ -179,6 +179,11 @@ class JobRows:
         """Number of the task that these rows name, -1 for none."""
         return self._of_group(2, rows)
 
+    @property
+    def has_tasks(self) -> bool:
+        """Some row names a task."""
+        return len(self._task_ids) > 1
+
     def namespace(self, rows: Int64Array) -> npt.NDArray[np.int32]:
         """Number of the namespace of these rows, 0 for the default one."""
         return self._of_group(3, rows)

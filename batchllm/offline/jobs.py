@@ -20,7 +20,7 @@ import numpy as np
 
 from batchllm.offline.job import Job
 from batchllm.offline.job_rows import JobRows
-from batchllm.offline.joint_plan import JointPlan
+from batchllm.offline.joint_plan import JointPlan, give_memory_back
 from batchllm.offline.running_plan import RunningPlan, Window
 from batchllm.offline.runtime import RunRequests, Runtime
 from batchllm.offline.stats import JobStats
@@ -232,6 +232,7 @@ class Jobs:
         self.num_lost_tokens += plan.plan.num_lost_tokens
         jobs[0].stats.num_cut_tokens += plan.num_cut_tokens
         running = RunningPlan(self._runtime.open_job(), plan, self._window(plan, max_in_flight or MAX_IN_FLIGHT))
+        give_memory_back()
         self._plans[running] = jobs, asyncio.create_task(self._read(running, jobs))
         self._feed(running, jobs)
         return running

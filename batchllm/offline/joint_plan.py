@@ -91,7 +91,7 @@ class JointPlan:
     """
 
     def __init__(self, parts: Sequence[Part], info: RuntimeInfo, group_order: GroupOrder) -> None:
-        _give_memory_back()
+        give_memory_back()
         self._parts = parts
         max_new_len = _joined([part.of_rows(part.rows.max_new_len) for part in parts])
         known_len = _joined([part.of_rows(part.rows.known_len) for part in parts])
@@ -107,7 +107,7 @@ class JointPlan:
             group_order=group_order,
             share_lens=joined_share_lens(parts),
         )
-        _give_memory_back()
+        give_memory_back()
         self.plan = best
         self.optimal_at = best.computed_lens()
         self.units: Partition | None = None
@@ -125,7 +125,7 @@ class JointPlan:
         self.largest_prefixes = [self._largest_prefixes(number) for number in range(len(parts))]
         self.cutter = RunCutter(self.plan, table, max_new_len, known_len, _joined_tasks(parts))
         del decode_lens, namespaces
-        _give_memory_back()
+        give_memory_back()
 
     def _make_fair(self, decode_lens: Int32Array, quantum: int) -> None:
         best, parts = self.plan, self._parts
@@ -277,8 +277,10 @@ def _joined_namespaces(parts: Sequence[Part]) -> tuple[list[Namespace], Int64Arr
     return list(numbers), np.concatenate(columns)
 
 
-def _joined_tasks(parts: Sequence[Part]) -> Int32Array:
-    """Tasks are each job's own: the same name in another job is another task."""
+def _joined_tasks(parts: Sequence[Part]) -> Int32Array | None:
+    """Tasks are each job's own: the same name in another job is another task. None where no row names one."""
+    if not any(part.rows.has_tasks for part in parts):
+        return None
     columns: list[Int32Array] = []
     num_tasks = 0
     for part in parts:
@@ -294,7 +296,7 @@ _LIBC = ctypes.CDLL(None)
 """Loaded once: each has a class of its own, in a cycle, and a server makes a plan for every batch."""
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """What millions of rows needed for a moment; the C library would keep it for this process."""
     if hasattr(_LIBC, "malloc_trim"):  # glibc
         _LIBC.malloc_trim(0)

@@ -22,7 +22,7 @@ from batchllm.dataset.responses import DecodePrompt, count_tokens
 from batchllm.errors import ConfigError, WorkloadError
 from batchllm.offline.identical import IdenticalRows
 from batchllm.offline.job import FinishedRows
-from batchllm.offline.journal import NUM_ROWS_PER_COMMIT, Journal
+from batchllm.offline.journal import Journal
 from batchllm.offline.outputs import Outputs
 from batchllm.offline.progress import Progress
 from batchllm.offline.row_spool import RowSpool
@@ -32,6 +32,8 @@ from batchllm.request import Completion
 from batchllm.tokens import Int64Array
 
 NUM_SHOWN = 5
+_NUM_BETWEEN_LOOKS = 64
+"""After so many answers it is looked up whether a commit is due."""
 
 
 class Recorder:
@@ -98,8 +100,8 @@ class Recorder:
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=num_output_tokens,
         )
-        if self._num_unsafe >= NUM_ROWS_PER_COMMIT:  # how long they have waited is looked at once for many
-            self.commit()
+        if self._num_unsafe % _NUM_BETWEEN_LOOKS == 0:
+            self.commit_if_due()
 
     def fail(self, bad: BadRow) -> None:
         """A row has no answer.

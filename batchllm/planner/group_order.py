@@ -87,7 +87,7 @@ def order_groups(
 
 def _ordered_siblings(
     tree: PrefixTree, owner: Int32Array, prompt_lens: Integers, decode_lens: Integers, order: GroupOrder
-) -> tuple[Int64Array, Int64Array]:
+) -> tuple[Int64Array, Int32Array]:
     """Where each node's siblings start, and the siblings in order. What this needs is large, and freed at its end."""
     own_tokens = np.concatenate([tree.depth, prompt_lens.astype(np.int32, copy=False)[tree.order]])
     # -1 as an index is the zero at the end: the root has no tokens.
@@ -104,7 +104,7 @@ def _ordered_siblings(
     return start, siblings
 
 
-def _sort(start: Int64Array, siblings: Int64Array, tokens: Int64Array, decode: Int64Array, order: GroupOrder) -> None:
+def _sort(start: Int64Array, siblings: Int32Array, tokens: Int64Array, decode: Int64Array, order: GroupOrder) -> None:
     """Put each node's siblings in order.
 
     Args:
@@ -133,7 +133,7 @@ def _check_decode_lens(decode_lens: Integers, num_prompts: int) -> None:
         raise WorkloadError(f"row {row} has a decode_lens of {decode_lens[row]}; it must be at least 1")
 
 
-def _siblings(owner: Int32Array, is_free: npt.NDArray[np.bool_], tree: PrefixTree) -> tuple[Int64Array, Int64Array]:
+def _siblings(owner: Int32Array, is_free: npt.NDArray[np.bool_], tree: PrefixTree) -> tuple[Int64Array, Int32Array]:
     """Where each node's siblings start, and the siblings, those with the smallest input row first."""
     num_siblings = np.bincount(owner[is_free] + 1, minlength=len(tree.depth) + 1)
     start = np.zeros(len(tree.depth) + 2, np.int64)
@@ -146,10 +146,10 @@ def _siblings(owner: Int32Array, is_free: npt.NDArray[np.bool_], tree: PrefixTre
 @njit(nogil=True)
 def _siblings_by_row(
     owner: Int32Array, is_free: npt.NDArray[np.bool_], start: Int64Array, position_of_row: Int64Array
-) -> Int64Array:
+) -> Int32Array:
     """A counting sort: rows ascend, so a node is first met from its smallest row, and filed then."""
     num_nodes = len(owner) - len(position_of_row)
-    siblings = np.empty(start[-1], np.int64)
+    siblings = np.empty(start[-1], np.int32)
     end = start[:-1].copy()
     is_filed = np.zeros(num_nodes, np.bool_)
     for position in position_of_row:
@@ -177,7 +177,7 @@ def _subtree_sums(owner: Int32Array, values: Int64Array) -> Int64Array:
 
 
 @njit(nogil=True)
-def _sort_siblings(start: Int64Array, siblings: Int64Array, rank: Float64Array) -> None:
+def _sort_siblings(start: Int64Array, siblings: Int32Array, rank: Float64Array) -> None:
     """Sort each node's siblings by rank, smallest first; of equals, those in front stay in front."""
     for u in range(len(start) - 1):
         lo, hi = start[u], start[u + 1]
@@ -192,7 +192,7 @@ def _sort_siblings(start: Int64Array, siblings: Int64Array, rank: Float64Array) 
 
 
 @njit(nogil=True)
-def _balance_siblings(start: Int64Array, siblings: Int64Array, tokens: Int64Array, decode: Int64Array) -> None:
+def _balance_siblings(start: Int64Array, siblings: Int32Array, tokens: Int64Array, decode: Int64Array) -> None:
     """Take each node's siblings, sorted by ratio, from the end that keeps the mix nearest the overall one."""
     for u in range(len(start) - 1):
         ranked = siblings[start[u] : start[u + 1]].copy()
@@ -213,7 +213,7 @@ def _balance_siblings(start: Int64Array, siblings: Int64Array, tokens: Int64Arra
             sum_tokens += tokens[siblings[i]]
 
 
-def _rearranged(tree: PrefixTree, owner: Int32Array, start: Int64Array, siblings: Int64Array) -> PrefixTree:
+def _rearranged(tree: PrefixTree, owner: Int32Array, start: Int64Array, siblings: Int32Array) -> PrefixTree:
     """The tree whose nodes have their siblings as listed: positions, numbers and LCPs are computed again."""
     num_below = _subtree_sums(tree.parent, np.ones(len(tree.depth), np.int64))
     source, lcp, first, number = _lay_out(tree.depth, tree.first, tree.num_prompts, owner, num_below, start, siblings)
@@ -237,7 +237,7 @@ def _lay_out(
     owner: Int32Array,
     num_below: Int64Array,
     start: Int64Array,
-    siblings: Int64Array,
+    siblings: Int32Array,
 ) -> tuple[Int64Array, Int32Array, Int64Array, Int32Array]:
     """New position -> old position, new LCPs, and each old node's new first position and number."""
     num_nodes = len(depth)

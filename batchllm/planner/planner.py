@@ -221,17 +221,19 @@ class RunCutter:
     ) -> None:
         self.plan = plan
         self.table = table
-        # A job of millions of rows holds these for all of them: no wider than they need be.
-        self.max_new_len = max_new_len.astype(np.int32, copy=False)[plan.order]
-        no_known_len = np.zeros_like(self.max_new_len)
-        self.known_len = no_known_len if known_len is None else known_len.astype(np.int32, copy=False)[plan.order]
-        self.task = np.full(len(plan.order), -1, np.int32) if task is None else task[plan.order]
+        self.max_new_len = _in_order(max_new_len, plan)
+        self.known_len = _in_order(_same(0, plan) if known_len is None else known_len, plan)
+        self.task = _in_order(_same(-1, plan) if task is None else task, plan)
         self.prompt_len = plan.prompt_lens
         total_len: Int64Array = np.add(self.prompt_len, self.max_new_len, dtype=np.int64)
         self.longest_consumer_len = max_over_ranges(total_len, plan.first, plan.num_consumers)
-        # An output that may end anywhere counts little: a window too long costs nothing, too short a one an idle pool.
-        self.kv_cost = plan.computed_lens() + np.maximum(self.known_len, 1)
+
+    @property
+    def kv_cost(self) -> Int32Array:
         """KV slots that each position is sure to add to the pool, shared prefixes counted at their leader."""
+        # An output that may end anywhere counts little: a window too long costs nothing, too short a one an idle pool.
+        cost: Int32Array = self.plan.computed_lens() + np.maximum(self.known_len, 1)
+        return cost
 
     def cut(self, first: int, last: int) -> PlannedRun:
         """The run of positions ``[first, last)``."""
@@ -269,6 +271,16 @@ class RunCutter:
             private_len=private_len,
             private_tokens=gather_runs(tokens, offsets[rows] + shared_len, private_len),
         )
+
+
+def _same(value: int, plan: BatchPlan) -> Int32Array:
+    return np.broadcast_to(np.int32(value), plan.num_requests)
+
+
+def _in_order(of_rows: npt.NDArray[np.integer], plan: BatchPlan) -> Int32Array:
+    """A number of each row, by position; a number that all rows have stays one, however many they are."""
+    column = of_rows.astype(np.int32, copy=False)
+    return column if column.strides == (0,) else column[plan.order]
 
 
 def max_over_ranges(values: Int64Array, first: Int64Array, num: Int64Array) -> Int64Array:

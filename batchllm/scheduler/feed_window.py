@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from batchllm.tokens import Int64Array, starts_of
+from batchllm.tokens import starts_of
 
 # KV pools' worth of requests on their way. One is what runs; the other is what may start when it ends.
 WINDOW_POOLS = 2
@@ -41,7 +42,7 @@ class FeedWindow:
     """Says which positions of a plan to submit next.
 
     Args:
-        kv_cost: KV slots that each position is sure to add. int64[num_requests]
+        kv_cost: KV slots that each position is sure to add. int[num_requests]
         kv_capacity_tokens: Slots of the KV pool.
         max_run_requests: Most requests that are submitted together.
         max_in_flight: Most requests submitted and not finished.
@@ -52,14 +53,14 @@ class FeedWindow:
 
     def __init__(
         self,
-        kv_cost: Int64Array,
+        kv_cost: npt.NDArray[np.integer],
         kv_capacity_tokens: int,
         *,
         max_run_requests: int = MAX_IN_FLIGHT,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
-        self._kv_cost = kv_cost
-        self._cumulative_cost = starts_of(kv_cost)
+        self._num_requests = len(kv_cost)
+        self._cost_before = starts_of(kv_cost)
         self._window_cost = WINDOW_POOLS * kv_capacity_tokens
         self._max_run_requests, self._max_in_flight = max_run_requests, max_in_flight
         self._next_position = 0
@@ -74,30 +75,31 @@ class FeedWindow:
     @property
     def is_done(self) -> bool:
         """Everything has been submitted and has finished."""
-        return self._next_position == len(self._kv_cost) and self.num_in_flight == 0
+        return self._next_position == self._num_requests and self.num_in_flight == 0
 
     def take_next(self) -> tuple[int, int] | None:
         """Positions ``[first, last)`` to submit now; None while the window is full or nothing is left."""
         first = self._next_position
-        if first == len(self._kv_cost) or not self._has_room():
+        if first == self._num_requests or not self._has_room():
             return None
         free_cost = self._window_cost - self._cost_in_flight
-        last = int(np.searchsorted(self._cumulative_cost, self._cumulative_cost[first] + free_cost, "right")) - 1
+        last = int(np.searchsorted(self._cost_before, self._cost_before[first] + free_cost, "right")) - 1
         num_more = min(self._max_run_requests, self._max_in_flight - self.num_in_flight)
-        last = min(last, first + num_more, len(self._kv_cost))
+        last = min(last, first + num_more, self._num_requests)
         if last <= first:
             if self.num_in_flight:
                 return None
             last = first + 1  # larger than the window by itself, and it has to run
         self._next_position = last
         self.num_in_flight += last - first
-        self._cost_in_flight += int(self._cumulative_cost[last] - self._cumulative_cost[first])
+        self._cost_in_flight += int(self._cost_before[last] - self._cost_before[first])
         return first, last
 
     def finish(self, positions: Sequence[int]) -> None:
         """These have finished."""
         self.num_in_flight -= len(positions)
-        self._cost_in_flight -= int(self._kv_cost[positions].sum())
+        places = np.asarray(positions, np.int64)
+        self._cost_in_flight -= int((self._cost_before[places + 1] - self._cost_before[places]).sum())
 
     def lose(self, engine: int) -> tuple[int, int]:
         """Where there is one engine, its end is the end of the plan; nothing is left over for another one."""

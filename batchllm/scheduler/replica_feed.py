@@ -48,7 +48,7 @@ class ReplicaFeed:
     """Says which positions of a plan go to which engine next.
 
     Args:
-        kv_cost: KV slots that each position is sure to add, int64[num_requests].
+        kv_cost: KV slots that each position is sure to add, int[num_requests].
         work: Work that each position is, float64[num_requests].
         bounds: First position of each unit, and the end, int64[num_units + 1].
         kv_limits: Slots of its KV pool that each engine may use, by its number. Engines that come into it later join;
@@ -62,7 +62,7 @@ class ReplicaFeed:
 
     def __init__(
         self,
-        kv_cost: Int64Array,
+        kv_cost: npt.NDArray[np.integer],
         work: npt.NDArray[np.float64],
         bounds: Int64Array,
         kv_limits: Mapping[int, int],
@@ -70,7 +70,7 @@ class ReplicaFeed:
         max_run_requests: int = MAX_IN_FLIGHT,
         max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
-        self._kv_cost, self._work, self._bounds = kv_cost, work, bounds
+        self._work, self._bounds = work, bounds
         self._cost_before = starts_of(kv_cost)
         self._work_before = np.append(0.0, np.cumsum(work))
         self._kv_limits = kv_limits
@@ -135,7 +135,7 @@ class ReplicaFeed:
         for number in np.unique(owners).tolist():
             hand, own = self._hands[number], places[owners == number]
             hand.num_in_flight -= len(own)
-            hand.cost -= int(self._kv_cost[own].sum())
+            hand.cost -= int((self._cost_before[own + 1] - self._cost_before[own]).sum())
             hand.work -= float(self._work[own].sum())
 
     def lose(self, engine: int) -> tuple[int, int]:
