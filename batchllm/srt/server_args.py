@@ -13,20 +13,23 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, get_type_hints
 
 import torch
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg, add_cli_args_from_dataclass
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs, add_attention_backend_choices
 
+from batchllm.dataset.field_checks import show
 from batchllm.errors import ConfigError
+from batchllm.srt import argument_values
 from batchllm.srt.configs import model_support
 from batchllm.srt.lora import adapter_files
 from batchllm.srt.mem_cache import radix_cache
 from batchllm.srt.model_loader import model_files
 
 ATTENTION_BACKEND = "batchllm"
+add_attention_backend_choices([ATTENTION_BACKEND])  # once: it is added to a list
 _CPU_KV_TOKENS = 131_072
 """KV pool on CPU unless ``--max-total-tokens`` says otherwise: SGLang would take most of the machine's
 memory.
@@ -65,6 +68,9 @@ class BatchServerArgs(ServerArgs):
     """Whether the scheduler process computes with `batchllm.srt.layers.attention_backend`: by ``attention_backend``."""
     orders_live: bool = True
     """Whether live requests wait in our order: not where a ``schedule_policy`` was asked for."""
+
+
+_HINTS = get_type_hints(BatchServerArgs, include_extras=True)
 
 
 def kv_limit_tokens(server_args: Any, kv_capacity_tokens: int) -> int:
@@ -115,6 +121,8 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     Raises:
         ConfigError: An argument is unknown, wrong, or asks for what plans do not support.
     """
+    if not isinstance(model_path, str):
+        raise ConfigError(f"--model-path {show(model_path)}: must be a folder or a hub name")
     if not model_path:
         raise ConfigError("--model-path: the name of the model is empty; give a folder or a hub name, or leave it out")
     known = {field.name for field in dataclasses.fields(BatchServerArgs) if field.init}
@@ -123,6 +131,7 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {_flag(close[0])}?" if close else ""
             raise ConfigError(f"{_flag(name)}: SGLang has no such server argument{hint}")
+    server_args = argument_values.checked(server_args, _HINTS)
     _check_supported(server_args)
     _check_page_size(server_args.get("page_size"))
     _check_batching(server_args)
@@ -208,7 +217,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     Args:
         prog: What ``--help`` calls the program; None for a parser without ``--help``.
     """
-    add_attention_backend_choices([ATTENTION_BACKEND])
     parser = _Parser(prog=prog, allow_abbrev=False, add_help=prog is not None, argument_default=argparse.SUPPRESS)
     ServerArgs.add_cli_args(parser)
     add_cli_args_from_dataclass(own_flags(parser), BatchServerArgs, fields=sorted(_OWN))

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
+from sglang.srt.utils.common import human_readable_int, nullable_str
 
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError, SeamError
 from batchllm.host import own_folder
-from batchllm.srt import compat, plugin
+from batchllm.srt import argument_values, compat, plugin
 from batchllm.srt.entrypoints import processes
 from batchllm.srt.layers import sampler
 from batchllm.srt.managers.scheduler import BatchScheduler
 from batchllm.srt.mem_cache import radix_cache
 from batchllm.srt.mem_cache.allocator import CpuTokenAllocator
 from batchllm.srt.platforms.platform_cpu import CpuPlatform, activate
-from batchllm.srt.server_args import make_parser, make_server_args, parse_server_flags
+from batchllm.srt.server_args import BatchServerArgs, make_parser, make_server_args, parse_server_flags
 
 
 def _allocator(size: int, page_size: int = 1) -> CpuTokenAllocator:
@@ -128,6 +131,54 @@ def test_server_flags_are_read_as_sglang_reads_them() -> None:
     assert parse_server_flags(flags) == expected
     with pytest.raises(ConfigError, match="--no-such-flag"):
         parse_server_flags(["--no-such-flag", "1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("max_total_tokens", "x", "an integer"),
+        ("max_total_tokens", 0, "at least 2"),
+        ("max_total_tokens", True, "an integer"),
+        ("max_total_tokens", [3], "an integer"),
+        ("context_length", -1, "at least 2"),
+        ("max_running_requests", 0, "at least 1"),
+        ("max_prefill_tokens", 0, "at least 1"),
+        ("max_prefill_tokens", None, "an integer"),
+        ("chunked_prefill_size", 0, "at least 1 token, or -1"),
+        ("random_seed", -1, "at least 0"),
+        ("random_seed", 2**32, "at most 4294967295"),
+        ("mem_fraction_static", "x", "a number"),
+        ("skip_tokenizer_init", "no", "True or False"),
+        ("tokenizer_path", 3, "a string"),
+        ("log_level", "nope", "one of critical"),
+        ("schedule_policy", "x", "one of lpm"),
+        ("dtype", "nope", "one of auto"),
+    ],
+)
+def test_a_value_that_sglang_cannot_work_with_is_refused_by_name(name: str, value: object, wanted: str) -> None:
+    """SGLang's Python interface takes any, and ends in words of Python's, or waits for ever."""
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} .*: must be {wanted}"):
+        make_server_args(default_model_path(), **{name: value})
+
+
+def test_values_are_read_as_flags_and_numbers_of_numpy_are_numbers() -> None:
+    given: dict[str, Any] = {"max_total_tokens": np.int64(512), "random_seed": "3", "attention_backend": "batchllm"}
+    args = make_server_args(default_model_path(), context_length=None, skip_tokenizer_init=True, **given)
+    assert [args.max_total_tokens, args.random_seed, args.context_length] == [512, 3, None]
+    with pytest.raises(ConfigError, match="--model-path 3: must be a folder or a hub name"):
+        make_server_args(3)  # type: ignore[arg-type]
+
+
+def test_every_flag_gives_a_value_of_the_type_that_its_argument_has() -> None:
+    """Else a value that the command takes would be refused."""
+    hints = get_type_hints(BatchServerArgs, include_extras=True)
+    examples = {int: "3", float: "0.5", human_readable_int: "3", None: "x", str: "x", nullable_str: "x"}
+    for action in make_parser()._actions:
+        is_value = action.nargs is None and action.dest in hints and action.type in examples
+        if is_value and isinstance(action, argparse._StoreAction) and action.dest != "log_level":
+            text = str(next(iter(action.choices))) if action.choices else examples[action.type]
+            values = parse_server_flags([action.option_strings[0], text])
+            assert argument_values.checked(values, hints) == values
 
 
 def test_live_requests_wait_in_our_order_unless_another_was_asked_for() -> None:
