@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set, Sized
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -252,7 +252,7 @@ def _inputs_of(
     if len(given) != 1:
         raise ConfigError("give exactly one of prompts, input_ids and messages")
     ((field, values),) = given.items()
-    _check_list("prompts" if field == "prompt" else field, values)
+    values = _as_list("prompts" if field == "prompt" else field, values)
     return _Inputs(
         field=field,
         values=values,
@@ -311,23 +311,23 @@ class _Batch:
         self._store.close()
 
 
-def _check_list(name: str, values: Any) -> None:
+def _as_list(name: str, values: Any) -> Any:
     """Values in an order, whatever holds them: a list, an array, a column of a table."""
-    try:
-        is_list = len(values) >= 0 and not isinstance(values, str | bytes | Mapping | Set)
-    except TypeError:
-        is_list = False
-    if not is_list:
-        raise ConfigError(f"{name} must be a list, not {show(values)}")
+    if hasattr(values, "to_pylist"):  # Arrow's, whose own scalars are no values
+        values = values.to_pylist()
+    is_one = isinstance(values, str | bytes | Mapping | Set) or getattr(values, "shape", None) == ()
+    if is_one or not isinstance(values, Sized) or hasattr(values, "columns"):  # a table gives names of its columns
+        raise ConfigError(f"{name} must be a list, or one column of a table, not {show(values)}")
+    return values
 
 
 def _per_prompt(name: str, values: Sequence[T] | None, num_prompts: int, default: T) -> Sequence[T]:
     if values is None:
         return [default] * num_prompts
-    _check_list(name, values)
-    if len(values) != num_prompts:
+    items: Sequence[T] = _as_list(name, values)
+    if len(items) != num_prompts:
         raise ConfigError(f"{name} must have an item for each of the {num_prompts} prompts")
-    return values
+    return items
 
 
 def _spread(sampling: Sampling | Sequence[Sampling | None] | None, num_prompts: int) -> Sequence[Sampling]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from batchllm import BatchEngine
@@ -72,10 +75,38 @@ def test_a_limit_that_is_not_given_is_a_default_as_in_a_file(params: Any) -> Non
     assert not asked.may_lower_max_new_tokens
 
 
+def test_a_column_of_a_table_is_a_list_whoever_holds_it() -> None:
+    """Tables that were read from Parquet have lists as arrays of numpy; Arrow's have scalars of their own."""
+    chats = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+    in_arrays = pd.Series([np.array(chat, object) for chat in chats])
+    for field, values in (
+        ("prompts", pa.chunked_array([["a"], ["b"]])),
+        ("input_ids", pa.array([[1, 2], [3]])),
+        ("messages", pa.array(chats)),
+        ("messages", in_arrays),
+    ):
+        sampling = pa.array([{"max_new_tokens": 3, "seed": None}, {"max_new_tokens": 4, "seed": 5}])
+        requests, rejected = _make_requests(_inputs_of(sampling_params=sampling, **{field: values}))
+        assert ([request.sampling.max_new_tokens for request in requests], rejected) == ([3, 4], [])
+        assert field != "messages" or [request.messages for request in requests] == chats
+
+
+@pytest.mark.parametrize("values", ["a", {"a": 1}, {"a"}, pd.DataFrame({"a": ["b"]}), np.array("a"), iter("a"), 3])
+def test_what_is_no_list_is_refused_by_the_name_of_its_argument(values: Any) -> None:
+    """A table of pandas gave the name of its column as the prompt."""
+    with pytest.raises(ConfigError, match="prompts must be a list, or one column of a table, not "):
+        _inputs_of(values)
+    if not isinstance(values, dict):
+        with pytest.raises(ConfigError, match="sampling_params must be a list, or one column of a table, not "):
+            _inputs_of(["a"], values)
+
+
 def test_an_engine_that_could_not_end_a_batch_is_not_started(tmp_path: Path) -> None:
     """Its trace is written when all is answered; what could be known before would cost the answers."""
     with pytest.raises(ConfigError, match=r"trace_path .*there is no directory"):
         BatchEngine(trace_path=tmp_path / "none" / "trace.json")
+    with pytest.raises(ConfigError, match="trace_path 3: must be the name of a file"):
+        BatchEngine(trace_path=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"group_order must be one of lexicographic, .*, not 'longest'"):
         BatchEngine(group_order="longest")  # type: ignore[arg-type]
 

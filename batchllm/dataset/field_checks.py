@@ -202,18 +202,23 @@ def json_bytes(name: str, value: object, *, code: str = "not_json", param: str |
         depth: Lists to write around the value.
 
     Raises:
-        RowError: It has half a character, a type that JSON does not have, or is nested deeper than orjson writes
-            (some 250).
+        RowError: It has half a character, a type that JSON has not, or is nested deeper than orjson writes (some 250).
     """
     nested = value
     for _ in range(depth):
         nested = [nested]
     try:
-        return orjson.dumps(nested)
+        return orjson.dumps(nested, default=_of_numpy)
     except orjson.JSONEncodeError as error:
         if "surrogate" in str(error):
             whole_texts(name, value)
         raise RowError(f"{name} cannot be written as JSON: {error}", code=code, param=param or name) from None
+
+
+def _of_numpy(value: object) -> object:
+    if (plain := as_list(value)) is value:
+        raise TypeError
+    return plain
 
 
 def regex_text(name: str, value: object) -> str:

@@ -48,6 +48,8 @@ def check_writable(path: _PathLike, flag: str, *, input_path: _PathLike | None =
     Raises:
         ConfigError: It cannot be written, or it is the input.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"{flag} {path!r}: must be the name of a file")
     if os.fspath(path) == "-":
         raise ConfigError(f"{flag} -: cannot be standard output; give a file name")
     target = Path(os.path.realpath(path))
