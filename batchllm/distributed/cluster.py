@@ -15,6 +15,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ _VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # one for this process: Ray reads it once
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_enable_metrics_collection": "0",
 }
 """Of a Ray that is started here: nothing is told to others, and only who has the token may speak to it."""
@@ -86,6 +87,7 @@ class Cluster:
         self._is_client = address is not None and address.startswith("ray://")
         self._folder: str | None = None
         check_reachable(address)
+        self._had_read = "ray" in sys.modules
         with environment(_VARIABLES if self.is_own else {}):
             self.ray = _imported()
             if self.ray.is_initialized():
@@ -110,11 +112,12 @@ class Cluster:
     def _start(self, options: dict[str, Any]) -> None:
         """Start a Ray, and another one where that fails: of two that start at once one may take the other's ports."""
         options |= {"num_cpus": num_cores(), "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        self._read_variables_again()
         for is_last in (False, True):
             own_folder.remove_dead()
             self._folder = str(own_folder.make_for_sockets(_SOCKET_LEN))
             try:
-                self.ray.init(**options, _temp_dir=self._folder)
+                self.ray.init("local", **options, _temp_dir=self._folder)  # else one that RAY_ADDRESS names
                 return
             except Exception as error:  # whatever Ray raises
                 if is_last:
@@ -138,6 +141,14 @@ class Cluster:
             time.sleep(_LOOK_EVERY_S)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
+        self._read_variables_again()
+
+    def _read_variables_again(self) -> None:
+        """Have a Ray that was imported before this know the environment variables of now: it reads them at import."""
+        if self._had_read:
+            raylet = importlib.import_module("ray._raylet")
+            raylet.Config.initialize("")  # as Ray does itself, where it makes a token
+            raylet.AuthenticationTokenLoader.instance().reset_cache()
 
     def _end_at_once(self) -> None:
         """Have Ray's shutdown kill its processes: each has a second to obey a SIGTERM, which they do not hear."""
@@ -230,7 +241,7 @@ def check_reachable(address: str | None) -> None:
     Raises:
         ConfigError: Nobody listens there.
     """
-    if address is None or address in ("auto", "local"):
+    if address is None or address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():

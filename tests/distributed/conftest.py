@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,10 @@ class HeldCluster(Cluster):
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[HeldCluster]:
-    held = HeldCluster(None)
+    importlib.import_module("ray")  # a program may have done so, and mean another one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        held = HeldCluster(None)
     yield held
     held.end()
 

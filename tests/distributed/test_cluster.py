@@ -46,6 +46,7 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         (("--replicas", "2", "--min-replicas", "3"), "--min-replicas 3: must be from 1 to the 2 of --replicas"),
         (("--replicas", "2", "--trace", "T.json"), "--trace: the steps of several engines are not on one clock"),
         (("--ray-address", "nowhere"), "--ray-address nowhere: must be auto, HOST:PORT or ray://HOST:PORT"),
+        (("--ray-address", "local"), "--ray-address local: must be auto, HOST:PORT or ray://HOST:PORT"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(refused: Refused, flags: tuple[str, ...], words: str) -> None:
@@ -111,6 +112,13 @@ def test_the_ray_of_a_job_is_known_as_one(cluster: HeldCluster) -> None:
     check_reachable(address)
 
 
+def test_the_ray_of_a_job_is_its_own_whatever_the_program_has_done_with_ray(cluster: HeldCluster) -> None:
+    """The program has imported Ray, which then knows no token of ours, and its environment names another."""
+    assert str(cluster._folder) in cluster.ray._private.worker._global_node.get_session_dir_path()
+    raylet = cluster.ray._raylet
+    assert raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN
+
+
 def test_the_ray_of_a_job_does_not_obey_what_ends_the_driver(cluster: HeldCluster) -> None:
     """SIGTERM to all processes of a job leaves those alone of which the driver still wants answers."""
     node = cluster.ray._private.worker._global_node
@@ -167,9 +175,9 @@ imported = cluster._imported
 def fails_once():
     ray = imported()
     init = ray.init
-    def fail(**options):
+    def fail(*args, **options):
         ray.init = init
-        init(**options)
+        init(*args, **options)
         raise RuntimeError("The current node timed out during startup.")
     ray.init = fail
     return ray
