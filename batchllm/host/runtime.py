@@ -228,14 +228,17 @@ class HostedRuntime:
             return
         self._is_up = False
         self._send(messages.Shutdown())
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = self._host.children(recursive=True)
-            _, alive = psutil.wait_procs([self._host], timeout=_STOP_TIMEOUT_S)
-            for process in alive + children:  # they end with their parent, if not before
+        processes = [self._host]
+        try:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes += self._host.children(recursive=True)  # they end with their parent, if not before
+            psutil.wait_procs([self._host], timeout=_STOP_TIMEOUT_S)
+        finally:  # interrupted, too: nobody would end them before this process ends
+            for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(alive + children, timeout=_STOP_TIMEOUT_S)
-        self._release()
+            psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+            self._release()
 
     def _release(self) -> None:
         if self._connection is not None and self._loop_thread is None:

@@ -80,8 +80,9 @@ def test_an_idle_engine_uses_no_processor(engine: BatchEngine) -> None:
 
 
 def test_an_engine_is_used_from_any_thread_also_when_its_own_has_ended(
-    engines: None, expected: list[list[int]]
+    engines: None, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C while it is ended ends it none the less."""
     made: list[BatchEngine] = []
     maker = threading.Thread(target=lambda: made.append(BatchEngine(max_total_tokens=2000)))
     maker.start()
@@ -93,6 +94,20 @@ def test_an_engine_is_used_from_any_thread_also_when_its_own_has_ended(
         user.join()
         assert answers == [expected]
         assert _answers(engine) == expected
+        own = _processes(engine).values()
+        waits = [KeyboardInterrupt, None]
+
+        def wait(*arguments: Any, **options: Any) -> Any:
+            if interrupt := waits.pop(0):
+                raise interrupt
+            return wait_procs(*arguments, **options)
+
+        wait_procs = psutil.wait_procs
+        monkeypatch.setattr(psutil, "wait_procs", wait)
+        with pytest.raises(KeyboardInterrupt):
+            engine.shutdown()
+        assert waits == []
+        _wait_until(lambda: not any(map(psutil.Process.is_running, own)))
 
 
 def test_an_engine_is_used_where_an_event_loop_runs(engine: BatchEngine, expected: list[list[int]]) -> None:
