@@ -140,6 +140,7 @@ class Cluster:
         while not all(map(_has_ended, own)) and time.monotonic() < deadline:
             time.sleep(_LOOK_EVERY_S)
         shutil.rmtree(self._folder, ignore_errors=True)
+        own_folder.remove_dead()  # those of engines that were killed
         self._folder = None
         self._read_variables_again()
 

@@ -20,6 +20,8 @@ from batchllm.offline.runtime import Runtime
 _STOP_TIMEOUT_S = 40.0
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 """What tells a terminal to change its color."""
+_NAMES = ("class_name:", "actor_id:", "namespace:")
+"""Begin lines that say what only Ray knows."""
 
 
 class Replica:
@@ -192,7 +194,7 @@ class Replica:
 def words_of(error: Exception) -> str:
     """What Ray says of an actor, in one line: of a traceback, what happened and what came of it."""
     text = _COLOR.sub("", str(getattr(error, "error_msg", None) or error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(_NAMES)]
     if "traceback" in text.lower() and len(lines) > 1:
         lines = [f"{lines[0].partition(', ')[0]}:", lines[-1]]
     return " ".join(" ".join(lines).split())[:400] or type(error).__name__

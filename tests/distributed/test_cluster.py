@@ -184,13 +184,19 @@ def fails_once():
 cluster._imported = fails_once
 held = cluster.Cluster(None)
 print(held.ray.get(held.ray.remote(lambda: 7).remote()))
+class Engine:
+    def start(self):
+        from batchllm.host import own_folder
+        own_folder.make()
+engine = held.ray.remote(Engine).remote()
+held.ray.get(engine.start.remote())
 held.close()
 """
 
 
 @pytest.mark.thorough
 def test_a_ray_that_does_not_start_is_started_once_more(tmp_path: Path) -> None:
-    """Nothing is left of either."""
+    """Nothing is left of either, nor of an engine that is killed with it."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", _FAILS_ONCE], env=environment, capture_output=True, text=True, timeout=200
