@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ import pytest
 from openai.types.responses import Response
 
 from batchllm import default_model
+from tests import forked
 from tests.hostile_rows import completion_rows, is_unicode
 from tests.live_server import (
     KEY,
@@ -86,6 +88,17 @@ def test_health_says_that_scheduler_and_cache_are_in(server: Server) -> None:
         "BatchScheduler",
         "PlannedRadixCache",
     )
+
+
+def test_a_server_whose_port_is_taken_says_so_before_its_engine_starts(server: Server, tmp_path: Path) -> None:
+    """It is a wrong flag, and has the status of one."""
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        flags = ["serve", "--port", str(server.port), "--demo-model", "--batch-storage", str(tmp_path / "storage")]
+        process = forked.Process("batchllm.cli:command", flags, stdout=stream, stderr=stream, needs_sglang=True)
+        assert process.wait(60) == 2
+    assert f"--port {server.port}: " in log.read_text().splitlines()[-1]
+    assert not (tmp_path / "storage").exists()
 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/batches", "/v1/files/file-1/content", "/v1/batches/batch_1"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from batchllm.cli.collector import collect_rarely
 from batchllm.cli.interrupts import pass_on_hangup
 from batchllm.cli.outcome import DEMO_MODEL, EXIT_OK, EXIT_STOPPED, say
-from batchllm.cli.serve_flags import add_own_flags, batch_options, grace_of, wants_replicas
+from batchllm.cli.serve_flags import add_own_flags, batch_options, bound, grace_of, wants_replicas
 from batchllm.default_model import default_model_path
 from batchllm.errors import ConfigError
 from batchllm.srt.platforms import host_imports
@@ -54,6 +54,8 @@ def serve(args: argparse.Namespace, server_flags: list[str]) -> int:
     logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     server_args = make_server_args(model_path, **given)
     collect_rarely()
+    with bound(server_args.host, server_args.port):
+        pass  # uvicorn takes the address only when the engine is up, and would end with another status
     service = BatchService(batch_options(batch, server_args.port), page_key=server_args.api_key)
     try:
         server = HttpServer(

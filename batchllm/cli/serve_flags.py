@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,3 +111,21 @@ def batch_options(given: dict[str, Any], port: int) -> BatchOptions:
         if value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     return BatchOptions(storage=Path(storage), **{name.removeprefix("batch_"): value for name, value in given.items()})
+
+
+@contextlib.contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket with the server's address, taken before engines start; nobody is let in before it listens.
+
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+            listener = stack.enter_context(socket.socket(family))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"--host {host} --port {port}: {error}; give another address") from error
+        yield listener

@@ -14,7 +14,7 @@ import math
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from batchllm.cli.collector import collect_rarely
 from batchllm.cli.engine_flags import flag_value, with_config
 from batchllm.cli.outcome import DEMO_MODEL, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED, say
 from batchllm.cli.replicas import check_replicas, start_replicas
-from batchllm.cli.serve_flags import add_own_flags, batch_options, grace_of
+from batchllm.cli.serve_flags import add_own_flags, batch_options, bound, grace_of
 from batchllm.default_model import default_model_path
 from batchllm.distributed.beginnings import BatchBeginnings
 from batchllm.distributed.gateway import Gateway
@@ -95,7 +95,7 @@ def serve_replicas(flags: list[str]) -> int:
     logging.basicConfig(level=log_level.upper(), format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     collect_rarely()
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_bound(own["host"], own["port"]))
+        listener = stack.enter_context(bound(own["host"], own["port"]))
         batch = {name: value for name, value in own.items() if name.startswith("batch_")}
         service = BatchService(batch_options(batch, own["port"]), page_key=own.get("api_key"))
         stack.callback(service.close)
@@ -151,18 +151,6 @@ def _parsed(flags: list[str]) -> _ServeCommand:
         server_flags=tuple(server_flags),
         own=own,
     )
-
-
-@contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket with the server's address, taken before engines start; nobody is let in before they answer."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"--host {host} --port {port}: {error}; give another address") from error
-        yield listener
 
 
 def _start_engines(command: _ServeCommand, grace_s: float, key: str) -> ServedReplicas:
