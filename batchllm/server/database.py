@@ -65,6 +65,28 @@ def _check_ours(folder: Path) -> None:
         )
 
 
+def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Names of tables and of their columns."""
+    select = "SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c WHERE t.type = 'table'"
+    return {(table, column) for table, column in db.execute(select)}
+
+
+def _check_whole(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse what requests and batches could not use: each would find out for itself, again and again.
+
+    Raises:
+        ConfigError: It is damaged, or not a server's.
+    """
+    with contextlib.closing(sqlite3.connect(":memory:")) as ours:
+        ours.executescript(_SCHEMA)
+        if not _columns(ours) <= _columns(db):
+            raise ConfigError(f"{FLAG}: {path} is a database of something else; give another folder")
+    (fault,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if fault != "ok":
+        why = " ".join(fault.split())
+        raise ConfigError(f"{FLAG}: {path} is damaged: {why}; put a copy of it back, or give another folder")
+
+
 class Database:
     """The database of a storage, which is made if need be; threads take turns.
 
@@ -102,15 +124,14 @@ class Database:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
                 (found,) = db.execute("PRAGMA user_version").fetchone()
-                if found == 0:
-                    if db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-                        raise ConfigError(f"{FLAG}: {path} is a database of something else; give another folder")
+                if found == 0 and not _columns(db):
                     db.executescript(_SCHEMA)
-                elif found != _FORMAT:
+                elif found not in (0, _FORMAT):
                     raise ConfigError(
                         f"{FLAG}: {path} was written by another version (format {found}, this one has {_FORMAT}); "
                         "give another folder"
                     )
+                _check_whole(db, path)
             except BaseException:
                 db.close()
                 raise

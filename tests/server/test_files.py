@@ -336,6 +336,24 @@ def test_a_database_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
         assert db.execute("SELECT name FROM sqlite_master").fetchall() == [("mine",)]
 
 
+@pytest.mark.parametrize("fault", ["a page", "the tables"])
+def test_a_database_that_is_damaged_is_refused_at_the_start(tmp_path: Path, fault: str) -> None:
+    """Not by each request and each batch."""
+    BatchService(BatchOptions(storage=tmp_path)).close()
+    path = tmp_path / "batches.db"
+    if fault == "a page":
+        with path.open("r+b") as file:
+            file.seek(5 * 4096)
+            file.write(b"x" * 4096)
+    else:
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("ALTER TABLE batch RENAME COLUMN usage TO used")
+    with pytest.raises(
+        ConfigError, match=r"--batch-storage: .*batches\.db is (damaged: .*|a database of something else)"
+    ):
+        BatchService(BatchOptions(storage=tmp_path))
+
+
 def test_a_storage_has_one_server_at_a_time(tmp_path: Path) -> None:
     service = BatchService(BatchOptions(storage=tmp_path / "s"))
     with pytest.raises(ConfigError, match=f"--batch-storage: .*{os.getpid()}"):
