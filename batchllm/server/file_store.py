@@ -2,9 +2,9 @@
 
 Knows records, folders and lifetimes; not HTTP, and not what is in a file.
 
-INVARIANT: a file that has a record has all its bytes on disk. Bytes of ours without a record are out of the way after
-the next start, and are deleted a week later; a name that is not ours is left alone. What a user calls a file is never
-part of a path.
+INVARIANT: a file that has a record has all its bytes on disk, but for one that could not be deleted from a full disk.
+Bytes of ours without a record are out of the way after the next start, and are deleted a week later; a name that is not
+ours is left alone. What a user calls a file is never part of a path.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from batchllm.server.api_errors import is_disk_full
 from batchllm.server.database import Database
 from batchllm.server.objects import ACTIVE_STATUSES
 from batchllm.server.steady_clock import unix_now
@@ -191,26 +192,37 @@ class FileStore:
         Raises:
             FileInUseError: It stays.
         """
-        with self._database.transaction():
-            if self.get(file_id) is None:
-                return False
-            if self._database.query(f"SELECT 1 WHERE ? IN ({_NEEDED})", (file_id,)):
-                raise FileInUseError
-            self._forget(file_id)
-        self.path(file_id).unlink(missing_ok=True)
-        return True
+        return self.get(file_id) is not None and self._erase(file_id)
 
     def delete_expired(self) -> None:
         """Delete what has expired, but for the inputs of batches that have not ended."""
         query = f"SELECT id FROM file WHERE expires_at <= ? AND id NOT IN ({_NEEDED})"
         for row in self._database.query(query, (int(unix_now()),)):
             try:
-                with self._database.transaction():
-                    self._forget(row["id"])
-                self.path(row["id"]).unlink(missing_ok=True)
+                self._erase(row["id"])
             except (OSError, sqlite3.Error) as error:
                 logger.warning("file %s has expired and cannot be deleted: %r", row["id"], error)
 
-    def _forget(self, file_id: str) -> None:
-        self._database.write("DELETE FROM file WHERE id = ?", (file_id,))
-        self._database.write("DELETE FROM idempotency WHERE object_id = ?", (file_id,))
+    def _erase(self, file_id: str) -> bool:
+        """Forget a file and delete its bytes; returns whether it was known.
+
+        A full disk does not take so much as the news that a file is gone: there the bytes go first, and make room.
+        """
+        try:
+            is_known = self._forget(file_id)
+        except sqlite3.Error as error:
+            if not is_disk_full(error):
+                raise
+            is_known = self._forget(file_id, makes_room=True)
+        self.path(file_id).unlink(missing_ok=True)
+        return is_known
+
+    def _forget(self, file_id: str, *, makes_room: bool = False) -> bool:
+        with self._database.transaction():
+            if self._database.query(f"SELECT 1 WHERE ? IN ({_NEEDED})", (file_id,)):
+                raise FileInUseError
+            num = self._database.write("DELETE FROM file WHERE id = ?", (file_id,))
+            self._database.write("DELETE FROM idempotency WHERE object_id = ?", (file_id,))
+            if makes_room:
+                self.path(file_id).unlink(missing_ok=True)
+        return num == 1

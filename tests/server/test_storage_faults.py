@@ -43,6 +43,25 @@ def upload_too_much(base: Path) -> None:
     disk.check_whole()
 
 
+def test_a_file_can_be_deleted_from_a_full_disk(tmp_path: Path) -> None:
+    run_with_mounts(delete_from_full_disk, tmp_path, size="3m")
+
+
+def delete_from_full_disk(base: Path) -> None:
+    """Its bytes make the room that the news of its end needs."""
+    disk = SmallDisk(base)
+    api = disk.serve(Settings())
+    try:
+        kept, deleted = (upload(api.client, b"x" * 100_000) for _ in range(2))
+        disk.fill()
+        assert api.client.files.delete(deleted).deleted
+        assert [file.id for file in api.client.files.list()] == [kept]
+        upload(api.client, b"x" * 10_000)
+    finally:
+        api.stop()
+    disk.check_whole()
+
+
 def test_a_batch_whose_disk_runs_full_says_so_or_goes_on_later_and_others_run(tmp_path: Path) -> None:
     run_with_mounts(fill_under_batch, tmp_path, size="3m")
 
