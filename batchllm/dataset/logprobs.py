@@ -102,6 +102,14 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], decode: Decode) -> dict[str, A
     }
 
 
+def _by_text(token: TokenLogprob, decode: Decode) -> dict[str, float]:
+    """The alternatives to a token, the likeliest first."""
+    alternatives: dict[str, float] = {}
+    for token_id, value in token.top:
+        alternatives.setdefault(_text(decode(token_id)), _finite(value))
+    return alternatives
+
+
 def completion_logprobs(tokens: Sequence[TokenLogprob], decode: Decode, text: str, *, with_top: bool) -> dict[str, Any]:
     """OpenAI's completions format; ``text_offset`` counts characters from the start of the answer.
 
@@ -114,8 +122,7 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], decode: Decode, text: st
     pieces = [decode(token.token_id) for token in tokens]
     top: list[dict[str, float]] | None = None
     if with_top:
-        # Reversed, so that of two alike the likelier, which comes first, is written last.
-        top = [{_text(decode(i)): _finite(v) for i, v in reversed(t.top)} for t in tokens]
+        top = [_by_text(token, decode) for token in tokens]
     return {
         "tokens": [_text(piece) for piece in pieces],
         "token_logprobs": [_finite(token.logprob) for token in tokens],
