@@ -143,6 +143,8 @@ def test_what_cannot_be_embedded_fails_its_row_by_name(server: Server) -> None:
         ({"input": " \n"}, "empty_prompt"),
         ({"input": ["x", "  "]}, "empty_prompt"),
         ({"input": []}, "empty_prompt"),
+        ({"input": [[]]}, "empty_prompt"),
+        ({"input": [[5], []]}, "empty_prompt"),
         ({"input": "x", "encoding_format": "int8"}, "parameter_out_of_range"),
         ({"input": [5, 10_000_000]}, "token_id_out_of_range"),
         ({"input": token_ids(random.Random(4), 5000)}, "never_fits_kv_pool"),

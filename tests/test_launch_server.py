@@ -360,6 +360,17 @@ def test_a_label_that_the_metrics_do_not_have_ends_its_request_only(server: Serv
     assert post(server, body | {"custom_labels": None}, "/generate").status_code == 200
 
 
+@pytest.mark.parametrize("ids", [[[]], [[5, 6], []]])
+def test_a_prompt_of_no_tokens_is_refused_and_does_not_end_the_engine(server: Server, ids: list[list[int]]) -> None:
+    """Nor is it answered with what stands in the memory."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{server.url}/generate", json={"input_ids": ids}, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        400,
+        "the prompt has no tokens; give at least one",
+    )
+
+
 def test_a_stream_that_is_refused_leaves_its_connection_open(server: Server) -> None:
     """SGLang fails behind the answer, when it ends what a client may have left, and the connection closes."""
     body = {"text": "a b c", "sampling_params": {"max_new_tokens": 1, "temperature": "x"}, "stream": True}

@@ -1,5 +1,5 @@
 """Live requests whose token ids or sampling the engine cannot hold: SGLang takes them, and ends when it makes tensors
-of them. Runs in the scheduler's process.
+of them, or computes with those. Runs in the scheduler's process.
 
 (Upstream: ``srt/sampling/sampling_batch_info.py``.)
 """
@@ -32,6 +32,8 @@ def fault(req: Any, vocab_size: int, max_input_len: int) -> str | None:
     num_tokens = len(req.origin_input_ids)
     if num_tokens > max_input_len:
         return f"the prompt has {num_tokens} tokens, and there is room for {max_input_len}; shorten it"
+    if not num_tokens:
+        return "the prompt has no tokens; give at least one"
     params = req.sampling_params
     try:
         if req.multimodal_inputs is None:  # what stands for an image has ids beyond the vocabulary
