@@ -150,6 +150,7 @@ PINNED: dict[str, str] = {
     "sglang.srt.server_args:PortArgs.init_new": "05e7d1cd7ae5",
     "sglang.srt.entrypoints.http_server:launch_server": "232091472ea1",
     "sglang.srt.entrypoints.http_server:_setup_and_run_http_server": "2e3fa3776d38",
+    "sglang.srt.entrypoints.http_server:_execute_server_warmup": "420af7b48271",
     "sglang.srt.entrypoints.http_server:lifespan": "ac716dc10579",
     "sglang.srt.entrypoints.http_server:health_generate": "138c6aa1bbd9",
     "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat.__init__": "00cf2415785d",

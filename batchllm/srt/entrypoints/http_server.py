@@ -29,6 +29,7 @@ from batchllm.offline.runtime import FinishedRequests
 from batchllm.srt import compat
 from batchllm.srt.entrypoints.engine import launch_errors
 from batchllm.srt.entrypoints.engine_keeper import EngineKeeper, WhileDown
+from batchllm.srt.entrypoints.first_request import FirstRequest
 from batchllm.srt.entrypoints.processes import EngineProcesses
 from batchllm.srt.entrypoints.serving_chat import ServingCompletion, ServingEmbedding
 from batchllm.srt.managers.detokenizer_manager import run_detokenizer_process
@@ -139,6 +140,7 @@ class HttpServer:
         self._is_interrupted = False
         self._uvicorn: uvicorn.Server | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._first_request = FirstRequest()
         self._processes = EngineProcesses()
         self._keeper = EngineKeeper(server_args, self._processes, self._die)
         self._ports: Any = None
@@ -167,6 +169,7 @@ class HttpServer:
                 init_tokenizer_manager,
                 run_server_scheduler_process,
                 run_detokenizer_process,
+                execute_warmup_func=self._first_request.ask,
                 launch_callback=self._is_up,
             )
         finally:
@@ -241,6 +244,7 @@ class HttpServer:
     async def _end_batches(self) -> None:
         """Batches end while the engine still answers. Whoever calls this again waits for the same end."""
         self._keeper.stop()
+        self._first_request.cut_off()
         if self._ending is None:
             self._ending = asyncio.create_task(asyncio.to_thread(self._when_down, False))
         await self._ending
