@@ -122,10 +122,11 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family = min(family for family, *_ in found)  # IPv4's is less: of a name that has both, such as localhost
             listener = stack.enter_context(socket.socket(family))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"--host {host} --port {port}: {error}; give another address") from error
         yield listener
