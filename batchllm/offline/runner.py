@@ -272,13 +272,13 @@ class Runner:
         self._progress.set_num_engine_restarts(self.restarts.num_deaths)
 
     def _recover(self, death: EngineDiedError, poison: list[int]) -> None:
-        """Record what the engine's death has settled, and start another."""
+        """Record what the engine's death has settled, and start another, unless nothing more is to run."""
         assert self.runtime is not None
         self._condemn(str(death), poison)
         self.runtime.shutdown()
         self._progress.set_state("starting")
         reason: BatchLLMError = death
-        while True:
+        while not self._stop.is_set:
             time.sleep(self.restarts.next_pause_s(reason))
             self._progress.set_num_engine_restarts(self.restarts.num_deaths)
             try:

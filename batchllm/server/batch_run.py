@@ -122,6 +122,10 @@ class BatchRun:
         except _StoppedError:
             pass
         except EngineError as error:
+            if self._stop.is_set:  # it was not waited for
+                with contextlib.suppress(sqlite3.Error):
+                    self._leave()
+                return
             logger.error("%s: the engine has failed: %s", self._id, error)
             self.has_trouble = True
         except _OtherModelError as error:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing
@@ -16,10 +17,12 @@ from typing import Any, TypeVar
 import openai
 import pytest
 
-from batchllm.errors import EngineDiedError
+from batchllm.errors import EngineDiedError, EngineError
+from batchllm.offline import recovery
 from batchllm.offline.event_loop import LoopThread, iterate_on
 from batchllm.offline.fake_runtime import FakeJob
 from batchllm.offline.jobs import Jobs
+from batchllm.offline.runtime import Runtime
 from batchllm.server import BatchOptions
 from tests.cli.instant_engine import InstantRuntime, Settings
 from tests.cli.jobs import SubmissionLog, recorded_rows
@@ -129,6 +132,40 @@ def test_a_server_that_is_stopped_in_good_order_again_and_again_blames_nobody(se
         api.stop()
         api = serve(engine={"delay_s": 3600})
     api.stop()
+    api = serve()
+    batch = wait_for(api.client, batch_id)
+    assert (batch.status, counts_of(batch)) == ("completed", (5, 5, 0))
+
+
+class _DeadRuntime(SharedRuntime):
+    """An engine that dies whatever it is asked."""
+
+    async def before_answers(self, job: FakeJob) -> None:
+        raise EngineDiedError("it is dead")
+
+
+def test_a_server_that_is_stopped_while_its_engine_is_down_blames_nobody(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it wait for an engine that does not come up any more."""
+    monkeypatch.setattr(recovery, "_FIRST_PAUSE_S", 0.2)
+    batch_id = ""
+    for _ in range(4):
+        api = serve(is_started=False)
+        engines, is_asked, is_ending = iter([_DeadRuntime(Settings())]), threading.Event(), threading.Event()
+
+        def start_engine(engines: Any = engines, is_asked: Any = is_asked, is_ending: Any = is_ending) -> Runtime:
+            for engine in engines:
+                return engine  # type: ignore[no-any-return]
+            is_asked.set()
+            is_ending.wait()
+            raise EngineError("it does not come up again")
+
+        api.service.start(start_engine)
+        batch_id = batch_id or begin(api.client, rows_of(5)).id
+        assert is_asked.wait(DEADLINE_S)
+        is_ending.set()
+        api.stop()
     api = serve()
     batch = wait_for(api.client, batch_id)
     assert (batch.status, counts_of(batch)) == ("completed", (5, 5, 0))

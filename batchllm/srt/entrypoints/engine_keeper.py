@@ -68,6 +68,7 @@ class EngineKeeper:
         self._num_fruitless = 0
         self._task: asyncio.Task[None] | None = None
         self._is_ending = False
+        self._starting: list[Any] = []
         self.unanswered: set[asyncio.Task[Any]] = set()
 
     @property
@@ -88,8 +89,10 @@ class EngineKeeper:
         manager.on_death = lambda: loop.call_soon_threadsafe(self._begin)
 
     def stop(self) -> None:
-        """The server ends: nothing is started any more."""
+        """The server ends: nothing is started any more, and what is being started is not waited for."""
         self._is_ending = True
+        for process in self._starting:
+            process.kill()
 
     def wait_until_up(self) -> None:
         """Return when the engine answers. From any thread but the loop's.
@@ -128,8 +131,9 @@ class EngineKeeper:
                 self._args.override("batchllm", lora_paths=adapters or self._args.lora_paths)
             await self._try_to_start()
         except Exception as error:  # whatever it is: nobody else would hear of it, and the server would stay down
-            logger.error("the engine is not started again, and the server ends: %s", error)
-            await self._end()
+            if not self._is_ending:
+                logger.error("the engine is not started again, and the server ends: %s", error)
+                await self._end()
             return
         self._manager.revive()
         self._task = None
@@ -154,6 +158,8 @@ class EngineKeeper:
     async def _try_to_start(self) -> None:
         for number, pause_s in enumerate(_PAUSES_S, start=1):
             await asyncio.sleep(pause_s)
+            if self._is_ending:
+                raise EngineError("the server ends")
             try:
                 await asyncio.to_thread(self._start)
                 return
@@ -173,7 +179,11 @@ class EngineKeeper:
             others, names = Engine._launch_detokenizer_subprocesses(
                 server_args=self._args, port_args=self._ports, run_detokenizer_process_func=run_detokenizer_process
             )
+            self._starting = [*schedulers, *others]
+            if self._is_ending:
+                self.stop()
             result.wait_for_ready()
+        self._starting = []
         names = [f"scheduler_{i}" for i in range(len(schedulers))] + names
         watchdog = SubprocessWatchdog(processes=[*schedulers, *others], process_names=names)
         watchdog.start()
