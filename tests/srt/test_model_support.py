@@ -14,7 +14,7 @@ from sglang.srt.configs.model_config import is_hybrid_swa_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from batchllm.errors import ConfigError
-from batchllm.srt.configs import model_support
+from batchllm.srt.configs import model_faults
 from batchllm.srt.model_loader.model_registry import find_architectures
 from batchllm.srt.server_args import make_server_args
 
@@ -34,6 +34,21 @@ _TINY = {
 _WINDOW = {"sliding_window": 64}
 _AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}}
 _FP8 = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}}
+
+
+_LONG = {
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+    "original_max_position_embeddings": 64,
+}
+
+
+def _yarn(**more: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, **more}}
+
+
+def _part(factor: float) -> dict[str, Any]:
+    """A configuration as transformers 5 writes it."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": factor}}
 
 
 def _ask(folder: Path, architecture: str, model_type: str, changes: dict[str, Any], **server_args: Any) -> None:
@@ -109,6 +124,9 @@ REFUSED = [
     ("OlmoeForCausalLM", "olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
     ("OlmoeForCausalLM", "olmoe", {"norm_topk_prob": True}, "norm_topk_prob true"),
     ("LlamaForCausalLM", "llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+    ("Phi3ForCausalLM", "phi3", _LONG, "rope_type longrope, original_max_position_embeddings 64"),
+    ("LlamaForCausalLM", "llama", _yarn(attention_factor=0.7), "attention_factor 0.7: SGLang does not read it"),
+    ("Phi3ForCausalLM", "phi3", _part(0.5), "partial_rotary_factor 0.5 within rope_parameters"),
     ("MixtralForCausalLM", "mixtral", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type linear"),
     ("Gemma3ForCausalLM", "gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0"),
     ("Gemma2ForCausalLM", "gemma2", {}, "no hidden_act"),
@@ -149,6 +167,11 @@ def test_what_is_refused(
         ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}, {}),
         ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {}),
         ("LlamaForCausalLM", "llama", {"mlp_bias": True}, {"model_impl": "transformers"}),
+        ("Phi3ForCausalLM", "phi3", _LONG, {"context_length": 64}),
+        ("LlamaForCausalLM", "llama", _yarn(attention_factor=None), {}),
+        ("LlamaForCausalLM", "llama", _yarn(attention_factor=1.138629), {}),
+        ("Phi3ForCausalLM", "phi3", _part(0.5) | {"partial_rotary_factor": 0.5}, {}),
+        ("Phi3ForCausalLM", "phi3", _part(0.5), {"json_model_override_args": '{"partial_rotary_factor": 0.5}'}),
         ("MistralForCausalLM", "mistral", {"sliding_window": None}, {}),
         ("MistralForCausalLM", "mistral", {"sliding_window": 512}, {}),
         ("MistralForCausalLM", "mistral", _WINDOW, {"context_length": 64, "attention_backend": "torch_native"}),
@@ -225,7 +248,7 @@ def test_an_unknown_quantisation_is_named(tmp_path: Path) -> None:
 
 def test_every_entry_says_where_upstream_does_it() -> None:
     folder = Path(sglang.srt.__path__[0])
-    for fault in model_support.FAULTS:
+    for fault in model_faults.FAULTS:
         file = fault.source.partition("::")[0].partition(",")[0].partition(";")[0].partition(":")[0].split()[0]
         assert (folder / file).is_file(), fault.source
         assert fault.architectures is None or fault.architectures <= find_architectures().keys(), fault.source
@@ -241,9 +264,9 @@ def test_every_window_that_hugging_face_applies_is_applied_or_refused() -> None:
         if architecture in native and file.is_file() and "create_sliding_window_causal_mask" in file.read_text():
             slides.add(architecture)
     obeys = {name for name in slides if "sliding_window_size" in _text(native[name]) or is_hybrid_swa_model([name])}
-    listed = model_support.IGNORE_WINDOWS | model_support.MISREAD_WINDOWS
+    listed = model_faults.IGNORE_WINDOWS | model_faults.MISREAD_WINDOWS
     assert len(slides) > 10 and slides - obeys <= listed
-    assert all("sliding_window_size=" not in _text(native[name]) for name in model_support.IGNORE_WINDOWS)
+    assert all("sliding_window_size=" not in _text(native[name]) for name in model_faults.IGNORE_WINDOWS)
 
 
 def _text(module: str) -> str:

@@ -1,4 +1,4 @@
-"""What the table of `batchllm.srt.configs.model_support` asks of a model: the value of its configuration that is at
+"""What the table of `batchllm.srt.configs.model_faults` asks of a model: the value of its configuration that is at
 fault. Runs in the engine's or the server's process.
 
 Knows: SGLang's ``ModelConfig``, the device. Must not know: weights, what is told to the user.
@@ -74,6 +74,11 @@ class Model:
         parameters = self.get("rope_parameters") or {}
         return parameters if "rope_type" in parameters else {}
 
+    @property
+    def original_len(self) -> int | None:
+        """Tokens of the context that a scaled rotary embedding was trained with, where it says so."""
+        return self.rope.get("original_max_position_embeddings")
+
 
 def is_not(key: str, *fine: Any) -> Callable[[Model], str | None]:
     """At fault unless the value is one of these, or not there."""
@@ -123,19 +128,6 @@ def drop_backend(model: Model) -> str:
     computed = model_windows.OBEYED | LATENT_ON_CPU
     is_declined = model.is_on_cpu and not model.has_our_operators and model.architecture in computed
     return "drop --attention-backend, or " if is_declined else ""
-
-
-def rope_scaling(model: Model) -> str | None:
-    """A rotary embedding that is scaled."""
-    rope_type = model.rope.get("rope_type", "default")
-    return None if rope_type == "default" else f"rope_type {rope_type}"
-
-
-def dynamic_rope(model: Model) -> str | None:
-    """A rotary embedding that Hugging Face changes with the length of the prompt."""
-    rope = model.rope
-    is_wrong = rope.get("rope_type") == "dynamic" and "alpha" not in rope and rope.get("factor", 1) != 1
-    return f"rope_type dynamic, factor {rope['factor']}" if is_wrong else None
 
 
 def score_cap(model: Model) -> str | None:
