@@ -15,10 +15,11 @@ import xxhash
 from batchllm.offline.fingerprint import model_identity
 
 _ENGINE_FLAGS_OF_ANSWERS = (
-    *("dtype", "quantization", "kv-cache-dtype", "revision", "tokenizer-path", "chat-template"),
-    *("default-chat-template-kwargs", "tool-call-parser", "reasoning-parser", "sampling-defaults"),
-    *("json-model-override-args", "context-length", "sampling-backend", "skip-tokenizer-init", "is-embedding"),
-    "random-seed",
+    *("dtype", "quantization", "kv-cache-dtype", "revision", "load-format", "model-impl", "enable-fp32-lm-head"),
+    *("json-model-override-args", "context-length", "tokenizer-path", "skip-tokenizer-init", "is-embedding"),
+    *("chat-template", "hf-chat-template-name", "default-chat-template-kwargs", "tool-call-parser", "reasoning-parser"),
+    *("sampling-defaults", "sampling-backend", "random-seed", "grammar-backend", "enable-strict-thinking"),
+    *("constrained-json-whitespace-pattern", "constrained-json-disable-any-whitespace"),
 )
 """Engine flags that change answers. The others change how fast they come, and may change from run to run."""
 _PATHS = ("tokenizer-path", "chat-template")

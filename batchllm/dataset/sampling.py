@@ -143,7 +143,8 @@ def read_settings(mapping: object, fields: Mapping[str, SamplingField]) -> dict[
                 code="unknown_parameter",
                 param=checks.show(name) if not isinstance(name, str) else name,
             )
-        checked = None if value is None else field.check(name, value)
+        says_nothing = value is None or (field.target in GRAMMARS and isinstance(value, str) and not value)
+        checked = None if says_nothing else field.check(name, value)
         if checked is not None:
             put_setting(settings, field.target, checked, name=name)
     return settings

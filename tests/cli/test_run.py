@@ -183,7 +183,15 @@ def test_what_would_change_answers_is_refused_by_name(
     command("run", "-i", source, "-o", out).check(0)
 
 
-@pytest.mark.parametrize(("line", "part"), [("model-path: another", "model"), ("dtype: bfloat16", "engine")])
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("model-path: another", "model"),
+        ("dtype: bfloat16", "engine"),
+        ("hf-chat-template-name: tools", "engine"),
+        ("constrained-json-disable-any-whitespace: true", "engine"),
+    ],
+)
 def test_what_a_file_of_flags_changes_of_the_answers_is_refused_by_name(
     command: Command, source: Path, out: Path, tmp_path: Path, line: str, part: str
 ) -> None:

@@ -193,6 +193,13 @@ def test_json_schema_object_and_text_are_stored_as_text_in_the_order_given() -> 
     assert as_object.index('"b"') < as_object.index('"a"')
 
 
+@pytest.mark.parametrize("name", ["json_schema", "regex", "ebnf", "structural_tag"])
+def test_an_empty_grammar_asks_nothing(name: str) -> None:
+    """As on SGLang's server, beside another one too."""
+    other = {"regex": "yes"} if name != "regex" else {"ebnf": 'root ::= "yes"'}
+    assert parse_sampling({name: "", **other}, defaults=DEFAULTS) == parse_sampling(other, defaults=DEFAULTS)
+
+
 @pytest.mark.parametrize("schema", ["{", "[]", "3", 3, [], {1: 2}, True])
 def test_json_schema_that_is_no_json_object_is_refused(schema: object) -> None:
     assert refused({"json_schema": schema}).code == "invalid_json_schema"

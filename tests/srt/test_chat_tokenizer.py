@@ -343,9 +343,9 @@ def test_an_answer_becomes_the_message_that_the_server_gives(
         )
         row = read_one(body)
         (parsed,) = model.batch.parse_answers([(row.head.chat or {}, completion)])
-        expected, finish_reason = _message_of(model.stock, body, text)
-        assert _without_ids(parsed.message or {}) == expected
-        assert parsed.finish_reason == finish_reason
+        assert (_without_ids(parsed.message or {}), parsed.finish_reason, parsed.matched_stop) == _choice_of(
+            model.stock, body, text
+        )
 
 
 @pytest.mark.parametrize("flag", ["reasoning_parser", "tool_call_parser"])
@@ -381,13 +381,14 @@ def read_one(body: Body) -> Row:
     return row
 
 
-def _message_of(serving: OpenAIServingChat, body: Body, text: str) -> tuple[Body, str]:
+def _choice_of(serving: OpenAIServingChat, body: Body, text: str) -> tuple[Body, str, int | None]:
+    """The message, and what ended it."""
     request = ChatCompletionRequest(**copy.deepcopy(body))
     serving._convert_to_internal_request(request)  # it fills in what the server's flags say
     meta_info = {"id": "x", "finish_reason": {"type": "stop", "matched": 2}, "prompt_tokens": 3, "completion_tokens": 2}
     answer = {"text": text, "output_ids": [1, 2], "meta_info": meta_info | {"weight_version": "", "cached_tokens": 0}}
     (choice,) = serving._build_chat_response(request, [answer], 0).choices
-    return _without_ids(choice.message.model_dump(exclude_none=True)), choice.finish_reason
+    return _without_ids(choice.message.model_dump(exclude_none=True)), choice.finish_reason, choice.matched_stop
 
 
 def _without_ids(message: Body) -> Body:

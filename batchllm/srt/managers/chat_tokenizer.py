@@ -189,7 +189,9 @@ class ChatTokenizer(Tokenizer):
             return _with_note(completion, "the reasoning parser failed")  # SGLang has logged how
         (choice,) = response.choices
         message = choice.message.model_dump(exclude_none=True)
-        return msgspec.structs.replace(completion, message=message, finish_reason=choice.finish_reason)
+        return msgspec.structs.replace(
+            completion, message=message, finish_reason=choice.finish_reason, matched_stop=choice.matched_stop
+        )
 
     def _request(self, messages: Messages, fields: dict[str, Any]) -> ChatCompletionRequest:
         # One of the limits on the output must be there: to look for the other one gives a warning, which takes long.
