@@ -99,6 +99,7 @@ PINNED: dict[str, str] = {
     "sglang.srt.managers.detokenizer_manager:DetokenizerManager.init_request_dispatcher": "35b9e9bef339",
     "sglang.srt.managers.detokenizer_manager:DetokenizerManager.trim_matched_stop": "bf9541d96ce2",
     "sglang.srt.managers.detokenizer_manager:DetokenizerManager._grouped_batch_decode": "10d76730e093",
+    "sglang.srt.managers.detokenizer_manager:DetokenizerManager._clamp_decode_ids": "b4cc696550d4",
     "sglang.srt.managers.detokenizer_manager:run_detokenizer_process": "b640ab17fd84",
     "sglang.srt.entrypoints.engine:Engine.__init__": "cbbb5a0f1b08",
     "sglang.srt.entrypoints.engine:Engine._launch_subprocesses": "f44750494f67",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from batchllm.default_model import default_model_path
 
@@ -47,8 +48,10 @@ TEMPLATES = {
 }
 
 
-def model_with(template: str, folder: Path) -> str:
-    """A folder with the tokenizer of the embedded model, but another chat template. It has no weights."""
+def model_with(template: str | list[dict[str, Any]], folder: Path) -> str:
+    """A folder with the tokenizer of the embedded model, but another chat template, or several with names. It has no
+    weights.
+    """
     source = Path(default_model_path())
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "tokenizer.json"):

@@ -31,7 +31,7 @@ Body = dict[str, Any]
 class Model:
     """A chat template behind batches, behind the live route, and behind that of SGLang itself."""
 
-    def __init__(self, template: str, folder: Path, server: Body) -> None:
+    def __init__(self, template: str | list[Body], folder: Path, server: Body) -> None:
         path = model_with(template, folder)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in server.items():
@@ -346,6 +346,17 @@ def test_an_answer_becomes_the_message_that_the_server_gives(
         assert (_without_ids(parsed.message or {}), parsed.finish_reason, parsed.matched_stop) == _choice_of(
             model.stock, body, text
         )
+
+
+@pytest.mark.parametrize(("chosen", "kind"), [(None, "string"), ("other", "thinking switch")])
+def test_of_several_templates_of_a_model_the_chosen_one_or_the_first_is_taken(
+    make: Callable[..., Model], tmp_path: Path, chosen: str | None, kind: str
+) -> None:
+    """Without an engine too."""
+    named = [{"name": name, "template": TEMPLATES[of]} for name, of in (("default", "string"), ("other", kind))]
+    model = Model(named, tmp_path, {"hf_chat_template_name": chosen})
+    body = {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}
+    assert model.of_batch(body) == model.of_stock(body) == make(kind).of_stock(body)
 
 
 @pytest.mark.parametrize("flag", ["reasoning_parser", "tool_call_parser"])

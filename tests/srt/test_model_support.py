@@ -124,6 +124,7 @@ REFUSED = [
     ("OlmoeForCausalLM", "olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
     ("OlmoeForCausalLM", "olmoe", {"norm_topk_prob": True}, "norm_topk_prob true"),
     ("LlamaForCausalLM", "llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+    ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", {}, "experts that are chosen by corrected scores"),
     ("Phi3ForCausalLM", "phi3", _LONG, "rope_type longrope, original_max_position_embeddings 64"),
     ("LlamaForCausalLM", "llama", _yarn(attention_factor=0.7), "attention_factor 0.7: SGLang does not read it"),
     ("Phi3ForCausalLM", "phi3", _part(0.5), "partial_rotary_factor 0.5 within rope_parameters"),

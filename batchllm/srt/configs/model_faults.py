@@ -170,6 +170,13 @@ FAULTS: tuple[Fault, ...] = (
         _names("Grok1ForCausalLM", "Grok1ModelForCausalLM"),
     ),
     Fault(
+        traits.on_cpu(traits.always("experts that are chosen by corrected scores")),
+        "SGLang's choice of experts on a CPU ends in the first step",
+        "run it on a GPU, or " + ELSEWHERE,
+        "models/ernie4.py::MoEGate: a correction of two dimensions; layers/moe/topk.py::fused_topk_torch_native",
+        _names("Ernie4_5_MoeForCausalLM"),
+    ),
+    Fault(
         rotary_traits.dynamic_rope,
         "SGLang turns all positions as at the longest context, Hugging Face only those of longer ones",
         "for prompts of up to {max_len} tokens give --context-length {max_len} and --json-model-override-args "

@@ -8,6 +8,7 @@ the body alone. Once that was seen of one chat, others with the same fields go t
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from array import array
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import orjson
 from pydantic import ValidationError
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatCompletionResponse
 from sglang.srt.parser.template_manager import TemplateManager
+from sglang.srt.server_args import ServerArgs
 
 from batchllm.errors import ConfigError, RowError
 from batchllm.offline.runtime import Answer, Chat
@@ -250,15 +252,9 @@ def tokenizer_of_model(model_path: str) -> ChatTokenizer:
 
 
 SERVER_DEFAULTS: dict[str, Any] = {
-    "tool_call_parser": None,
-    "reasoning_parser": None,
-    "default_chat_template_kwargs": None,
-    "context_length": None,
-    "enable_cache_report": False,
-    "tokenizer_metrics_custom_labels_header": None,
-    "tokenizer_metrics_allowed_custom_labels": None,
+    field.name: field.default for field in dataclasses.fields(ServerArgs) if field.default is not dataclasses.MISSING
 }
-"""Of SGLang's server arguments those that its chat serving reads."""
+"""SGLang's server arguments, as they are unless a flag says otherwise."""
 
 
 def _with_note(completion: Completion, problem: str) -> Completion:

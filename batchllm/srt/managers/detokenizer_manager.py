@@ -26,10 +26,14 @@ class BatchDetokenizerManager(DetokenizerManager):
         """Fill in the texts: what the output adds to the end of the prompt, without what stopped it."""
         contexts, spans = [], []
         ends = list(zip(output.finish_reasons, output.no_stop_trim, strict=True))
-        for context, ids, (reason, no_trim) in zip(output.context_ids, output.output_ids, ends, strict=True):
-            context = list(context)
+        # A model may have more tokens than its tokenizer; some tokenizers would end this process on them.
+        context_ids, output_ids = (
+            [self._clamp_decode_ids(ids, self.vocab_size) for ids in column]
+            for column in (output.context_ids, output.output_ids)
+        )
+        for context, ids, (reason, no_trim) in zip(context_ids, output_ids, ends, strict=True):
             contexts.append(context)
-            spans.append(context + self.trim_matched_stop(list(ids), reason, no_stop_trim=no_trim))
+            spans.append(context + self.trim_matched_stop(ids, reason, no_stop_trim=no_trim))
         spaces = output.spaces_between_special_tokens
         context_texts = self._grouped_batch_decode(contexts, output.skip_special_tokens, spaces)
         span_texts = self._grouped_batch_decode(spans, output.skip_special_tokens, spaces)
@@ -39,7 +43,7 @@ class BatchDetokenizerManager(DetokenizerManager):
         ]
         for i, reason in enumerate(output.finish_reasons):
             if "num_early" in reason:  # the stop string may stand among the first tokens too
-                head = contexts[i] + list(output.output_ids[i][: reason["num_early"]])
+                head = contexts[i] + output_ids[i][: reason["num_early"]]
                 (early,) = self._grouped_batch_decode([head], [output.skip_special_tokens[i]], [spaces[i]])
                 text, context_len = span_texts[i], len(context_texts[i])
                 at = find_stop(text[context_len:], early[context_len:], reason["matched"])
