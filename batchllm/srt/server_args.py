@@ -134,6 +134,8 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
     server_args = argument_values.checked(server_args, _HINTS)
     _check_supported(server_args)
     _check_page_size(server_args.get("page_size"))
+    if server_args.get("enable_strict_thinking") and not torch.cuda.is_available():
+        raise ConfigError("--enable-strict-thinking: SGLang filters tokens on GPUs only, and would end; drop the flag")
     _check_batching(server_args)
     _check_environment()
     model_files.check(model_path, server_args)

@@ -417,6 +417,7 @@ def test_a_job_that_stops_answers_what_runs_withdraws_the_rest_and_leaves_the_en
         ({"max_tbt_ms": "auto", "tp_size": 2}, "--max-tbt-ms: not with --tp-size"),
         ({"output_lengths": "guessed"}, "--output-lengths guessed"),
         ({"page_size": 16}, "--page-size 16"),
+        ({"enable_strict_thinking": True}, "--enable-strict-thinking"),
     ],
 )
 def test_what_cannot_start_is_refused_by_name(engines: None, arguments: dict[str, Any], word: str) -> None:
