@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -27,6 +28,8 @@ from batchllm.srt.configs import model_support
 from batchllm.srt.lora import adapter_files
 from batchllm.srt.mem_cache import radix_cache
 from batchllm.srt.model_loader import model_files
+
+logger = logging.getLogger(__name__)
 
 ATTENTION_BACKEND = "batchllm"
 add_attention_backend_choices([ATTENTION_BACKEND])  # once: it is added to a list
@@ -152,9 +155,16 @@ def make_server_args(model_path: str, **server_args: Any) -> ServerArgs:
             raise ConfigError(f"-m {model_path}: {reason}: {_one_line(error)}") from error
         raise ConfigError(f"-m {model_path}: {error}") from error
     adapter_files.check(args)
+    config = args.get_model_config()
     if not is_folder:
-        _check_model(args.get_model_config(), model_path, server_args)
-    return args
+        _check_model(config, model_path, server_args)
+    first_len = model_support.first_context_len(config)
+    if first_len is None or server_args.get("context_length") is not None:
+        return args
+    logger.warning(
+        "-m %s: LongRoPE: the context is %d tokens; --context-length gives a longer one", model_path, first_len
+    )
+    return make_server_args(model_path, **server_args | {"context_length": first_len})
 
 
 _MAX_ERROR_LEN = 300

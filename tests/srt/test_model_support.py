@@ -51,11 +51,11 @@ def _part(factor: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": factor}}
 
 
-def _ask(folder: Path, architecture: str, model_type: str, changes: dict[str, Any], **server_args: Any) -> None:
-    """Make the arguments of an engine for a model of which there is only a configuration."""
+def _ask(folder: Path, architecture: str, model_type: str, changes: dict[str, Any], **server_args: Any) -> Any:
+    """The arguments of an engine for a model of which there is only a configuration."""
     config = {"architectures": [architecture], "model_type": model_type, **_TINY, **changes}
     (folder / "config.json").write_text(json.dumps(config))
-    make_server_args(str(folder), skip_tokenizer_init=True, load_format="dummy", **server_args)
+    return make_server_args(str(folder), skip_tokenizer_init=True, load_format="dummy", **server_args)
 
 
 _USED = _WINDOW | {"use_sliding_window": True, "max_window_layers": 1}
@@ -125,7 +125,6 @@ REFUSED = [
     ("OlmoeForCausalLM", "olmoe", {"norm_topk_prob": True}, "norm_topk_prob true"),
     ("LlamaForCausalLM", "llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
     ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", {}, "experts that are chosen by corrected scores"),
-    ("Phi3ForCausalLM", "phi3", _LONG, "rope_type longrope, original_max_position_embeddings 64"),
     ("LlamaForCausalLM", "llama", _yarn(attention_factor=0.7), "attention_factor 0.7: SGLang does not read it"),
     ("Phi3ForCausalLM", "phi3", _part(0.5), "partial_rotary_factor 0.5 within rope_parameters"),
     ("MixtralForCausalLM", "mixtral", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type linear"),
@@ -168,7 +167,7 @@ def test_what_is_refused(
         ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}, {}),
         ("LlamaForCausalLM", "llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {}),
         ("LlamaForCausalLM", "llama", {"mlp_bias": True}, {"model_impl": "transformers"}),
-        ("Phi3ForCausalLM", "phi3", _LONG, {"context_length": 64}),
+        ("Phi3ForCausalLM", "phi3", _LONG, {"context_length": 64, "model_impl": "transformers"}),
         ("LlamaForCausalLM", "llama", _yarn(attention_factor=None), {}),
         ("LlamaForCausalLM", "llama", _yarn(attention_factor=1.138629), {}),
         ("Phi3ForCausalLM", "phi3", _part(0.5) | {"partial_rotary_factor": 0.5}, {}),
@@ -221,6 +220,17 @@ def test_the_remedy_for_dynamic_rope_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give --context-length 512"):
         _ask(tmp_path, "LlamaForCausalLM", "llama", rope)
     _ask(tmp_path, "LlamaForCausalLM", "llama", rope, context_length=512, json_model_override_args=plain)
+
+
+def test_the_context_of_long_rope_is_the_first_one_unless_a_longer_one_is_asked_for(tmp_path: Path) -> None:
+    """In that one, each prompt is computed as by Hugging Face."""
+    for given, taken in (({}, 64), ({"context_length": 48}, 48), ({"context_length": 512}, 512)):
+        assert _ask(tmp_path, "Phi3ForCausalLM", "phi3", _LONG, **given).context_length == taken
+    with pytest.raises(ConfigError, match=r"original_max_position_embeddings 64: .*; give --context-length 64"):
+        _ask(tmp_path, "Phi3ForCausalLM", "phi3", _LONG, model_impl="transformers")
+    (tmp_path / "whole").mkdir()
+    whole = _LONG | {"original_max_position_embeddings": 512}
+    assert _ask(tmp_path / "whole", "Phi3ForCausalLM", "phi3", whole).context_length is None
 
 
 def test_a_bias_that_the_adapter_has_no_place_for_either_is_refused_there_too(tmp_path: Path) -> None:

@@ -184,11 +184,11 @@ FAULTS: tuple[Fault, ...] = (
         "layers/rotary_embedding/rope_variant.py::DynamicNTKScalingRotaryEmbedding",
     ),
     Fault(
-        rotary_traits.long_rope,
-        "SGLang turns all tokens of a step by the long factors where one of them is far behind, and by the short ones "
-        "elsewhere; Hugging Face decides by each prompt",
+        traits.of_adapter(rotary_traits.long_rope),
+        "transformers' code turns all tokens of a step by the long factors where one of them is far behind, and by the "
+        "short ones elsewhere",
         "give --context-length {original_len}, or less",
-        "layers/rotary_embedding/rope_variant.py::Phi3LongRoPEScaledRotaryEmbedding.forward",
+        "models/transformers.py: leaves the rotary embedding to transformers' longrope_frequency_update",
     ),
     Fault(
         rotary_traits.attention_factor,

@@ -16,6 +16,7 @@ from sglang.srt.configs.model_config import ModelImpl
 from batchllm.errors import ConfigError
 from batchllm.srt.compat import SGLANG_VERSION
 from batchllm.srt.configs import model_traits as traits
+from batchllm.srt.configs import rotary_traits
 from batchllm.srt.configs.model_faults import FAULTS
 from batchllm.srt.configs.model_traits import Model
 from batchllm.srt.model_loader import model_files
@@ -46,6 +47,19 @@ def check(config: Any, *, model_path: str, is_on_cpu: bool, has_our_operators: b
             }
             remedy = fault.remedy.format(**values, ours=traits.drop_backend(model))
             raise ConfigError(f"-m {model_path}: {model.architecture} with {value}: {fault.reason}; {remedy}")
+
+
+def first_context_len(config: Any) -> int | None:
+    """Tokens of the context that a model with LongRoPE was first trained with, where the engine's is longer; else None.
+
+    In that context, which is the default, heads are turned as Hugging Face does; in a longer one only those of prompts
+    that are longer too (`batchllm.srt.layers.long_rope`).
+
+    Args:
+        config: SGLang's ``ModelConfig`` of it.
+    """
+    model = Model(config, "", is_native=True, is_on_cpu=True, has_our_operators=True)
+    return model.original_len if rotary_traits.long_rope(model) else None
 
 
 def no_config(model_path: str) -> str:

@@ -13,7 +13,7 @@ import sglang.srt.managers.scheduler as upstream
 from batchllm.srt import compat
 from batchllm.srt.distributed import cpu_ranks
 from batchllm.srt.entrypoints import child_process
-from batchllm.srt.layers import attention_backend, cpu_ops, sampler
+from batchllm.srt.layers import attention_backend, cpu_ops, long_rope, sampler
 from batchllm.srt.lora import cpu_lora
 from batchllm.srt.managers.prefill_pass import PlannedPrefillAdder
 from batchllm.srt.managers.scheduler import BatchScheduler
@@ -70,6 +70,7 @@ def install(server_args: Any, scheduler_class: type[BatchScheduler] = BatchSched
     if server_args.tp_size > 1 and server_args.device == "cpu":
         cpu_ranks.install(server_args)
     filled_parameters.install()
+    long_rope.install(server_args.context_length)
     radix_cache.register()
     sampler.install()
     upstream.Scheduler = scheduler_class
