@@ -71,4 +71,5 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
 
 
 def _wrong(name: str, wanted: str, value: Any) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} {show(value)}: must be {wanted}")
+    shown = value if isinstance(value, str) else show(value)
+    return ConfigError(f"--{name.replace('_', '-')} {shown}: must be {wanted}")

@@ -30,7 +30,7 @@ from batchllm.tokens import Int64Array
 
 Order = Literal["input", "finished"]
 
-NUM_ROWS_PER_COMMIT = 1024
+NUM_ROWS_PER_COMMIT = 256
 MAX_COMMIT_AGE_S = 0.1
 """A commit is due with so many rows, or when the oldest has waited so long; whoever asks ten times a second is never
 more than 0.2 s behind."""
