@@ -105,8 +105,9 @@ def test_an_engine_that_could_not_end_a_batch_is_not_started(tmp_path: Path) -> 
     """Its trace is written when all is answered; what could be known before would cost the answers."""
     with pytest.raises(ConfigError, match=r"trace_path .*there is no directory"):
         BatchEngine(trace_path=tmp_path / "none" / "trace.json")
+    no_name: Any = 3
     with pytest.raises(ConfigError, match="trace_path 3: must be the name of a file"):
-        BatchEngine(trace_path=3)  # type: ignore[arg-type]
+        BatchEngine(trace_path=no_name)
     with pytest.raises(ConfigError, match=r"group_order must be one of lexicographic, .*, not 'longest'"):
         BatchEngine(group_order="longest")  # type: ignore[arg-type]
 

@@ -227,12 +227,13 @@ class Jobs:
             started = time.perf_counter()
             await warm_up(self._runtime, step)
             jobs[0].stats.start_s += time.perf_counter() - started
+        window = self._window(plan, max_in_flight or MAX_IN_FLIGHT)
+        await asyncio.to_thread(give_memory_back)  # of a large plan it takes long
         if not all(job.is_admitting for job in jobs):
             return None
         self.num_lost_tokens += plan.plan.num_lost_tokens
         jobs[0].stats.num_cut_tokens += plan.num_cut_tokens
-        running = RunningPlan(self._runtime.open_job(), plan, self._window(plan, max_in_flight or MAX_IN_FLIGHT))
-        give_memory_back()
+        running = RunningPlan(self._runtime.open_job(), plan, window)
         self._plans[running] = jobs, asyncio.create_task(self._read(running, jobs))
         self._feed(running, jobs)
         return running

@@ -33,7 +33,7 @@ from batchllm.tokens import Int64Array
 
 NUM_SHOWN = 5
 _NUM_BETWEEN_LOOKS = 64
-"""After so many answers it is looked up whether a commit is due."""
+"""Answers between two looks whether a commit is due."""
 
 
 class Recorder:

@@ -123,8 +123,10 @@ class BatchRun:
             pass
         except EngineError as error:
             if self._stop.is_set:  # it was not waited for
-                with contextlib.suppress(sqlite3.Error):
+                try:
                     self._leave()
+                except sqlite3.Error as fault:
+                    logger.warning("%s: that it was stopped cannot be recorded: %s", self._id, fault)
                 return
             logger.error("%s: the engine has failed: %s", self._id, error)
             self.has_trouble = True

@@ -204,6 +204,8 @@ PINNED: dict[str, str] = {
     "sglang.srt.distributed.parallel_state:init_model_parallel_group": "7693f403fc58",
     "sglang.srt.utils.numa_utils:init_threads_binding": "65ce8574b7ef",
     "sglang.srt.layers.rotary_embedding.factory:get_rope_wrapper": "59a0a4b3c8b9",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Phi3LongRoPEScaledRotaryEmbedding.__init__": "70412584942d",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Phi3LongRoPEScaledRotaryEmbedding.forward": "f2053b189ea4",
     "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool.__init__": "3e6e636cc4a8",
     "sglang.srt.layers.sampler:Sampler._sync_token_ids_across_tp": "5f790b66cab4",
     "sglang.srt.configs.model_config:is_hybrid_swa_model": "700362c3ea81",

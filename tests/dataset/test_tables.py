@@ -488,8 +488,8 @@ def test_a_csv_file_that_ends_within_quotes_is_refused_where_they_hide_rows(
     tmp_path: Path, rest: bytes, suffix: str
 ) -> None:
     """And only there: one line that lacks its last quote hides nothing."""
-    path, data = tmp_path / f"rows.csv{suffix}", b'id,prompt\na,"p\nq"\n' + rest
-    path.write_bytes(gzip.compress(data) if suffix else data)
+    path, table = tmp_path / f"rows.csv{suffix}", b'id,prompt\na,"p\nq"\n' + rest
+    path.write_bytes(gzip.compress(table) if suffix else table)
     source = open_input(str(path), spool_folder=None, input_format="csv")
     if b"\n" in rest.rstrip(b"\n") or rest.endswith(b"\n"):
         with pytest.raises(WorkloadError, match=r"rows.csv.*stopped after .*a quote that opens in its last row"):

@@ -154,9 +154,11 @@ def test_a_server_that_is_stopped_while_its_engine_is_down_blames_nobody(
         api = serve(is_started=False)
         engines, is_asked, is_ending = iter([_DeadRuntime(Settings())]), threading.Event(), threading.Event()
 
-        def start_engine(engines: Any = engines, is_asked: Any = is_asked, is_ending: Any = is_ending) -> Runtime:
+        def start_engine(
+            engines: Iterator[Runtime] = engines, is_asked: Any = is_asked, is_ending: Any = is_ending
+        ) -> Runtime:
             for engine in engines:
-                return engine  # type: ignore[no-any-return]
+                return engine
             is_asked.set()
             is_ending.wait()
             raise EngineError("it does not come up again")

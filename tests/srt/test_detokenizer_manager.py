@@ -17,7 +17,7 @@ def _text(context: list[int], ids: list[int], reason: dict[str, Any], *, known: 
     manager.tokenizer = AutoTokenizer.from_pretrained(default_model_path())
     manager.vocab_size = known or len(manager.tokenizer)
     manager.is_tool_call_parser_gpt_oss = False
-    output = SimpleNamespace(
+    output: Any = SimpleNamespace(
         context_ids=[context],
         output_ids=[ids],
         finish_reasons=[reason],
@@ -26,7 +26,7 @@ def _text(context: list[int], ids: list[int], reason: dict[str, Any], *, known: 
         spaces_between_special_tokens=[True],
     )
     manager.handle_planned_output(output)
-    (text,) = output.texts  # type: ignore[attr-defined] # where it puts it
+    (text,) = output.texts
     return str(text)
 
 
